@@ -1,0 +1,175 @@
+"""The image bank: every image of a data set in one memory-mapped uint8 array, with an index of its classes.
+
+Reading files happens here, once; whatever comes after is a gather on a tensor.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from rich.progress import track
+
+from fewshot.errors import FewShotError
+
+SPLITS = ("train", "val", "test")
+FORMAT = 1  # raised whenever what a bank holds changes, so that older caches are built anew
+
+
+@dataclass(frozen=True)
+class ImageClass:
+    """One class of a data set, before its images are read.
+
+    Attributes:
+        name: unique in the data set.
+        split: "train", "val" or "test".
+        count: how many images ``load`` returns.
+        load: reads the images: uint8 ``[count, height, width, channels]``, of one shape throughout the data set.
+    """
+
+    name: str
+    split: str
+    count: int
+    load: Callable[[], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a data set's function returns: where its images are, and how to read them.
+
+    Attributes:
+        files: every file the images are read from; a cached bank is stale once one of them changes.
+        classes: lists the classes. It is called only when no bank is cached, so it may be slow.
+    """
+
+    files: Sequence[Path]
+    classes: Callable[[], Sequence[ImageClass]]
+
+
+@dataclass(frozen=True)
+class ImageBank:
+    """All images of a data set, class after class.
+
+    Attributes:
+        images: uint8 ``[images, height, width, channels]``, memory-mapped.
+        offsets: int64 ``[classes + 1]``; class ``c`` is ``images[offsets[c]:offsets[c + 1]]``.
+        names: the name of each class.
+        splits: the split of each class.
+    """
+
+    images: torch.Tensor
+    offsets: NDArray[np.int64]
+    names: tuple[str, ...]
+    splits: tuple[str, ...]
+
+    def classes(self, split: str) -> NDArray[np.int64]:
+        """The numbers of the classes of ``split``, int64 ``[classes of the split]``."""
+        return np.flatnonzero(np.array(self.splits) == split)
+
+    def class_names(self, split: str) -> list[str]:
+        """The names of the classes of ``split``, in the order of ``classes``."""
+        return [self.names[c] for c in self.classes(split)]
+
+
+def open_bank(name: str, source: Source, settings: Any, cache_dir: str | Path) -> ImageBank:
+    """Open the bank of a data set from the cache, building it first where the cache has none for this source.
+
+    A bank is built under a lock in a directory of another name and moved into place when it is whole: two
+    processes never build the same bank, and a build that dies leaves nothing that could be taken for a bank.
+
+    Args:
+        name: the data set's name, for the file name and messages.
+        source: where the images come from.
+        settings: what the images depend on beside the files, as JSON can hold it; a change builds a new bank.
+        cache_dir: where banks are kept; ``~`` is the home directory.
+
+    Raises:
+        FewShotError: the cache directory cannot be written, or an image cannot be read.
+    """
+    directory = Path(cache_dir).expanduser() / f"{name}-{_fingerprint(source, settings)}"
+    bank = _read(directory)
+    if bank is not None:
+        return bank
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(directory.with_name(f"{directory.name}.lock"), name):
+            bank = _read(directory)
+            if bank is None:
+                _build(name, source, directory)
+                bank = _read(directory)
+    except OSError as error:
+        raise FewShotError(
+            f"cannot write the image bank of {name} in {directory.parent}: {error.strerror or error}; "
+            "free the space or name another directory with cache_dir=PATH"
+        ) from error
+    if bank is None:
+        raise FewShotError(f"the image bank {directory} vanished while it was opened; run again")
+    return bank
+
+
+def _fingerprint(source: Source, settings: Any) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT, PIL.__version__, settings], sort_keys=True).encode())
+    for path in source.files:
+        status = path.stat()
+        digest.update(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _lock(path: Path, name: str) -> FileLock:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        print(f"another process is building the image bank of {name}; waiting for it", flush=True)
+        lock.acquire()
+    return lock
+
+
+def _build(name: str, source: Source, directory: Path) -> None:
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # a build that was killed
+    partial.mkdir()
+    try:
+        classes = source.classes()
+        offsets = [0, *accumulate(c.count for c in classes)]
+        images: NDArray[np.uint8] | None = None
+        description = f"building the image bank of {name}"
+        for number, image_class in enumerate(track(classes, description=description, transient=True)):
+            loaded = image_class.load()
+            if images is None:
+                shape = (offsets[-1], *loaded.shape[1:])
+                images = np.lib.format.open_memmap(partial / "images.npy", "w+", np.uint8, shape)
+            images[offsets[number] : offsets[number + 1]] = loaded
+        if images is None:
+            raise FewShotError(f"the data set {name} has no classes")
+        images.flush()
+        index = {"offsets": offsets, "names": [c.name for c in classes], "splits": [c.split for c in classes]}
+        (partial / "index.json").write_text(json.dumps(index))
+        shutil.rmtree(directory, ignore_errors=True)  # a bank that could not be read
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read(directory: Path) -> ImageBank | None:
+    try:
+        index = json.loads((directory / "index.json").read_text())
+        # Copy-on-write, since torch has no read-only tensors: nothing written to it would reach the disk.
+        images = np.load(directory / "images.npy", mmap_mode="c")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return ImageBank(
+        images=torch.from_numpy(images),
+        offsets=np.array(index["offsets"], dtype=np.int64),
+        names=tuple(index["names"]),
+        splits=tuple(index["splits"]),
+    )

@@ -1,0 +1,97 @@
+"""The Lightning data module: from a data set's configuration to normalised episodes on the device."""
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from fewshot.data.bank import ImageBank, open_bank
+from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeSampler
+from fewshot.data.images import normalise
+
+
+class EpisodeDataModule(pl.LightningDataModule):
+    """Serves n-way k-shot episodes of the three splits of a data set, one a batch.
+
+    Args:
+        dataset: the configuration group ``dataset``.
+        way: classes in an episode of validation and test.
+        shot: support samples a class there.
+        query: queries a class there.
+        train: the same for training, with ``episodes`` in all.
+        val: ``episodes`` of one validation, and how many training episodes lie between two (``every``).
+        test: ``episodes`` of the test.
+        seed: draws the training episodes.
+        eval_seed: draws those of validation and test: whatever the training's seed, they stay the same.
+        cache_dir: where image banks are kept.
+    """
+
+    def __init__(
+        self,
+        dataset: DictConfig,
+        *,
+        way: int,
+        shot: int,
+        query: int,
+        train: DictConfig,
+        val: DictConfig,
+        test: DictConfig,
+        seed: int,
+        eval_seed: int,
+        cache_dir: str,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.cache_dir = dataset, cache_dir
+        self.episode = {"way": way, "shot": shot, "query": query, "seed": eval_seed}
+        self.train_episode = {"way": train.way, "shot": train.shot, "query": train.query, "seed": seed}
+        self.train_episodes, self.every = train.episodes, val.every
+        self.episodes = {"val": val.episodes, "test": test.episodes}
+        self._bank: ImageBank | None = None
+
+    @property
+    def bank(self) -> ImageBank:
+        """The images of the data set; opened, or built, when first asked for."""
+        if self._bank is None:
+            source = self.dataset.source
+            name = source._target_.rpartition(".")[2]
+            self._bank = open_bank(name, instantiate(source), OmegaConf.to_container(source), self.cache_dir)
+        return self._bank
+
+    def prepare_data(self) -> None:
+        """Download and build on one process a machine; the others open what it built."""
+        self.bank  # noqa: B018
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Check all three splits against what is asked of them before anything slow begins."""
+        self.datasets = {
+            split: EpisodeDataset(self.bank, split, **(self.train_episode if split == "train" else self.episode))
+            for split in ("train", "val", "test")
+        }
+
+    def train_dataloader(self) -> DataLoader[Episode]:
+        """The training episodes of the current epoch, which ends with a validation; the last may be shorter."""
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        return self._loader("train", min(self.every, self.train_episodes - epoch * self.every), epoch)
+
+    def val_dataloader(self) -> DataLoader[Episode]:
+        """The validation episodes, the same at every epoch."""
+        return self._loader("val", self.episodes["val"])
+
+    def test_dataloader(self) -> DataLoader[Episode]:
+        """The test episodes."""
+        return self._loader("test", self.episodes["test"])
+
+    def _loader(self, split: str, episodes: int, epoch: int = 0) -> DataLoader[Episode]:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = EpisodeSampler(episodes, epoch, rank, world_size)
+        # No worker processes: making an episode is one gather, far quicker than sending it from one.
+        return DataLoader(self.datasets[split], batch_size=None, sampler=sampler)
+
+    def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:  # noqa: ARG002
+        """Normalise the images where they are used."""
+        return self.normalise(batch)
+
+    def normalise(self, episode: Episode) -> Episode:
+        """The episode as a method takes it: float32 images, ``[..., channels, height, width]``."""
+        kind = self.dataset.normalise
+        return episode._replace(support=normalise(episode.support, kind), query=normalise(episode.query, kind))

@@ -1,0 +1,151 @@
+"""Episodes: which classes and images each one holds is a function of its number alone.
+
+Nothing is stored between episodes and no generator runs on, so an episode can be rebuilt from its number, a run
+resumes where it stopped, the ranks of a distributed run never draw the same episode, and two methods are compared
+on the very same test episodes.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, Sampler
+
+from fewshot.data.bank import SPLITS, ImageBank
+from fewshot.errors import FewShotError
+
+
+class Episode(NamedTuple):
+    """One few-shot task: tell the classes of the queries from the support samples.
+
+    Attributes:
+        support: the labelled images, ``[support samples, channels, height, width]``.
+        support_labels: int64 ``[support samples]``, each in ``0..way-1``.
+        query: the images to classify, ``[queries, channels, height, width]``.
+        query_labels: int64 ``[queries]``; what the method must not look at.
+        way: the number of classes.
+
+    Straight from the bank the images are uint8 and ``[..., height, width, channels]``; the data module normalises
+    them on the device.
+    """
+
+    support: torch.Tensor
+    support_labels: torch.Tensor
+    query: torch.Tensor
+    query_labels: torch.Tensor
+    way: int
+
+
+class EpisodeNumber(NamedTuple):
+    """What names an episode of a given split and seed."""
+
+    epoch: int
+    number: int
+
+
+def draw_episode(
+    counts: NDArray[np.int64], way: int, per_class: int, *, seed: int, split: str, epoch: int, number: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw the classes of an episode, and images of each, all without repeats and uniformly.
+
+    Args:
+        counts: how many images each class has, ``[classes]``.
+        way: how many classes to draw.
+        per_class: how many images to draw of each: shot + query.
+        seed: of the run, for training episodes; of the evaluation, for the others.
+        split: "train", "val" or "test".
+        epoch: training epochs draw different episodes; validation and test use 0 throughout.
+        number: of the episode in its epoch, counted over all ranks: rank r of n draws r, r + n, r + 2n, ...
+
+    Returns:
+        The classes, int64 ``[way]``, and image positions inside each class, int64 ``[way, per_class]``.
+    """
+    random = np.random.default_rng([seed, SPLITS.index(split), epoch, number])
+    classes = random.permutation(len(counts))[:way]
+    # The order of uniform keys is a uniform shuffle; positions past the end of a smaller class sort last.
+    keys = random.random((way, counts[classes].max()))
+    keys[np.arange(keys.shape[1]) >= counts[classes, None]] = 2
+    return classes, np.argsort(keys, axis=1)[:, :per_class]
+
+
+class EpisodeDataset(Dataset[Episode]):
+    """The episodes of one split of an image bank, each gathered when it is asked for by its number.
+
+    Args:
+        bank: the images.
+        split: whose classes to draw from.
+        way: classes in an episode.
+        shot: support samples a class.
+        query: queries a class.
+        seed: see ``draw_episode``.
+
+    Raises:
+        FewShotError: the split has fewer classes than ``way``, or a class fewer images than ``shot + query``.
+    """
+
+    def __init__(self, bank: ImageBank, split: str, way: int, shot: int, query: int, seed: int) -> None:
+        self.images = bank.images
+        self.split, self.way, self.shot, self.query, self.seed = split, way, shot, query, seed
+        classes = bank.classes(split)
+        self.first, self.counts = bank.offsets[classes], np.diff(bank.offsets)[classes]
+        self._check(bank.class_names(split))
+        labels = torch.arange(way)
+        self.support_labels, self.query_labels = labels.repeat_interleave(shot), labels.repeat_interleave(query)
+
+    def _check(self, names: list[str]) -> None:
+        prefix = "train." if self.split == "train" else ""
+        for key in ("way", "shot", "query"):
+            if getattr(self, key) < 1:
+                raise FewShotError(f"{prefix}{key}={getattr(self, key)} must be at least 1")
+        if self.way > len(self.counts):
+            raise FewShotError(
+                f"{prefix}way={self.way} is more than the {len(self.counts)} classes of the {self.split} split; "
+                f"choose {prefix}way={len(self.counts)} or less"
+            )
+        smallest = int(self.counts.argmin())
+        if self.shot + self.query > self.counts[smallest]:
+            raise FewShotError(
+                f"{prefix}shot={self.shot} and {prefix}query={self.query} need {self.shot + self.query} images of "
+                f"each class, but {names[smallest]} of the {self.split} split has {self.counts[smallest]}; "
+                f"lower {prefix}shot or {prefix}query"
+            )
+
+    def index(self, episode: EpisodeNumber) -> torch.Tensor:
+        """The images of an episode, positions in the bank: int64 ``[way, shot + query]``."""
+        classes, images = draw_episode(
+            self.counts, self.way, self.shot + self.query, seed=self.seed, split=self.split, **episode._asdict()
+        )
+        return torch.from_numpy(self.first[classes, None] + images)
+
+    def __getitem__(self, episode: EpisodeNumber) -> Episode:
+        index = self.index(episode)
+        return Episode(
+            support=self.images[index[:, : self.shot].flatten()],
+            support_labels=self.support_labels,
+            query=self.images[index[:, self.shot :].flatten()],
+            query_labels=self.query_labels,
+            way=self.way,
+        )
+
+
+class EpisodeSampler(Sampler[EpisodeNumber]):
+    """The numbers of one rank's episodes in one epoch.
+
+    Args:
+        episodes: how many the epoch has, over all ranks.
+        epoch: see ``draw_episode``.
+        rank: this process, in ``0..world_size-1``.
+        world_size: how many processes share the epoch.
+    """
+
+    def __init__(self, episodes: int, epoch: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.epoch = epoch
+        self.numbers = range(rank, episodes, world_size)
+
+    def __iter__(self) -> Iterator[EpisodeNumber]:
+        return (EpisodeNumber(self.epoch, number) for number in self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)

@@ -1,0 +1,75 @@
+"""One image: from an encoded file to uint8 pixels, and from pixels to what an encoder takes."""
+
+import io
+import zlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from fewshot.data.files import ImageFile
+from fewshot.errors import FewShotError
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def decode(file: ImageFile, size: int, channels: int) -> NDArray[np.uint8]:
+    """Read one image file.
+
+    Args:
+        file: where the image lies.
+        size: height and width of the result, see ``to_pixels``.
+        channels: 1 for grey, 3 for RGB.
+
+    Returns:
+        uint8 ``[size, size, channels]``.
+
+    Raises:
+        FewShotError: the file cannot be read, is no image, or a broken one.
+    """
+    try:
+        with Image.open(io.BytesIO(file.read())) as image:
+            return to_pixels(image, size, channels)
+    except (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError) as error:
+        reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise FewShotError(f"cannot read the image {file.name}: {reason}; replace or remove it") from error
+
+
+def to_pixels(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
+    """Bring an image to one size, resampled with antialiasing, and one number of channels.
+
+    Returns:
+        uint8 ``[size, size, channels]``.
+    """
+    image = image.convert(MODES[channels])
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(size, size, channels)
+
+
+def normalise(images: torch.Tensor, kind: str) -> torch.Tensor:
+    """Turn pixels into an encoder's input, each image by itself: no statistic of a data set is needed.
+
+    Args:
+        images: uint8 ``[..., height, width, channels]``.
+        kind: "range": the darkest pixel becomes 0 and the brightest 1 (Omniglot: ink is 1);
+            "standardise": zero mean and unit variance over the image's pixels and channels.
+
+    Returns:
+        float32 ``[..., channels, height, width]``, stored with the channels last.
+
+    Raises:
+        FewShotError: ``kind`` is neither.
+    """
+    pixels = images.float()
+    whole = (-3, -2, -1)
+    if kind == "range":
+        low, high = pixels.amin(whole, keepdim=True), pixels.amax(whole, keepdim=True)
+        pixels = (pixels - low) / (high - low).clamp_min(1)
+    elif kind == "standardise":
+        variance, mean = torch.var_mean(pixels, whole, correction=0, keepdim=True)
+        pixels = (pixels - mean) * variance.clamp_min(1).rsqrt()
+    else:
+        raise FewShotError(f"dataset.normalise={kind} is unknown: choose range or standardise")
+    return pixels.movedim(-1, -3)

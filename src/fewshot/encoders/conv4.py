@@ -1,0 +1,40 @@
+"""The four-block convolutional encoder that all three papers share."""
+
+import torch
+from torch import nn
+
+
+class Conv4(nn.Sequential):
+    """Four blocks of 3x3 convolution, batch norm, max pooling and ReLU, flattened.
+
+    Vinyals et al. (arXiv 1606.04080, section 4.1.1). The papers pool after the ReLU; ReLU is monotonic, so pooling
+    first computes the same function, on a quarter of the values.
+
+    Args:
+        channels: of the images: 1 for grey, 3 for RGB.
+        size: height and width of the images, in pixels, at least 16.
+        filters: of every convolution.
+
+    Shape:
+        float ``[images, channels, size, size]`` to ``[images, features]``.
+    """
+
+    def __init__(self, channels: int, size: int, filters: int = 64) -> None:
+        super().__init__(
+            _block(channels, filters),
+            _block(filters, filters),
+            _block(filters, filters),
+            _block(filters, filters),
+            nn.Flatten(),
+        )
+        self.features = filters * (size // 16) ** 2
+        self.to(memory_format=torch.channels_last)
+
+
+def _block(channels: int, filters: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, filters, kernel_size=3, padding=1),
+        nn.BatchNorm2d(filters),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+    )

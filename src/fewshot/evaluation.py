@@ -1,0 +1,62 @@
+"""Accuracy over episodes, with its confidence interval."""
+
+from typing import NamedTuple
+
+import torch
+from torchmetrics import Metric
+
+
+class Estimate(NamedTuple):
+    """A mean over episodes.
+
+    Attributes:
+        accuracy: the mean of the episodes' accuracies, a fraction.
+        ci95: half the width of its 95% confidence interval, a fraction.
+        episodes: how many.
+    """
+
+    accuracy: float
+    ci95: float
+    episodes: int
+
+
+class EpisodeAccuracy(Metric):
+    """Mean accuracy of episodes that all have the same number of queries, with a 95% confidence interval.
+
+    The interval is the normal one over episodes, 1.96 s / sqrt(n) with s the sample standard deviation, as few-shot
+    papers report it. Only counts are summed, so however the episodes are spread over processes, and in whatever
+    order, the estimate is the same to the last bit.
+    """
+
+    full_state_update = False
+    right: torch.Tensor
+    right_squared: torch.Tensor
+    episodes: torch.Tensor
+    queries: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for state in ("right", "right_squared", "episodes", "queries"):
+            self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count one episode.
+
+        Args:
+            logits: ``[queries, way]``.
+            labels: int64 ``[queries]``.
+        """
+        right = (logits.argmax(1) == labels).sum()
+        self.right += right
+        self.right_squared += right.square()
+        self.episodes += 1
+        self.queries += len(labels)
+
+    def compute(self) -> Estimate:
+        """The estimate over all episodes counted since the last reset."""
+        right, squared = int(self.right), int(self.right_squared)
+        n, queries = int(self.episodes), int(self.queries)
+        per_episode = queries / n
+        # The sample variance of the counts, exact until this one division.
+        variance = (n * squared - right * right) / (n * (n - 1)) if n > 1 else float("nan")
+        return Estimate(right / queries, 1.96 * variance**0.5 / n**0.5 / per_episode, n)

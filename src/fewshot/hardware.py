@@ -1,0 +1,23 @@
+"""Settings of the process that make training faster and change no result."""
+
+import ctypes
+import sys
+
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep the memory that a training step frees, for the next step to use.
+
+    By default glibc gives blocks the size of activations back to the system at once, and each step pays again for
+    having every page of them mapped and zeroed: over a third of a step of Conv4 on the CPU. The price is that the
+    process never shrinks below its peak. Does nothing where the C library is not glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**28)

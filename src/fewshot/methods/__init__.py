@@ -1,0 +1,1 @@
+"""The few-shot methods, each to be read beside its paper."""

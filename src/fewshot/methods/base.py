@@ -1,0 +1,84 @@
+"""What every method shares: it takes an episode and returns logits; all else follows from that."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fewshot.data.episodes import Episode
+from fewshot.evaluation import EpisodeAccuracy, Estimate
+
+
+class FewShotMethod(pl.LightningModule, ABC):
+    """A few-shot classifier; a subclass says how an episode is solved (``forward``) and learnt from.
+
+    Args:
+        encoder: images ``[images, channels, height, width]`` to embeddings ``[images, features]``.
+        learning_rate: of Adam.
+        halve_every: training steps after which the learning rate is halved, over and over.
+
+    Attributes:
+        estimates: the accuracy last measured on "val" and on "test".
+    """
+
+    def __init__(self, encoder: nn.Module, learning_rate: float, halve_every: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.learning_rate, self.halve_every = learning_rate, halve_every
+        self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
+        self.estimates: dict[str, Estimate] = {}
+
+    @abstractmethod
+    def forward(self, episode: Episode) -> torch.Tensor:
+        """Classify the queries of an episode by its support samples.
+
+        Returns:
+            Logits, ``[queries, way]``.
+        """
+
+    def encode(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed support and query in one batch, so that batch norm sees them together while it trains.
+
+        Returns:
+            ``[support samples, features]`` and ``[queries, features]``.
+        """
+        embeddings = self.encoder(torch.cat([episode.support, episode.query]))
+        return embeddings.tensor_split([len(episode.support)])
+
+    def learn(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The cross-entropy of a training episode; logs it, and the accuracy."""
+        loss = cross_entropy(logits, labels)
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
+        return loss
+
+    def validation_step(self, episode: Episode, batch_idx: int) -> None:  # noqa: ARG002
+        """Count the accuracy of one validation episode."""
+        self.val_accuracy.update(self(episode), episode.query_labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation accuracy, by which the best weights are chosen."""
+        self._log_estimate("val", self.val_accuracy)
+
+    def test_step(self, episode: Episode, batch_idx: int) -> None:  # noqa: ARG002
+        """Count the accuracy of one test episode."""
+        self.test_accuracy.update(self(episode), episode.query_labels)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test accuracy."""
+        self._log_estimate("test", self.test_accuracy)
+
+    def _log_estimate(self, split: str, metric: EpisodeAccuracy) -> None:
+        estimate = self.estimates[split] = metric.compute()
+        metric.reset()
+        self.log(f"{split}/accuracy", estimate.accuracy, prog_bar=True)
+        self.log(f"{split}/ci95", estimate.ci95)
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own type names every shape it admits
+        """Adam, its learning rate halved every ``halve_every`` steps."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.halve_every, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,55 @@
+"""Prototypical networks (Snell, Swersky & Zemel, 2017, arXiv 1703.05175)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.functional import one_hot
+
+from fewshot.data.episodes import Episode
+from fewshot.methods.base import FewShotMethod
+
+
+class PrototypicalNetwork(FewShotMethod):
+    """A class is the mean of its embedded support samples; a query belongs to the nearest.
+
+    Args:
+        encoder: the embedding function f of the paper.
+        distance: d of the paper: ``[queries, features]`` and ``[way, features]`` to ``[queries, way]``.
+        learning_rate: see ``FewShotMethod``.
+        halve_every: see ``FewShotMethod``.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        learning_rate: float,
+        halve_every: int,
+    ) -> None:
+        super().__init__(encoder, learning_rate, halve_every)
+        self.distance = distance
+
+    def forward(self, episode: Episode) -> torch.Tensor:
+        """Logits ``[queries, way]``: the softmax over them is equation 2."""
+        support, query = self.encode(episode)
+        return -self.distance(query, prototypes(support, episode.support_labels, episode.way))
+
+    def training_step(self, episode: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+        """The loss of one episode: algorithm 1."""
+        return self.learn(self(episode), episode.query_labels)
+
+
+def prototypes(support: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
+    """The mean of each class's support embeddings: equation 1.
+
+    Args:
+        support: ``[support samples, features]``.
+        labels: int64 ``[support samples]``, every class at least once; classes may differ in shot.
+        way: the number of classes.
+
+    Returns:
+        ``[way, features]``.
+    """
+    members = one_hot(labels, way).to(support.dtype)
+    return (members / members.sum(0)).T @ support

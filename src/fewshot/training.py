@@ -1,0 +1,120 @@
+"""The training story: data, method, trainer; fit, choose on validation classes, test once, write down the result."""
+
+import json
+import subprocess
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from fewshot.callbacks import TrainingTime
+from fewshot.cli import ROOT
+from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.evaluation import Estimate
+from fewshot.hardware import keep_freed_memory
+from fewshot.methods.base import FewShotMethod
+
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "pillow")
+
+
+def train(config: DictConfig) -> float:
+    """Train, validate and test as ``config`` says; everything written goes to ``config.run_dir``.
+
+    Args:
+        config: the composed ``conf/train.yaml``.
+
+    Returns:
+        The validation accuracy of the chosen weights, a fraction.
+
+    Raises:
+        FewShotError: a mistake in the configuration or the data.
+    """
+    OmegaConf.resolve(config)
+    keep_freed_memory()
+    run_dir = Path(config.run_dir)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    # Lightning advises worker processes for every loader without them; ours gathers from memory.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+
+    data = EpisodeDataModule(
+        config.dataset,
+        **{key: config[key] for key in ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed")},
+        cache_dir=config.cache_dir,
+    )
+    data.prepare_data()
+    data.setup()
+    method: FewShotMethod = instantiate(config.method)
+    method.save_hyperparameters(OmegaConf.to_container(config))
+
+    best = ModelCheckpoint(
+        run_dir / "checkpoints", filename="best", monitor="val/accuracy", mode="max", save_last=True
+    )
+    clock = TrainingTime()
+    trainer = pl.Trainer(
+        **config.hardware,
+        max_epochs=-(-config.train.episodes // config.val.every),
+        reload_dataloaders_every_n_epochs=1,  # every epoch draws episodes of its own
+        use_distributed_sampler=False,  # ours knows its rank
+        callbacks=[best, clock, LearningRateMonitor(), RichProgressBar(refresh_rate=10)],
+        logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
+        log_every_n_steps=config.log_every,
+        default_root_dir=run_dir,
+        enable_model_summary=False,
+    )
+    trainer.fit(method, data)
+    seconds = clock.seconds  # before the test restores the callbacks with the best weights
+    trainer.test(method, data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+
+    test, validation = method.estimates["test"], float(best.best_model_score)
+    _report(config, run_dir, test, validation, seconds)
+    return validation
+
+
+@rank_zero_only
+def _report(config: DictConfig, run_dir: Path, test: Estimate, validation: float, seconds: float) -> None:
+    """Write ``results.json``, whole or not at all, and print the table."""
+    results: dict[str, Any] = {
+        **config.choices,
+        **{key: config[key] for key in ("way", "shot", "query")},
+        **test._asdict(),
+        "val_accuracy": validation,
+        "seed": config.seed,
+        "train": OmegaConf.to_container(config.train),
+        "train_seconds": seconds,
+        "train_episodes_per_second": config.train.episodes / seconds,
+        "versions": {"python": python_version(), **{package: version(package) for package in PACKAGES}},
+        "commit": _commit(),
+        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
+    }
+    partial = run_dir / "results.json.partial"
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(run_dir / "results.json")
+
+    table = Table(title=f"{config.way}-way {config.shot}-shot accuracy on the test classes")
+    for column in (*config.choices, "accuracy (95% interval)", "episodes", "trained in"):
+        table.add_column(column)
+    accuracy = f"{test.accuracy:.2%} ± {test.ci95:.2%}"
+    table.add_row(*config.choices.values(), accuracy, f"{test.episodes:,}", f"{seconds:.0f} s")
+    console = Console()
+    console.print(table)
+    console.print(f"results, checkpoints and TensorBoard log: {run_dir}", soft_wrap=True)
+
+
+def _commit() -> str | None:
+    """The commit of this code, marked when files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
