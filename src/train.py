@@ -8,6 +8,7 @@ from fewshot.training import train
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@cli.job
 def main(config: DictConfig) -> float:
     """Run one training; returns the validation accuracy of the chosen weights, for sweepers to maximise."""
     return train(config)

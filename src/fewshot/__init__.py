@@ -1,0 +1,1 @@
+"""Learn from a handful of examples: episodic few-shot training on PyTorch Lightning, configured by Hydra."""

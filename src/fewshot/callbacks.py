@@ -4,6 +4,16 @@ import time
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import RichProgressBar
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's progress bar, with loss and accuracy and nothing else beside it."""
+
+    def get_metrics(self, trainer: pl.Trainer, method: pl.LightningModule) -> dict[str, Any]:  # noqa: D102
+        metrics = super().get_metrics(trainer, method)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 class TrainingTime(pl.Callback):
@@ -20,7 +30,7 @@ class TrainingTime(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self._since = time.monotonic()
 
-    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401, D102
+    def on_train_batch_end(self, *_: Any) -> None:  # noqa: D102
         now = time.monotonic()
         self.seconds += now - self._since
         self._since = now

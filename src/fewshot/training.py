@@ -1,6 +1,7 @@
 """The training story: data, method, trainer; fit, choose on validation classes, test once, write down the result."""
 
 import json
+import logging
 import subprocess
 import warnings
 from importlib.metadata import version
@@ -12,14 +13,15 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from fewshot.callbacks import TrainingTime
-from fewshot.cli import ROOT
+from fewshot.callbacks import ProgressBar, TrainingTime
+from fewshot.config import ROOT, check
+from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.evaluation import Estimate
 from fewshot.hardware import keep_freed_memory
@@ -41,11 +43,14 @@ def train(config: DictConfig) -> float:
         FewShotError: a mistake in the configuration or the data.
     """
     OmegaConf.resolve(config)
+    check(config)
     keep_freed_memory()
     run_dir = Path(config.run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     # Lightning advises worker processes for every loader without them; ours gathers from memory.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
 
     data = EpisodeDataModule(
         config.dataset,
@@ -54,19 +59,18 @@ def train(config: DictConfig) -> float:
     )
     data.prepare_data()
     data.setup()
+    _list_classes(data.bank, run_dir)
     method: FewShotMethod = instantiate(config.method)
     method.save_hyperparameters(OmegaConf.to_container(config))
 
-    best = ModelCheckpoint(
-        run_dir / "checkpoints", filename="best", monitor="val/accuracy", mode="max", save_last=True
-    )
+    best = ModelCheckpoint(run_dir / "checkpoints", filename="best", monitor="val/accuracy", mode="max", save_last=True)
     clock = TrainingTime()
     trainer = pl.Trainer(
         **config.hardware,
         max_epochs=-(-config.train.episodes // config.val.every),
         reload_dataloaders_every_n_epochs=1,  # every epoch draws episodes of its own
         use_distributed_sampler=False,  # ours knows its rank
-        callbacks=[best, clock, LearningRateMonitor(), RichProgressBar(refresh_rate=10)],
+        callbacks=[best, clock, LearningRateMonitor(), ProgressBar(refresh_rate=10)],
         logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
         log_every_n_steps=config.log_every,
         default_root_dir=run_dir,
@@ -76,9 +80,17 @@ def train(config: DictConfig) -> float:
     seconds = clock.seconds  # before the test restores the callbacks with the best weights
     trainer.test(method, data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
 
-    test, validation = method.estimates["test"], float(best.best_model_score)
-    _report(config, run_dir, test, validation, seconds)
+    assert best.best_model_score is not None
+    validation = best.best_model_score.item()
+    _report(config, run_dir, method.estimates["test"], validation, seconds)
     return validation
+
+
+@rank_zero_only
+def _list_classes(bank: ImageBank, run_dir: Path) -> None:
+    """Write down which classes each split holds, since seeds and data decide it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "classes.json").write_text(json.dumps({split: bank.class_names(split) for split in SPLITS}, indent=1))
 
 
 @rank_zero_only
@@ -101,14 +113,14 @@ def _report(config: DictConfig, run_dir: Path, test: Estimate, validation: float
     partial.write_text(json.dumps(results, indent=2) + "\n")
     partial.replace(run_dir / "results.json")
 
-    table = Table(title=f"{config.way}-way {config.shot}-shot accuracy on the test classes")
-    for column in (*config.choices, "accuracy (95% interval)", "episodes", "trained in"):
+    table = Table(title=f"{config.way}-way {config.shot}-shot accuracy on test classes, with its 95% interval")
+    for column in (*config.choices, "accuracy", "episodes", "trained in"):
         table.add_column(column)
     accuracy = f"{test.accuracy:.2%} ± {test.ci95:.2%}"
     table.add_row(*config.choices.values(), accuracy, f"{test.episodes:,}", f"{seconds:.0f} s")
     console = Console()
     console.print(table)
-    console.print(f"results, checkpoints and TensorBoard log: {run_dir}", soft_wrap=True)
+    console.print(f"Results, checkpoints and TensorBoard log: {run_dir}", soft_wrap=True, highlight=False)
 
 
 def _commit() -> str | None:

@@ -141,7 +141,7 @@ def _build(name: str, source: Source, directory: Path) -> None:
     try:
         classes = source.classes()
         offsets = [0, *accumulate(c.count for c in classes)]
-        images: NDArray[np.uint8] | None = None
+        images: np.memmap[Any, np.dtype[np.uint8]] | None = None
         description = f"building the image bank of {name}"
         for number, image_class in enumerate(track(classes, description=description, transient=True)):
             loaded = image_class.load()

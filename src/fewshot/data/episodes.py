@@ -92,13 +92,13 @@ class EpisodeDataset(Dataset[Episode]):
         self.first, self.counts = bank.offsets[classes], np.diff(bank.offsets)[classes]
         self._check(bank.class_names(split))
         labels = torch.arange(way)
-        self.support_labels, self.query_labels = labels.repeat_interleave(shot), labels.repeat_interleave(query)
+        self.support_labels, self.query_labels = (
+            labels.repeat_interleave(shot),
+            labels.repeat_interleave(query),
+        )
 
     def _check(self, names: list[str]) -> None:
         prefix = "train." if self.split == "train" else ""
-        for key in ("way", "shot", "query"):
-            if getattr(self, key) < 1:
-                raise FewShotError(f"{prefix}{key}={getattr(self, key)} must be at least 1")
         if self.way > len(self.counts):
             raise FewShotError(
                 f"{prefix}way={self.way} is more than the {len(self.counts)} classes of the {self.split} split; "
@@ -115,7 +115,12 @@ class EpisodeDataset(Dataset[Episode]):
     def index(self, episode: EpisodeNumber) -> torch.Tensor:
         """The images of an episode, positions in the bank: int64 ``[way, shot + query]``."""
         classes, images = draw_episode(
-            self.counts, self.way, self.shot + self.query, seed=self.seed, split=self.split, **episode._asdict()
+            self.counts,
+            self.way,
+            self.shot + self.query,
+            seed=self.seed,
+            split=self.split,
+            **episode._asdict(),
         )
         return torch.from_numpy(self.first[classes, None] + images)
 

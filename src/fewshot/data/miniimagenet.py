@@ -3,7 +3,7 @@
 import csv
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,10 @@ def _image_class(name: str, split: str, files: Sequence[ImageFile], size: int) -
 
 def _find_pickle(folder: Path, split: str) -> Path | None:
     # MetaOptNet's caches hold the training classes once more as train_phase_val and train_phase_test.
-    names = f"*cache*{split}.pkl", f"*category_split_{'train_phase_train' if split == 'train' else split}.pickle"
+    names = (
+        f"*cache*{split}.pkl",
+        f"*category_split_{'train_phase_train' if split == 'train' else split}.pickle",
+    )
     return next((path for name in names for path in sorted(folder.glob(name))), None)
 
 
@@ -138,7 +141,7 @@ def _resized(images: NDArray[np.uint8], members: NDArray[np.int64], size: int) -
     return np.stack([to_pixels(Image.fromarray(images[member]), size, channels=3) for member in members])
 
 
-def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], Mapping[Any, Iterable[int]]]:
+def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], Mapping[Any, Sequence[int]]]:
     """The images of one pickled cache, uint8 ``[images, height, width, 3]``, and the members of each class."""
     try:
         with path.open("rb") as file:
@@ -154,7 +157,15 @@ def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], Mapping[Any, Iterable[i
             raise ValueError(f"its images are {images.dtype} {list(images.shape)}, not uint8 [images, h, w, 3]")
         if any(np.min(members) < 0 or np.max(members) >= len(images) for members in of_class.values()):
             raise ValueError("a class names images that it does not hold")
-    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:
         raise FewShotError(f"{path} is not a pickled miniImageNet cache: {error}; fetch it again") from error
     return images, of_class
 
@@ -166,10 +177,15 @@ class _ArraysOnly(pickle.Unpickler):
         [(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
         + [(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")]
         + [("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")]
-        + [("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "list"), ("builtins", "range")]
+        + [
+            ("collections", "OrderedDict"),
+            ("collections", "defaultdict"),
+            ("builtins", "list"),
+            ("builtins", "range"),
+        ]
     )
 
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ADMITTED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
         return super().find_class(module, name)

@@ -3,7 +3,7 @@
 import hashlib
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from urllib.error import URLError
@@ -25,9 +25,7 @@ DRAWERS = 20
 TRAIN_CHARACTERS = 1200
 
 
-def omniglot(
-    data_dir: str, size: int, split: str, split_seed: int, val_characters: int, rotations: bool
-) -> Source:
+def omniglot(data_dir: str, size: int, split: str, split_seed: int, val_characters: int, rotations: bool) -> Source:
     """Find Omniglot below ``data_dir``, as folders or zips, or download it there.
 
     Args:
@@ -92,7 +90,7 @@ def _read(drawings: Sequence[ImageFile], size: int) -> NDArray[np.uint8]:
     return 255 - np.stack([decode(file, size, channels=1) for file in drawings])
 
 
-def _turned(read: partial[NDArray[np.uint8]], quarters: int) -> NDArray[np.uint8]:
+def _turned(read: Callable[[], NDArray[np.uint8]], quarters: int) -> NDArray[np.uint8]:
     return np.rot90(read(), quarters, axes=(1, 2))
 
 
@@ -109,9 +107,7 @@ def _characters(place: Path) -> dict[str, list[ImageFile]]:
         raise FewShotError(f"{place} holds {len(characters)} characters instead of {expected}: {mend}")
     for character, drawings in characters.items():
         if len(drawings) != DRAWERS:
-            raise FewShotError(
-                f"{place} holds {len(drawings)} drawings of {character} instead of {DRAWERS}: {mend}"
-            )
+            raise FewShotError(f"{place} holds {len(drawings)} drawings of {character} instead of {DRAWERS}: {mend}")
     return dict(characters)
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from fewshot.errors import FewShotError
+
 
 class Conv4(nn.Sequential):
     """Four blocks of 3x3 convolution, batch norm, max pooling and ReLU, flattened.
@@ -15,11 +17,19 @@ class Conv4(nn.Sequential):
         size: height and width of the images, in pixels, at least 16.
         filters: of every convolution.
 
+    Raises:
+        FewShotError: the images are too small, or a number is not positive.
+
     Shape:
         float ``[images, channels, size, size]`` to ``[images, features]``.
     """
 
     def __init__(self, channels: int, size: int, filters: int = 64) -> None:
+        if size < 16 or channels < 1 or filters < 1:
+            raise FewShotError(
+                f"encoder=conv4 needs dataset.size={size} of at least 16, dataset.channels={channels} of at least 1 "
+                f"and encoder.filters={filters} of at least 1"
+            )
         super().__init__(
             _block(channels, filters),
             _block(filters, filters),

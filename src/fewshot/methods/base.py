@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fewshot.data.episodes import Episode
+from fewshot.errors import FewShotError
 from fewshot.evaluation import EpisodeAccuracy, Estimate
 
 
@@ -20,12 +21,19 @@ class FewShotMethod(pl.LightningModule, ABC):
         learning_rate: of Adam.
         halve_every: training steps after which the learning rate is halved, over and over.
 
+    Raises:
+        FewShotError: a number is out of range.
+
     Attributes:
         estimates: the accuracy last measured on "val" and on "test".
     """
 
     def __init__(self, encoder: nn.Module, learning_rate: float, halve_every: int) -> None:
         super().__init__()
+        if learning_rate <= 0 or halve_every < 1:
+            raise FewShotError(
+                f"method.learning_rate={learning_rate} must be positive and method.halve_every={halve_every} at least 1"
+            )
         self.encoder = encoder
         self.learning_rate, self.halve_every = learning_rate, halve_every
         self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
@@ -60,8 +68,11 @@ class FewShotMethod(pl.LightningModule, ABC):
         self.val_accuracy.update(self(episode), episode.query_labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation accuracy, by which the best weights are chosen."""
+        """Log and tell the validation accuracy, by which the best weights are chosen."""
         self._log_estimate("val", self.val_accuracy)
+        if not self.trainer.sanity_checking:
+            accuracy, ci95, _ = self.estimates["val"]
+            self.print(f"episode {self.global_step:,}: validation accuracy {accuracy:.2%} ± {ci95:.2%}")
 
     def test_step(self, episode: Episode, batch_idx: int) -> None:  # noqa: ARG002
         """Count the accuracy of one test episode."""
@@ -77,7 +88,7 @@ class FewShotMethod(pl.LightningModule, ABC):
         self.log(f"{split}/accuracy", estimate.accuracy, prog_bar=True)
         self.log(f"{split}/ci95", estimate.ci95)
 
-    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own type names every shape it admits
+    def configure_optimizers(self) -> Any:
         """Adam, its learning rate halved every ``halve_every`` steps."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.halve_every, gamma=0.5)

@@ -1,0 +1,47 @@
+import pytest
+import torch
+from torch import nn
+
+from fewshot.encoders.conv4 import Conv4
+from fewshot.errors import FewShotError
+
+
+class Textbook(nn.Sequential):
+    """The encoder as the papers write it: ReLU before pooling, channels first."""
+
+    def __init__(self, channels: int) -> None:
+        blocks = []
+        for inputs in (channels, 64, 64, 64):
+            blocks.append(
+                nn.Sequential(nn.Conv2d(inputs, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2))
+            )
+        super().__init__(*blocks, nn.Flatten())
+
+
+@pytest.mark.parametrize(("channels", "size", "features"), [(1, 28, 64), (3, 84, 1600)])
+def test_it_computes_what_the_papers_write(channels, size, features):
+    torch.manual_seed(0)
+    ours, textbook = Conv4(channels, size).double(), Textbook(channels).double()
+    textbook.load_state_dict(ours.state_dict())
+    images = torch.randn(6, channels, size, size, dtype=torch.float64)
+    for training in (True, False):
+        ours.train(training), textbook.train(training)
+        embeddings = ours(images)
+        assert embeddings.shape == (6, features) and ours.features == features
+        expected = textbook(images)
+        torch.testing.assert_close(embeddings, expected)
+        weights = torch.randn_like(expected)
+        got = torch.autograd.grad((embeddings * weights).sum(), ours.parameters())
+        want = torch.autograd.grad((expected * weights).sum(), textbook.parameters())
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_the_size_of_the_network():
+    assert sum(p.numel() for p in Conv4(1, 28).parameters()) == 111_936
+
+
+@pytest.mark.parametrize("wrong", [{"size": 15}, {"channels": 0}, {"filters": 0}])
+def test_what_it_cannot_build_is_refused(wrong):
+    with pytest.raises(FewShotError, match=f"{next(iter(wrong))}="):
+        Conv4(**{"channels": 1, "size": 28} | wrong)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from torch import nn
+
+from fewshot.data.episodes import Episode
+from fewshot.distances import cosine, l2
+from fewshot.errors import FewShotError
+from fewshot.methods.protonet import PrototypicalNetwork, prototypes
+
+
+def method(distance=l2, **changes):
+    settings = {"learning_rate": 1e-3, "halve_every": 10} | changes
+    return PrototypicalNetwork(nn.Flatten(), distance, **settings)
+
+
+def test_prototypes_are_class_means_whatever_the_order_and_the_shots():
+    support = torch.tensor([[2.0, 0.0], [5.0, 5.0], [4.0, 2.0], [0.0, 4.0]])
+    labels = torch.tensor([1, 0, 1, 1])
+    torch.testing.assert_close(prototypes(support, labels, 2), torch.tensor([[5.0, 5.0], [2.0, 2.0]]))
+
+
+@pytest.mark.parametrize(("distance", "expected"), [(l2, [[-20.0, -13.0]]), (cosine, [[-0.4, -0.01005]])])
+def test_logits_are_negative_distances_to_the_prototypes(distance, expected):
+    support = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+    episode = Episode(support, torch.tensor([0, 0, 1, 1]), torch.tensor([[3.0, 4.0]]), torch.tensor([0]), 2)
+    torch.testing.assert_close(method(distance)(episode), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_labels_of_the_queries_are_never_looked_at():
+    torch.manual_seed(0)
+    labels = torch.arange(5)
+    episode = Episode(torch.randn(5, 3), labels, torch.randn(10, 3), torch.randint(0, 5, (10,)), 5)
+    shuffled = episode._replace(query_labels=torch.randint(0, 5, (10,)))
+    assert torch.equal(method()(episode), method()(shuffled))
+
+
+def test_the_learning_rate_is_halved():
+    configured = method(halve_every=2).cpu()
+    configured.encoder = nn.Linear(3, 3)
+    optimizers = configured.configure_optimizers()
+    optimizer, schedule = optimizers["optimizer"], optimizers["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), schedule.step()
+    assert rates == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4]
+    assert optimizers["lr_scheduler"]["interval"] == "step"
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rate": 0}, {"halve_every": 0}])
+def test_numbers_out_of_range_are_refused(wrong):
+    with pytest.raises(FewShotError, match=f"method.{next(iter(wrong))}=0"):
+        method(**wrong)

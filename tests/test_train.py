@@ -1,0 +1,167 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fewshot.config import ROOT, compose
+from fewshot.errors import FewShotError
+from fewshot.training import train
+
+TINY = ["train.episodes=6", "train.way=3", "val.every=4", "val.episodes=3", "test.episodes=5"]
+KEYS = (
+    "dataset method distance encoder way shot query accuracy ci95 episodes seed train_seconds "
+    "train_episodes_per_second versions commit overrides"
+)
+
+
+@pytest.fixture
+def tiny(cache_dir: Path, tmp_path: Path):
+    """Composes the configuration of a tiny run with its own directory."""
+
+    def configure(*overrides: str, run: str = "run") -> DictConfig:
+        return compose(*TINY, f"run_dir={tmp_path / run}", f"cache_dir={cache_dir}", *overrides)
+
+    return configure
+
+
+def results_of(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+def test_a_plain_run_from_another_directory_leaves_everything_in_its_run_directory(cli, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    run_dir = tmp_path / "run"
+    done = cli(*TINY, "seed=3", f"hydra.run.dir={run_dir}", cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "elsewhere").iterdir())
+    results = results_of(run_dir)
+    assert set(KEYS.split()) <= set(results)
+    assert (results["dataset"], results["method"], results["distance"]) == ("glyphs", "protonet", "l2")
+    assert (results["way"], results["shot"], results["query"], results["seed"]) == (5, 1, 15, 3)
+    assert results["episodes"] == 5 and 0 < results["accuracy"] <= 1 and 0 < results["ci95"] < 1
+    assert results["overrides"] == [*TINY, "seed=3"]
+    assert f"{results['accuracy']:.2%}" in done.stdout
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert list((run_dir / "tensorboard").glob("events.*")) and (run_dir / ".hydra" / "config.yaml").exists()
+    listed = json.loads((run_dir / "classes.json").read_text())
+    assert set(listed) == {"train", "val", "test"}
+    assert not set(listed["test"]) & {*listed["train"], *listed["val"]}
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_path):
+    for run, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tiny(f"seed={seed}", run=run))
+    weights = {
+        run: torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in "abc"
+    }
+    assert all(torch.equal(weights["a"][name], weights["b"][name]) for name in weights["a"])
+    assert not all(torch.equal(weights["a"][name], weights["c"][name]) for name in weights["a"])
+    assert results_of(tmp_path / "a")["accuracy"] == results_of(tmp_path / "b")["accuracy"]
+
+
+def test_the_weights_that_are_tested_are_those_best_on_validation(tiny, tmp_path, monkeypatch):
+    from fewshot.methods.protonet import PrototypicalNetwork  # noqa: PLC0415
+
+    # A training that makes the encoder worse at every step: the first validation is the best.
+    def spoil(self, episode, batch_idx):  # noqa: ARG001
+        for parameter in self.parameters():
+            parameter.data.mul_(0.5 if self.global_step >= 4 else 1)
+        return self.learn(self(episode), episode.query_labels)
+
+    monkeypatch.setattr(PrototypicalNetwork, "training_step", spoil)
+    validation = train(tiny("val.episodes=20", "train.episodes=12"))
+    best = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 4
+    assert results_of(tmp_path / "run")["val_accuracy"] == validation
+    assert best["hyper_parameters"]["method"]["_target_"].endswith("PrototypicalNetwork")
+
+
+def test_training_learns(tiny, tmp_path):
+    few, many = (
+        tiny(f"train.episodes={n}", "val.every=100", "train.way=20", "test.episodes=100", run=str(n)) for n in (1, 100)
+    )
+    train(few), train(many)
+    before, after = results_of(tmp_path / "1"), results_of(tmp_path / "100")
+    assert after["accuracy"] - after["ci95"] > before["accuracy"] + before["ci95"] + 0.1
+
+
+def test_a_sweep_runs_every_combination(cli, tmp_path):
+    done = cli("-m", *TINY, "shot=1,2", "distance=l2,cosine", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = {(r["shot"], r["distance"]) for r in (results_of(tmp_path / str(number)) for number in range(4))}
+    assert found == {(1, "l2"), (1, "cosine"), (2, "l2"), (2, "cosine")}
+
+
+def test_train_keys_default_to_those_of_the_test_unless_the_method_says_otherwise():
+    config = compose("way=7", "shot=3", "query=2", "run_dir=x")
+    assert (config.train.way, config.train.shot, config.train.query) == (20, 3, 5)
+    assert compose("train.query=9", "run_dir=x").train.query == 9
+
+
+def test_help_shows_the_groups_and_every_key_with_a_comment(cli):
+    shown = cli("--help").stdout
+    for group, options in {"dataset": "glyphs|miniimagenet|omniglot", "distance": "cosine|l2"}.items():
+        assert f"# {group}={options}" in shown
+    config = compose("run_dir=x")
+    keys = [key for key, value in config.items() if not OmegaConf.is_config(value)]
+    for group in ("train", "val", "test", "dataset", "method", "encoder", "hardware"):
+        keys += [str(key) for key, value in config[group].items() if not OmegaConf.is_config(value)]
+    for key in keys:
+        if not str(key).startswith("_"):
+            assert re.search(rf"^ *{key}: .*  # \w", shown, re.MULTILINE), key
+
+
+BAD = {
+    ("way=five",): "way=five",
+    ("wya=5",): "'wya'",
+    ("dataset=cifar",): "'dataset/cifar'",
+    ("way=1", "train.episodes=0"): "way=1 must be at least 2; train.episodes=0 must be at least 1",
+    ("way=9999",): "way=9999 is more than",
+    ("shot=15",): "shot=15 and query=15 need 30 images of each class",
+    ("hydra.run.dir=/proc/none/run",): "/proc/none",
+    ("cache_dir=/proc/none",): "cache_dir=PATH",
+    ("dataset=omniglot", "data_dir=/proc/none"): "data_dir=PATH",
+    ("dataset=miniimagenet", "data_dir=/proc/none"): "/proc/none/miniimagenet",
+    ("hardware=gpu",): "gpu",
+    ("encoder.filters=0",): "encoder.filters=0",
+    ("dataset.normalise=no",): "dataset.normalise=no",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_a_mistake_ends_in_one_clear_line(cli, overrides, tmp_path):
+    places = [] if overrides[0].startswith("hydra.run.dir") else [f"hydra.run.dir={tmp_path / 'run'}"]
+    done = cli(*overrides, *places)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    told = done.stderr.strip().splitlines()
+    assert told[0].startswith("error: ")
+    assert BAD[overrides] in told[0]
+    assert len(told) == (3 if "dataset=miniimagenet" in overrides else 1), done.stderr
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_several_mistakes_are_told_at_once(tiny):
+    with pytest.raises(FewShotError, match=r"shot=0 .*; val\.every=0 .*; seed=-1 "):
+        train(tiny("shot=0", "train.shot=1", "val.every=0", "seed=-1"))
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("dataset", "expected"), [("omniglot", (1028, 172, 423)), ("miniimagenet", (64, 16, 20))])
+def test_the_real_data_trains_and_tests(cli, real_data, tmp_path, dataset, expected):
+    run_dir = tmp_path / "run"
+    done = cli(*TINY, f"dataset={dataset}", f"data_dir={real_data}", f"hydra.run.dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    assert results_of(run_dir)["dataset"] == dataset
+    listed = json.loads((run_dir / "classes.json").read_text())
+    classes = {split: {name.split("@")[0] for name in names} for split, names in listed.items()}
+    assert not classes["train"] & classes["val"] | classes["train"] & classes["test"] | classes["val"] & classes["test"]
+    assert tuple(map(len, classes.values())) == expected
+
+
+def test_the_run_directory_lies_in_outputs_of_the_project(cli):
+    shown = cli("--cfg", "hydra", "--package", "hydra.run", "--resolve", cwd="/").stdout
+    assert f"dir: {ROOT / 'outputs'}" in shown
