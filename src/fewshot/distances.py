@@ -1,7 +1,12 @@
 """Distances between embeddings, each computed by one matrix product."""
 
+import math
+
 import torch
+from torch import nn
 from torch.nn.functional import normalize
+
+from fewshot.errors import FewShotError
 
 
 def l2(queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -33,6 +38,38 @@ def cosine(queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     queries, points = _full_precision(queries, points)
     with torch.autocast(queries.device.type, enabled=False):
         return 1 - normalize(queries, dim=1) @ normalize(points, dim=1).T
+
+
+class ScaledCosine(nn.Module):
+    """Cosine distance times a factor, constant or learnt.
+
+    Without one, the softmax over ``way`` similarities in [-1, 1] cannot exceed e / (e + (way - 1) / e).
+
+    Args:
+        scale: the factor, positive; the first one if it is learnt.
+        learn: learn the factor's logarithm, so that it stays positive.
+
+    Raises:
+        FewShotError: the factor is not positive.
+    """
+
+    def __init__(self, scale: float, learn: bool) -> None:
+        super().__init__()
+        if scale <= 0:
+            raise FewShotError(f"distance.scale={scale} must be positive")
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
+
+    def forward(self, queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        """The distances.
+
+        Args:
+            queries: ``[queries, features]``.
+            points: ``[points, features]``.
+
+        Returns:
+            ``[queries, points]``, between 0 and twice the factor.
+        """
+        return self.log_scale.exp() * cosine(queries, points)
 
 
 def _full_precision(queries: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ class FewShotMethod(pl.LightningModule, ABC):
     Args:
         encoder: images ``[images, channels, height, width]`` to embeddings ``[images, features]``.
         learning_rate: of Adam.
-        halve_every: training steps after which the learning rate is halved, over and over.
+        halve_every: training steps after which the learning rate is halved, over and over; None: never.
 
     Raises:
         FewShotError: a number is out of range.
@@ -28,9 +28,9 @@ class FewShotMethod(pl.LightningModule, ABC):
         estimates: the accuracy last measured on "val" and on "test".
     """
 
-    def __init__(self, encoder: nn.Module, learning_rate: float, halve_every: int) -> None:
+    def __init__(self, encoder: nn.Module, learning_rate: float, halve_every: int | None) -> None:
         super().__init__()
-        if learning_rate <= 0 or halve_every < 1:
+        if learning_rate <= 0 or (halve_every is not None and halve_every < 1):
             raise FewShotError(
                 f"method.learning_rate={learning_rate} must be positive and method.halve_every={halve_every} at least 1"
             )
@@ -72,7 +72,7 @@ class FewShotMethod(pl.LightningModule, ABC):
         self._log_estimate("val", self.val_accuracy)
         if not self.trainer.sanity_checking:
             accuracy, ci95, _ = self.estimates["val"]
-            self.print(f"episode {self.global_step:,}: validation accuracy {accuracy:.2%} ± {ci95:.2%}")
+            self.print(f"episode {self.global_step:,}: validation accuracy {accuracy:.2%} ± {ci95:.2%}", flush=True)
 
     def test_step(self, episode: Episode, batch_idx: int) -> None:  # noqa: ARG002
         """Count the accuracy of one test episode."""
@@ -91,5 +91,7 @@ class FewShotMethod(pl.LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """Adam, its learning rate halved every ``halve_every`` steps."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        if self.halve_every is None:
+            return optimizer
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.halve_every, gamma=0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -25,7 +25,7 @@ class PrototypicalNetwork(FewShotMethod):
         encoder: nn.Module,
         distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         learning_rate: float,
-        halve_every: int,
+        halve_every: int | None,
     ) -> None:
         super().__init__(encoder, learning_rate, halve_every)
         self.distance = distance

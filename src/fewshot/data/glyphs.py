@@ -1,0 +1,158 @@
+"""Glyphs: letters of many scripts, drawn from the fonts that matplotlib ships, so that nothing is downloaded.
+
+Every sample of a letter is set in a face, weight, slant, size and place of its own and bent a little, as if several
+hands had written it. Scripts are dealt out whole: what is tested are scripts that were never seen in training.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from fontTools.ttLib import TTFont
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.functional import avg_pool2d, grid_sample, interpolate
+
+from fewshot.data.bank import ImageClass, Source
+from fewshot.errors import FewShotError
+
+# The first words of the letters' Unicode names. Test and validation come first, since of two letters that look alike
+# the first is kept.
+SCRIPTS = {
+    "test": ("GEORGIAN", "HEBREW", "LAO", "ARABIC"),
+    "val": ("ARMENIAN", "NKO"),
+    "train": ("LATIN", "GREEK", "CYRILLIC", "COPTIC", "CANADIAN", "TIFINAGH", "OLD", "LISU"),
+}
+FACES = (
+    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+)
+EM = 64  # pixels of the font size that letters are set in before they are bent and scaled down
+SMALLEST = 0.3 * EM  # letters whose longer side is shorter are marks rather than shapes
+LOOK_ALIKE = 0.86  # the correlation of blurred shapes beyond which two letters count as one
+
+
+def glyphs(size: int, samples: int, seed: int) -> Source:
+    """Draw the letters of 14 scripts.
+
+    Args:
+        size: height and width of the images; ink is bright on black.
+        samples: images of each letter.
+        seed: of the samples' variation; which letters there are does not depend on it.
+
+    Raises:
+        FewShotError: matplotlib's fonts are missing, or fewer than one sample or pixel is asked for.
+    """
+    folder = Path(mpl.get_data_path(), "fonts", "ttf")
+    faces = [folder / f"{name}.ttf" for name in FACES]
+    missing = [face for face in faces if not face.exists()]
+    if missing:
+        raise FewShotError(f"dataset=glyphs draws with fonts of matplotlib, and {missing[0]} is missing: reinstall it")
+    if size < 1 or samples < 1:
+        raise FewShotError(f"dataset.size={size} and dataset.source.samples={samples} must be at least 1")
+
+    def classes() -> list[ImageClass]:
+        return [
+            ImageClass(unicodedata.name(letter), split, samples, partial(_draw, letter, found, size, samples, seed))
+            for split, letter, found in _letters(faces)
+        ]
+
+    return Source(faces, classes)
+
+
+def _letters(faces: Sequence[Path]) -> list[tuple[str, str, list[Path]]]:
+    """Split, letter, and the faces that have it, of all letters that can be told apart; training comes first."""
+    covered = {face: TTFont(face, lazy=True).getBestCmap() for face in faces}
+    scripts = {script: split for split, of in SCRIPTS.items() for script in of}
+    order = list(scripts)
+    found = []
+    for code in sorted(set().union(*covered.values())):
+        letter = chr(code)
+        script = unicodedata.name(letter, "-").split()[0]
+        # A letter that is another one with an accent, or in another form, has a decomposition.
+        plain = unicodedata.category(letter) in ("Lo", "Lu", "Ll") and not unicodedata.decomposition(letter)
+        if script in scripts and plain:
+            found.append((script, letter, [face for face in faces if code in covered[face]]))
+    found.sort(key=lambda entry: order.index(entry[0]))
+    kept = [found[number] for number in _distinct([_set(letter, of[0], 0) for _, letter, of in found])]
+    splits = [(scripts[script], letter, of) for script, letter, of in kept]
+    return sorted(splits, key=lambda entry: ("train", "val", "test").index(entry[0]))
+
+
+def _distinct(shapes: Sequence[Image.Image]) -> list[int]:
+    """The numbers of the shapes that are large enough and look like none before them."""
+    kept: list[int] = []
+    side = 24
+    vectors = np.zeros((len(shapes), side * side))
+    for number, shape in enumerate(shapes):
+        if max(shape.size) < SMALLEST:
+            continue
+        # Scaled to one size and blurred: letters that differ in size or by a trifle look alike.
+        scale = (side - 6) / max(shape.size)
+        scaled = shape.resize([max(1, round(length * scale)) for length in shape.size], Image.Resampling.BOX)
+        canvas = Image.new("L", (side, side))
+        canvas.paste(scaled, ((side - scaled.width) // 2, (side - scaled.height) // 2))
+        blurred = avg_pool2d(torch.from_numpy(np.array(canvas, dtype=np.float64))[None], 5, stride=1, padding=2)
+        vector = blurred.flatten().numpy() - blurred.mean().item()
+        vector /= np.linalg.norm(vector)
+        if not kept or (vectors[kept] @ vector).max() < LOOK_ALIKE:
+            kept.append(number)
+            vectors[number] = vector
+    return kept
+
+
+@lru_cache(len(FACES))
+def _font(face: Path) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(face, EM)
+
+
+def _set(letter: str, face: Path, stroke: float) -> Image.Image:
+    """The letter in a face, its stroke widened by so many pixels, cropped to its ink."""
+    font = _font(face)
+    box = font.getbbox(letter, stroke_width=stroke)
+    image = Image.new("L", (int(box[2] - box[0]) + 2, int(box[3] - box[1]) + 2))
+    ImageDraw.Draw(image).text((1 - box[0], 1 - box[1]), letter, 255, font, stroke_width=stroke)
+    return image.crop(image.getbbox())
+
+
+def _draw(letter: str, faces: Sequence[Path], size: int, samples: int, seed: int) -> NDArray[np.uint8]:
+    """Samples of one letter: uint8 ``[samples, size, size, 1]``."""
+    random = np.random.default_rng([seed, ord(letter)])
+    canvases = np.zeros((samples, 1, 2 * EM, 2 * EM), dtype=np.float32)
+    extents = np.empty(samples)
+    for number in range(samples):
+        image = _set(letter, faces[int(random.integers(len(faces)))], float(random.uniform(0, 3)))
+        image.thumbnail((2 * EM, 2 * EM))
+        x, y = (2 * EM - image.width) // 2, (2 * EM - image.height) // 2
+        canvases[number, 0, y : y + image.height, x : x + image.width] = np.asarray(image)
+        extents[number] = max(image.size) / (2 * EM)  # the half-width of the ink, when the canvas spans -1..1
+    bent = grid_sample(torch.from_numpy(canvases), _grid(random, extents, 3 * size), align_corners=False)
+    return avg_pool2d(bent, 3).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _grid(random: np.random.Generator, extents: NDArray[np.float64], size: int) -> torch.Tensor:
+    """Where each output pixel looks on a canvas: rotated, sheared, stretched, shifted and bent anew for each sample.
+
+    Returns:
+        float32 ``[samples, size, size, 2]``, x and y in -1..1.
+    """
+    samples = len(extents)
+
+    def uniform(spread: float) -> torch.Tensor:
+        return torch.from_numpy(random.uniform(-spread, spread, (samples, 1, 1)))
+
+    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * 2 / size - 1
+    y, x = axis[:, None] + uniform(0.12), axis[None, :] + uniform(0.12)
+    coarse = torch.from_numpy(random.normal(0, 0.07, (samples, 2, 4, 4)))
+    bend = interpolate(coarse, (size, size), mode="bicubic", align_corners=True)
+    angle, shear = uniform(0.26), uniform(0.25)  # 15 degrees
+    x, y = x * angle.cos() - y * angle.sin() + bend[:, 0], x * angle.sin() + y * angle.cos() + bend[:, 1]
+    reach = torch.from_numpy(extents)[:, None, None] * 1.5
+    x, y = reach * (1 + uniform(0.2)) * (x + shear * y), reach * (1 + uniform(0.2)) * y
+    return torch.stack([x, y], dim=-1).float()

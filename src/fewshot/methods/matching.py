@@ -1,0 +1,140 @@
+"""Matching networks (Vinyals et al., 2016, arXiv 1606.04080), without and with full context embeddings."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fewshot.data.episodes import Episode
+from fewshot.errors import FewShotError
+from fewshot.methods.base import FewShotMethod
+
+
+class MatchingNetwork(FewShotMethod):
+    """A query's label is the sum of the support labels, weighted by attention to the support samples.
+
+    Args:
+        encoder: the embedding f' = g' of the paper.
+        distance: ``[queries, features]`` and ``[support samples, features]`` to ``[queries, support samples]``; the
+            paper's c is minus the cosine distance.
+        learning_rate: see ``FewShotMethod``.
+        halve_every: see ``FewShotMethod``.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        learning_rate: float,
+        halve_every: int | None,
+    ) -> None:
+        super().__init__(encoder, learning_rate, halve_every)
+        self.distance = distance
+
+    def embed(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embeddings g of the support and f of the queries: here each image by itself.
+
+        Returns:
+            ``[support samples, features]`` and ``[queries, features]``.
+        """
+        return self.encode(episode)
+
+    def forward(self, episode: Episode) -> torch.Tensor:
+        """Logits ``[queries, way]``: the logarithms of the probabilities of equation 1."""
+        support, query = self.embed(episode)
+        attention = (-self.distance(query, support)).log_softmax(dim=1)  # log a, section 2.1.1
+        return sum_by_class(attention, episode.support_labels, episode.way)
+
+    def training_step(self, episode: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+        """The loss of one episode: equation 2."""
+        return self.learn(self(episode), episode.query_labels)
+
+
+class FullContextMatchingNetwork(MatchingNetwork):
+    """Matching networks that embed every image in the light of the whole support set (section 2.1.2, appendix A).
+
+    The support set is read as a sequence, so its order matters; episodes shuffle it.
+
+    Args:
+        encoder: the embedding f' = g' of the paper, with its number of ``features``.
+        distance: see ``MatchingNetwork``.
+        learning_rate: see ``FewShotMethod``.
+        halve_every: see ``FewShotMethod``.
+        unrolling_steps: K of the paper: how often a query looks at the support set.
+
+    Raises:
+        FewShotError: no unrolling step.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        learning_rate: float,
+        halve_every: int | None,
+        unrolling_steps: int,
+    ) -> None:
+        super().__init__(encoder, distance, learning_rate, halve_every)
+        if unrolling_steps < 1:
+            raise FewShotError(f"method.unrolling_steps={unrolling_steps} must be at least 1; without: method=matching")
+        features = int(encoder.features)  # type: ignore[arg-type]
+        self.unrolling_steps = unrolling_steps
+        self.support_lstm = nn.LSTM(features, features, bidirectional=True)
+        # The hidden state [h, r] of equation 3 is twice as wide as h: r joins the input instead, to which the gates
+        # are as linear as to the hidden state.
+        self.query_lstm = nn.LSTMCell(2 * features, features)
+
+    def embed(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embeddings g of the support and f of the queries, in context.
+
+        Returns:
+            ``[support samples, features]`` and ``[queries, features]``.
+        """
+        support, query = self.encode(episode)
+        support = self.embed_support(support)
+        return support, self.embed_query(query, support)
+
+    def embed_support(self, support: torch.Tensor) -> torch.Tensor:
+        """The embedding g: a bidirectional LSTM over the support set, with a skip connection (appendix A.2).
+
+        Args:
+            support: g', ``[support samples, features]``.
+
+        Returns:
+            ``[support samples, features]``.
+        """
+        forwards, backwards = self.support_lstm(support)[0].chunk(2, dim=1)
+        return support + forwards + backwards
+
+    def embed_query(self, query: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+        """The embedding f: an LSTM that attends to the support set at each of its steps (appendix A.1).
+
+        Args:
+            query: f', ``[queries, features]``.
+            support: g, ``[support samples, features]``.
+
+        Returns:
+            ``[queries, features]``.
+        """
+        hidden, cell = torch.zeros_like(query), torch.zeros_like(query)
+        for _ in range(self.unrolling_steps):
+            attention = (hidden @ support.T).softmax(dim=1)  # equation 6
+            readout = attention @ support  # equation 5
+            hidden, cell = self.query_lstm(torch.cat([query, readout], dim=1), (hidden, cell))  # equation 3
+            hidden = hidden + query  # equation 4
+        return hidden
+
+
+def sum_by_class(attention: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
+    """Sum the attention on the support samples of each class, from logarithm to logarithm.
+
+    Args:
+        attention: the logarithms of the weights, ``[queries, support samples]``.
+        labels: int64 ``[support samples]``, every class at least once; classes may differ in shot.
+        way: the number of classes.
+
+    Returns:
+        The logarithms of the sums, ``[queries, way]``: finite however small the weights are.
+    """
+    others = labels != torch.arange(way, device=labels.device)[:, None]
+    return attention[:, None].masked_fill(others, -torch.inf).logsumexp(dim=2)
