@@ -1,0 +1,151 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fewshot.config import ROOT
+from fewshot.data.bank import ImageClass, Source, open_bank
+from fewshot.errors import FewShotError
+
+IMAGES = {
+    f"class {number}": np.full((count, 4, 4, 1), number, dtype=np.uint8) for number, count in enumerate((3, 1, 2, 4))
+}
+SPLITS = ("train", "test", "train", "val")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "data" / "source"
+    path.parent.mkdir()
+    path.write_text("one")
+    return path
+
+
+def make_source(file, built=None):
+    def classes():
+        if built is not None:
+            built.append(1)
+        return [
+            ImageClass(name, split, len(images), lambda images=images: images)
+            for (name, images), split in zip(IMAGES.items(), SPLITS, strict=True)
+        ]
+
+    return Source([file], classes)
+
+
+def test_a_bank_holds_what_the_source_gave(file, tmp_path):
+    bank = open_bank("toy", make_source(file), {}, tmp_path / "cache")
+    assert torch.equal(bank.images, torch.from_numpy(np.concatenate(list(IMAGES.values()))))
+    assert bank.offsets.tolist() == [0, 3, 4, 6, 10]
+    assert bank.names == tuple(IMAGES)
+    assert bank.splits == SPLITS
+    assert bank.classes("train").tolist() == [0, 2]
+    assert bank.class_names("val") == ["class 3"]
+
+
+def test_it_is_built_once_and_again_when_files_or_settings_change(file, tmp_path):
+    built: list[int] = []
+    source = make_source(file, built)
+
+    def builds(settings):
+        open_bank("toy", source, settings, tmp_path / "cache")
+        return len(built)
+
+    assert [builds({"size": 4}), builds({"size": 4}), builds({"size": 5})] == [1, 1, 2]
+    file.write_text("two, longer")
+    assert builds({"size": 4}) == 3
+    os.utime(file, (1, 1))
+    assert builds({"size": 4}) == 4
+
+
+def test_writing_to_the_images_never_reaches_the_disk(file, tmp_path):
+    open_bank("toy", make_source(file), {}, tmp_path / "cache").images.fill_(9)
+    assert open_bank("toy", make_source(file), {}, tmp_path / "cache").images.max() == 3
+
+
+def test_nothing_is_written_beside_the_data(file, tmp_path):
+    open_bank("toy", make_source(file), {}, tmp_path / "cache")
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_build_that_fails_leaves_nothing_and_the_next_one_works(file, tmp_path):
+    def broken():
+        raise FewShotError("cannot read the image x.png")
+
+    good = make_source(file)
+    source = Source([file], lambda: [*good.classes(), ImageClass("broken", "val", 1, broken)])
+    with pytest.raises(FewShotError, match=r"x\.png"):
+        open_bank("toy", source, {}, tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert len(open_bank("toy", good, {}, tmp_path / "cache").names) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"), [("images.npy", b"\x93NUMPY"), ("index.json", b"{"), ("index.json", None)]
+)
+def test_a_damaged_bank_is_built_again(file, tmp_path, name, contents):
+    open_bank("toy", make_source(file), {}, tmp_path / "cache")
+    (damaged,) = (tmp_path / "cache").glob(f"*/{name}")
+    if contents is None:
+        damaged.unlink()
+    else:
+        damaged.write_bytes(contents)
+    assert open_bank("toy", make_source(file), {}, tmp_path / "cache").images.max() == 3
+
+
+@pytest.mark.parametrize("place", ["/proc/none", "{file}/cache"])
+def test_a_cache_that_cannot_be_written_is_named(file, place):
+    place = place.format(file=file)
+    with pytest.raises(FewShotError, match=rf"{place}.*cache_dir=PATH"):
+        open_bank("toy", make_source(file), {}, place)
+
+
+SLOW_BUILD = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from fewshot.data.bank import ImageClass, Source, open_bank
+folder = Path(sys.argv[1])
+def load():
+    with (folder / "log").open("a") as log:
+        log.write("built\\n")
+    time.sleep(float(sys.argv[2]))
+    return np.full((5, 4, 4, 1), 7, dtype=np.uint8)
+source = Source([folder / "source"], lambda: [ImageClass("a", "train", 5, load)])
+print(int(open_bank("toy", source, {}, folder / "cache").images.sum()))
+"""
+
+
+def start_build(folder, seconds):
+    command = [sys.executable, "-c", SLOW_BUILD, str(folder), str(seconds)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_build_one_bank(tmp_path):
+    (tmp_path / "source").touch()
+    processes = [start_build(tmp_path, 2) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [out.split()[-1] for out, _ in outputs] == [str(5 * 16 * 7)] * 2
+    assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_a_killed_build_is_no_obstacle_and_no_bank(tmp_path):
+    (tmp_path / "source").touch()
+    killed = start_build(tmp_path, 60)
+    while not (tmp_path / "log").exists():
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert list((tmp_path / "cache").glob("*.partial"))
+    out, error = start_build(tmp_path, 0).communicate(timeout=120)
+    assert out.split()[-1] == str(5 * 16 * 7), error
+    (bank,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert json.loads((bank / "index.json").read_text())["names"] == ["a"]

@@ -1,0 +1,87 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import make_bank
+from fewshot.config import compose
+from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.errors import FewShotError
+
+BANK = make_bank({"train": [12] * 8, "val": [12] * 5, "test": [12] * 6}, channels=3)
+KEYS = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed")
+
+
+def make(*overrides, trainer=None):
+    small = ["way=3", "shot=2", "query=4", "train.way=6", "train.episodes=10", "val.every=4", "val.episodes=5"]
+    config = compose("run_dir=x", *small, "test.episodes=6", *overrides)
+    module = EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="unused")
+    module._bank = BANK
+    module.setup()
+    module.trainer = trainer
+    return module
+
+
+def same(loader, other):
+    return all(
+        torch.equal(a.support, b.support) and torch.equal(a.query, b.query) for a, b in zip(loader, other, strict=True)
+    )
+
+
+def test_loaders_give_episodes_of_the_make_asked_for():
+    module = make()
+    for loader, way, shot, query, count in (
+        (module.train_dataloader(), 6, 2, 5, 4),
+        (module.val_dataloader(), 3, 2, 4, 5),
+        (module.test_dataloader(), 3, 2, 4, 6),
+    ):
+        episodes = list(loader)
+        assert len(episodes) == len(loader) == count
+        for episode in episodes:
+            assert episode.way == way
+            assert episode.support.shape == (way * shot, 16, 16, 3) and episode.support.dtype == torch.uint8
+            assert episode.query.shape == (way * query, 16, 16, 3)
+            assert episode.support_labels.bincount().tolist() == [shot] * way
+            assert episode.query_labels.bincount().tolist() == [query] * way
+
+
+def test_evaluation_meets_the_same_episodes_every_time_and_under_every_training_seed():
+    one, other = make("seed=1"), make("seed=2")
+    assert same(one.val_dataloader(), one.val_dataloader())
+    assert same(one.test_dataloader(), other.test_dataloader())
+    assert not same(one.train_dataloader(), other.train_dataloader())
+    assert not same(one.test_dataloader(), make("eval_seed=1").test_dataloader())
+
+
+def epoch(number, rank=0, world_size=1):
+    return make(trainer=SimpleNamespace(current_epoch=number, global_rank=rank, world_size=world_size))
+
+
+def test_epochs_differ_and_the_last_one_holds_what_is_left():
+    assert [len(epoch(number).train_dataloader()) for number in range(3)] == [4, 4, 2]
+    assert not same(epoch(0).train_dataloader(), epoch(1).train_dataloader())
+    assert same(epoch(0).val_dataloader(), epoch(1).val_dataloader())
+
+
+def test_ranks_share_out_the_episodes_of_one_process():
+    whole, *ranks = epoch(1), epoch(1, 0, 2), epoch(1, 1, 2)
+    for get in ("train_dataloader", "test_dataloader"):
+        shares = [list(getattr(rank, get)()) for rank in ranks]
+        interleaved = [episode for pair in zip(*shares, strict=True) for episode in pair]
+        assert same(getattr(whole, get)(), interleaved)
+
+
+@pytest.mark.parametrize("kind", ["range", "standardise"])
+def test_images_are_normalised_after_the_transfer_to_the_device(kind):
+    module = make(f"dataset.normalise={kind}")
+    episode = module.on_after_batch_transfer(next(iter(module.val_dataloader())), 0)
+    assert episode.support.shape == (6, 3, 16, 16) and episode.query.dtype == torch.float32
+    bound = 1.0 if kind == "range" else 5.0
+    assert 0.9 < episode.query.max() <= bound
+
+
+def test_every_split_is_checked_before_training():
+    with pytest.raises(FewShotError, match="way=6 is more than the 5 classes of the val split"):
+        make("way=6")
+    with pytest.raises(FewShotError, match=r"train\.way=9 is more than the 8 classes of the train split"):
+        make("train.way=9")

@@ -1,0 +1,104 @@
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewshot.data.files import ImageFile, list_folder, list_zip
+from fewshot.data.images import decode, normalise
+from fewshot.errors import FewShotError
+
+
+def encoded(mode="RGB", size=(10, 10), kind="PNG", colour=None):
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour if colour is not None else 0).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_a_folder_and_a_zip_of_it_list_the_same(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("b/2.png", "a/1.png", "a/c/3.png", ".hidden/4.png", "a/.5.png"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(name.encode())
+    with zipfile.ZipFile(tmp_path / "tree.zip", "w") as archive:
+        archive.writestr("__MACOSX/a/1.png", "")
+        for path in tree.rglob("*.png"):
+            archive.write(path, path.relative_to(tree))
+    folder, zipped = list_folder(tree), list_zip(tmp_path / "tree.zip")
+    assert set(folder) == set(zipped) == {"a/1.png", "a/c/3.png", "b/2.png"}
+    assert all(folder[name].read() == zipped[name].read() == name.encode() for name in folder)
+    assert zipped["a/1.png"].name == f"{tmp_path / 'tree.zip'}:a/1.png"
+
+
+def test_a_broken_zip_is_named(tmp_path):
+    (tmp_path / "broken.zip").write_bytes(b"PK nonsense")
+    with pytest.raises(FewShotError, match=r"broken\.zip"):
+        list_zip(tmp_path / "broken.zip")
+
+
+def test_a_member_with_a_wrong_checksum_is_named(tmp_path):
+    contents = encoded(size=(60, 60))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x.png", contents)
+    raw = bytearray((tmp_path / "a.zip").read_bytes())
+    raw[raw.index(contents) + 60] ^= 255
+    (tmp_path / "a.zip").write_bytes(raw)
+    with pytest.raises(FewShotError, match=r"a\.zip:x\.png"):
+        decode(list_zip(tmp_path / "a.zip")["x.png"], 10, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK"])
+def test_any_kind_of_image_comes_out_in_the_size_and_channels_asked_for(mode, channels):
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    file = ImageFile("x", lambda: encoded(mode, (21, 13), kind))
+    pixels = decode(file, 8, channels)
+    assert (pixels.shape, pixels.dtype) == ((8, 8, channels), np.uint8)
+
+
+def test_pixels_of_the_right_size_are_kept_exactly():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    assert np.array_equal(decode(ImageFile("x", buffer.getvalue), 8, 3), pixels)
+
+
+@pytest.mark.parametrize("contents", [b"", b"not an image", encoded(size=(99, 99))[:60], encoded(kind="JPEG")[:400]])
+def test_a_broken_image_is_named(contents):
+    with pytest.raises(FewShotError, match=r"bird\.jpg"):
+        decode(ImageFile("bird.jpg", lambda: contents), 8, 3)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    with pytest.raises(FewShotError, match=r"gone\.png"):
+        decode(ImageFile("gone.png", (tmp_path / "gone.png").read_bytes), 8, 3)
+
+
+@pytest.fixture
+def noise():
+    return torch.randint(3, 200, (6, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_range_spans_0_to_1_in_each_image(noise):
+    images = normalise(noise, "range")
+    assert images.shape == (6, 3, 8, 8)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.amin((1, 2, 3)).tolist() == [0] * 6
+    assert images.amax((1, 2, 3)).tolist() == [1] * 6
+
+
+def test_standardise_gives_zero_mean_and_unit_variance_in_each_image(noise):
+    images = normalise(noise, "standardise")
+    torch.testing.assert_close(images.mean((1, 2, 3)), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(images.var((1, 2, 3), correction=0), torch.ones(6))
+
+
+@pytest.mark.parametrize("kind", ["range", "standardise"])
+def test_each_image_is_normalised_by_itself_and_a_blank_one_stays_finite(noise, kind):
+    noise[2] = 77
+    images = normalise(noise, kind)
+    assert images[2].eq(0).all()
+    torch.testing.assert_close(images[4], normalise(noise[4:5], kind)[0])
+    torch.testing.assert_close(normalise(noise.view(2, 3, 8, 8, 3), kind).view(6, 3, 8, 8), images)

@@ -1,0 +1,183 @@
+import hashlib
+import http.server
+import io
+import threading
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image, ImageDraw
+
+from fewshot.data import omniglot as module
+from fewshot.data.bank import SPLITS, open_bank
+from fewshot.data.omniglot import omniglot, split_characters
+from fewshot.errors import FewShotError
+
+PARTS = {"images_background": 6, "images_evaluation": 4}
+SETTINGS = {"size": 28, "split": "vinyals", "split_seed": 0, "val_characters": 2, "rotations": True}
+
+
+def drawing(number: int, drawer: int) -> bytes:
+    image = Image.new("1", (105, 105), 1)
+    ImageDraw.Draw(image).line([(20, 20 + 5 * number), (85, 60 + drawer)], fill=0, width=4)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def small_omniglot(request, monkeypatch):
+    """All but the tests on the real files pretend that Omniglot has 10 characters of 3 drawings."""
+    if "real_data" not in request.fixturenames:
+        monkeypatch.setattr(module, "CHARACTERS", PARTS)
+        monkeypatch.setattr(module, "DRAWERS", 3)
+        monkeypatch.setattr(module, "TRAIN_CHARACTERS", 7)
+
+
+def write(folder: Path, zipped: bool = True, part: str | None = None) -> Path:
+    for name, characters in PARTS.items():
+        if part not in (None, name):
+            continue
+        members = {
+            f"{name}/{name[7:10]}_{number % 2}/character{number:02}/{number:04}_{drawer:02}.png": drawing(number, drawer)
+            for number in range(characters)
+            for drawer in range(1, 4)
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        if zipped:
+            with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+                for member, contents in members.items():
+                    archive.writestr(member, contents)
+        else:
+            for member, contents in members.items():
+                (folder / member).parent.mkdir(parents=True, exist_ok=True)
+                (folder / member).write_bytes(contents)
+    return folder.parent
+
+
+def read(data_dir, **changes):
+    return omniglot(str(data_dir), **SETTINGS | changes)
+
+
+def test_every_layout_gives_the_same_bank(tmp_path):
+    layouts = [write(tmp_path / "a" / "omniglot"), write(tmp_path / "b" / "omniglot-py", zipped=False)]
+    write(tmp_path / "c" / "omniglot", part="images_background")
+    layouts.append(write(tmp_path / "c" / "omniglot", zipped=False, part="images_evaluation"))
+    first, *others = [open_bank("omniglot", read(data_dir), {}, tmp_path / "cache") for data_dir in layouts]
+    assert first.images.shape == (10 * 4 * 3, 28, 28, 1)
+    assert first.images.max() > 240 and first.images.float().mean() < 60  # bright ink on black
+    for other in others:
+        assert (other.names, other.splits) == (first.names, first.splits)
+        assert (other.images == first.images).all()
+
+
+def test_turned_characters_are_classes_of_the_same_split(tmp_path):
+    classes = {c.name: c for c in read(write(tmp_path / "omniglot")).classes()}
+    assert len(classes) == 40
+    for name, image_class in classes.items():
+        character, angle = name.split("@")
+        upright = classes[f"{character}@0"]
+        assert image_class.split == upright.split
+        assert np.array_equal(image_class.load(), np.rot90(upright.load(), int(angle) // 90, axes=(1, 2)))
+    assert len(read(tmp_path, rotations=False).classes()) == 10
+
+
+@pytest.mark.parametrize("split", ["vinyals", "lake"])
+def test_characters_are_dealt_out_whole_and_alike_whatever_their_order(split):
+    background, evaluation = [f"b/{n}" for n in range(6)], [f"e/{n}" for n in range(4)]
+    deal = partial(split_characters, split=split, val_characters=2)
+    dealt = deal(background, evaluation, seed=0)
+    assert sorted(sum(dealt.values(), [])) == sorted(background + evaluation)
+    assert [len(dealt[s]) for s in SPLITS] == ([5, 2, 3] if split == "vinyals" else [4, 2, 4])
+    assert dealt == deal(background[::-1], evaluation[::-1], seed=0)
+    assert any(dealt != deal(background, evaluation, seed=seed) for seed in (1, 2))
+    if split == "lake":
+        assert dealt["test"] == evaluation
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"), [({"split": "mine"}, "split=mine"), ({"val_characters": 7}, "val_characters=7")]
+)
+def test_settings_out_of_range_are_refused(tmp_path, changes, told):
+    with pytest.raises(FewShotError, match=told):
+        read(write(tmp_path / "omniglot"), **changes).classes()
+
+
+@pytest.mark.parametrize("lost", ["bac_0/character02", "bac_1/character03/0003_02.png"])
+def test_a_half_unpacked_folder_is_refused(tmp_path, lost):
+    write(tmp_path / "omniglot", zipped=False)
+    place = tmp_path / "omniglot" / "images_background" / lost
+    for path in [place] if place.is_file() else place.iterdir():
+        path.unlink()
+    with pytest.raises(FewShotError, match=r"images_background holds .* instead of .*: unpack it again"):
+        read(tmp_path).classes()
+
+
+def test_a_corrupt_image_is_named_and_no_cache_is_left(tmp_path):
+    write(tmp_path / "omniglot", zipped=False)
+    broken = next((tmp_path / "omniglot").rglob("0001_02.png"))
+    broken.write_bytes(b"broken")
+    with pytest.raises(FewShotError, match=str(broken)):
+        open_bank("omniglot", read(tmp_path), {}, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves the zips from the loopback address as their official home; ``server.cut`` breaks transfers off."""
+    write(tmp_path / "served" / "omniglot")
+    served = tmp_path / "served" / "omniglot"
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def copyfile(self, source, outputfile):
+            contents = source.read()
+            outputfile.write(contents[: len(contents) // 2] if started.cut else contents)
+
+    started = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(served)))
+    started.cut = False
+    threading.Thread(target=started.serve_forever, daemon=True).start()
+    checksums = {part: hashlib.md5((served / f"{part}.zip").read_bytes()).hexdigest() for part in PARTS}
+    home = f"http://127.0.0.1:{started.server_address[1]}"
+    monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", home)
+    monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", checksums)
+    yield started
+    started.shutdown()
+
+
+def test_it_is_downloaded_where_it_is_absent(server, tmp_path):
+    assert len(read(tmp_path / "data").classes()) == 40
+    server.shutdown()
+    assert len(read(tmp_path / "data").classes()) == 40
+    assert {p.name for p in (tmp_path / "data" / "omniglot").glob("[!.]*")} == {f"{part}.zip" for part in PARTS}
+
+
+@pytest.mark.parametrize("fault", ["wrong checksum", "cut off", "no server"])
+def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(server, tmp_path, monkeypatch, fault):
+    if fault == "wrong checksum":
+        monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", dict.fromkeys(PARTS, "0" * 32))
+    elif fault == "cut off":
+        server.cut = True
+    else:
+        monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", "http://127.0.0.1:9")
+    with pytest.raises(FewShotError, match=r"cannot be downloaded from http://127\.0\.0\.1.*data_dir=PATH"):
+        read(tmp_path / "data")
+    assert not list((tmp_path / "data" / "omniglot").glob("[!.]*"))
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("split", "characters"), [("vinyals", (1028, 172, 423)), ("lake", (792, 172, 659))])
+def test_the_real_files_split_as_the_papers_do(real_data, split, characters):
+    classes = omniglot(str(real_data), 28, split, 0, 172, rotations=True).classes()
+    of = {s: {c.name.split("@")[0] for c in classes if c.split == s} for s in SPLITS}
+    assert tuple(len(of[s]) for s in SPLITS) == characters
+    assert len(set.union(*of.values())) == 1623 and len(classes) == 4 * 1623
+    for image_class in classes[::1300]:
+        images = image_class.load()
+        assert images.shape == (20, 28, 28, 1)
+        assert 5 < images.mean() < 80 and images.max() > 200
