@@ -108,7 +108,7 @@ def _help(*, _root_: DictConfig) -> str:
         choice = _root_.hydra.runtime.choices[group]
         shown.append(f"# {group}={'|'.join(sorted(files))}")
         if choice in files:
-            shown[-1] += f"; the keys of {group}={choice}, each to be set as {group}.KEY=VALUE:"
+            shown[-1] += f" ... {group}={choice} sets:"
             shown.append(files[choice].read_text())
     return "\n".join(shown).replace("$", "$$")  # Hydra's help is a string.Template
 
