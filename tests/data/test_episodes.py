@@ -15,10 +15,15 @@ COUNTS = st.lists(st.integers(4, 30), min_size=3, max_size=40)
 @settings(max_examples=300, deadline=None)
 def test_classes_and_images_are_in_range_and_never_repeat(counts, seed, split, epoch, data):
     way = data.draw(st.integers(1, len(counts)))
-    per_class = data.draw(st.integers(1, min(counts)))
+    shot = data.draw(st.integers(1, min(counts) - 1))
+    query = data.draw(st.integers(1, min(counts) - shot))
+    per_class = shot + query
     number = data.draw(st.integers(0, 10**6))
     of_class = np.array(counts)
-    classes, images = draw_episode(of_class, way, per_class, seed=seed, split=split, epoch=epoch, number=number)
+    classes, images, order = draw_episode(
+        of_class, way, shot, query, seed=seed, split=split, epoch=epoch, number=number
+    )
+    assert sorted(order.tolist()) == list(range(way * shot))
     assert classes.shape == (way,) and images.shape == (way, per_class)
     assert len(set(classes.tolist())) == way
     assert set(classes.tolist()) <= set(range(len(counts)))
@@ -32,8 +37,7 @@ def test_classes_and_images_are_in_range_and_never_repeat(counts, seed, split, e
 def test_an_episode_is_rebuilt_from_its_number_and_differs_from_its_neighbours(seed, epoch, number):
     def draw(**changes):
         names = {"seed": seed, "split": "train", "epoch": epoch, "number": number} | changes
-        classes, images = draw_episode(np.full(500, 20), 20, 20, **names)
-        return classes.tolist(), images.tolist()
+        return [drawn.tolist() for drawn in draw_episode(np.full(500, 20), 20, 5, 15, **names)]
 
     assert draw() == draw()
     for changes in ({"seed": seed + 1}, {"split": "val"}, {"epoch": epoch + 1}, {"number": number + 1}):
@@ -45,7 +49,7 @@ def test_every_class_and_every_image_of_it_is_drawn_equally_often():
     drawn = np.zeros((4, 6))
     episodes = 6000
     for number in range(episodes):
-        classes, images = draw_episode(counts, 2, 2, seed=0, split="test", epoch=0, number=number)
+        classes, images, _ = draw_episode(counts, 2, 1, 1, seed=0, split="test", epoch=0, number=number)
         drawn[classes[:, None], images] += 1
     expected = np.where(np.arange(6) < counts[:, None], episodes * 0.5 * 2 / counts[:, None], 0)
     assert np.abs(drawn - expected).max() < 5 * np.sqrt(episodes * 0.25)
@@ -56,16 +60,20 @@ def test_support_and_query_are_the_images_of_the_labelled_classes():
     bank = make_bank({"train": [5] * 3, "val": [7] * 6, "test": [5]})
     dataset = EpisodeDataset(bank, "val", way=4, shot=2, query=3, seed=1)
     number = EpisodeNumber(0, 17)
-    episode, index = dataset[number], dataset.index(number)
+    episode, (index, order) = dataset[number], dataset.index(number)
     assert index.shape == (4, 5) and len(index.unique()) == 20
     assert episode.way == 4
-    assert episode.support_labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert episode.support_labels.tolist() == torch.arange(4).repeat_interleave(2)[order].tolist()
+    assert sorted(episode.support_labels.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert episode.query_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     for label in range(4):
         of_class = set(np.searchsorted(bank.offsets, index[label].numpy(), side="right").tolist())
         assert len(of_class) == 1
         assert bank.splits[of_class.pop() - 1] == "val"
-        assert torch.equal(episode.support[episode.support_labels == label], bank.images[index[label, :2]])
+        support = episode.support[episode.support_labels == label]
+        assert {image.numpy().tobytes() for image in support} == {
+            image.numpy().tobytes() for image in bank.images[index[label, :2]]
+        }
         assert torch.equal(episode.query[episode.query_labels == label], bank.images[index[label, 2:]])
 
 
@@ -87,3 +95,10 @@ def test_an_episode_that_cannot_be_drawn_is_refused(changes, told):
     bank = make_bank({"train": [9], "test": [6, 6, 4, 6]})
     with pytest.raises(FewShotError, match=told):
         EpisodeDataset(bank, "test", **{"way": 2, "shot": 1, "query": 1, "seed": 0} | changes)
+
+
+def test_the_support_comes_shuffled():
+    bank = make_bank({"train": [9], "test": [6] * 8})
+    dataset = EpisodeDataset(bank, "test", way=5, shot=1, query=1, seed=0)
+    orders = {tuple(dataset[EpisodeNumber(0, number)].support_labels.tolist()) for number in range(50)}
+    assert len(orders) > 25

@@ -46,28 +46,30 @@ class EpisodeNumber(NamedTuple):
 
 
 def draw_episode(
-    counts: NDArray[np.int64], way: int, per_class: int, *, seed: int, split: str, epoch: int, number: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw the classes of an episode, and images of each, all without repeats and uniformly.
+    counts: NDArray[np.int64], way: int, shot: int, query: int, *, seed: int, split: str, epoch: int, number: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Draw the classes of an episode, images of each, and an order of the support, without repeats and uniformly.
 
     Args:
         counts: how many images each class has, ``[classes]``.
         way: how many classes to draw.
-        per_class: how many images to draw of each: shot + query.
+        shot: how many support samples to draw of each.
+        query: how many queries to draw of each.
         seed: of the run, for training episodes; of the evaluation, for the others.
         split: "train", "val" or "test".
         epoch: training epochs draw different episodes; validation and test use 0 throughout.
         number: of the episode in its epoch, counted over all ranks: rank r of n draws r, r + n, r + 2n, ...
 
     Returns:
-        The classes, int64 ``[way]``, and image positions inside each class, int64 ``[way, per_class]``.
+        The classes, int64 ``[way]``; image positions inside each class, int64 ``[way, shot + query]``; and the order
+        in which the support samples come, int64 ``[way * shot]``, since some methods read them as a sequence.
     """
     random = np.random.default_rng([seed, SPLITS.index(split), epoch, number])
     classes = random.permutation(len(counts))[:way]
     # The order of uniform keys is a uniform shuffle; positions past the end of a smaller class sort last.
     keys = random.random((way, counts[classes].max()))
     keys[np.arange(keys.shape[1]) >= counts[classes, None]] = 2
-    return classes, np.argsort(keys, axis=1)[:, :per_class]
+    return classes, np.argsort(keys, axis=1)[:, : shot + query], random.permutation(way * shot)
 
 
 class EpisodeDataset(Dataset[Episode]):
@@ -112,23 +114,21 @@ class EpisodeDataset(Dataset[Episode]):
                 f"lower {prefix}shot or {prefix}query"
             )
 
-    def index(self, episode: EpisodeNumber) -> torch.Tensor:
-        """The images of an episode, positions in the bank: int64 ``[way, shot + query]``."""
-        classes, images = draw_episode(
-            self.counts,
-            self.way,
-            self.shot + self.query,
-            seed=self.seed,
-            split=self.split,
-            **episode._asdict(),
-        )
-        return torch.from_numpy(self.first[classes, None] + images)
+    def index(self, episode: EpisodeNumber) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the images of an episode are.
+
+        Returns:
+            Positions in the bank, int64 ``[way, shot + query]``, and the order of the support, int64 ``[way * shot]``.
+        """
+        make = self.way, self.shot, self.query
+        classes, images, order = draw_episode(self.counts, *make, seed=self.seed, split=self.split, **episode._asdict())
+        return torch.from_numpy(self.first[classes, None] + images), torch.from_numpy(order)
 
     def __getitem__(self, episode: EpisodeNumber) -> Episode:
-        index = self.index(episode)
+        index, order = self.index(episode)
         return Episode(
-            support=self.images[index[:, : self.shot].flatten()],
-            support_labels=self.support_labels,
+            support=self.images[index[:, : self.shot].flatten()[order]],
+            support_labels=self.support_labels[order],
             query=self.images[index[:, self.shot :].flatten()],
             query_labels=self.query_labels,
             way=self.way,
