@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fewshot.distances import cosine, l2
+from fewshot.distances import ScaledCosine, cosine, l2
+from fewshot.errors import FewShotError
 
 
 def loop_l2(query, point):
@@ -50,3 +51,22 @@ def test_half_precision_does_not_lose_small_distances(distance):
         computed = distance(queries.bfloat16(), points.bfloat16())
     assert computed.dtype == torch.float32
     torch.testing.assert_close(computed, distance(queries, points), rtol=0.1, atol=1e-4)
+
+
+def test_scaled_cosine_is_cosine_times_its_factor_and_only_a_learnt_factor_moves():
+    torch.manual_seed(0)
+    queries, points = torch.randn(4, 3), torch.randn(5, 3)
+    for learn in (False, True):
+        distance = ScaledCosine(10.0, learn)
+        torch.testing.assert_close(distance(queries, points), 10 * cosine(queries, points))
+        if learn:
+            distance(queries, points).sum().backward()
+            assert distance.log_scale.grad is not None and distance.log_scale.grad.abs() > 1
+        else:
+            assert not distance(queries, points).requires_grad
+
+
+@pytest.mark.parametrize("scale", [0, -1.0])
+def test_a_factor_that_is_not_positive_is_refused(scale):
+    with pytest.raises(FewShotError, match=rf"distance\.scale={scale} must be positive"):
+        ScaledCosine(scale, learn=False)

@@ -43,6 +43,8 @@ def test_a_plain_run_from_another_directory_leaves_everything_in_its_run_directo
     assert (results["way"], results["shot"], results["query"], results["seed"]) == (5, 1, 15, 3)
     assert results["episodes"] == 5 and 0 < results["accuracy"] <= 1 and 0 < results["ci95"] < 1
     assert results["overrides"] == [*TINY, "seed=3"]
+    assert [(v["step"], v["episodes"]) for v in results["validations"]] == [(4, 3), (6, 3)]
+    assert results["val_accuracy"] == pytest.approx(max(v["accuracy"] for v in results["validations"]))
     assert f"{results['accuracy']:.2%}" in done.stdout
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert list((run_dir / "tensorboard").glob("events.*")) and (run_dir / ".hydra" / "config.yaml").exists()

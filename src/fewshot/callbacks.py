@@ -6,6 +6,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
 
+from fewshot.methods.base import FewShotMethod
+
 
 class ProgressBar(RichProgressBar):
     """Lightning's progress bar, with loss and accuracy and nothing else beside it."""
@@ -16,15 +18,17 @@ class ProgressBar(RichProgressBar):
         return metrics
 
 
-class TrainingTime(pl.Callback):
-    """Measures the time spent in training episodes, validations left out; goes on where a resumed run stopped.
+class Record(pl.Callback):
+    """Keeps the validation curve and the time spent in training; a resumed run goes on from both.
 
     Attributes:
-        seconds: so far.
+        seconds: spent in training steps, validations left out.
+        validations: the training ``step`` of each validation, and its estimate.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.validations: list[dict[str, float]] = []
         self._since = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
@@ -35,11 +39,13 @@ class TrainingTime(pl.Callback):
         self.seconds += now - self._since
         self._since = now
 
-    def on_validation_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+    def on_validation_end(self, trainer: pl.Trainer, method: FewShotMethod) -> None:  # type: ignore[override]  # noqa: D102
+        if not trainer.sanity_checking:
+            self.validations.append({"step": trainer.global_step, **method.estimates["val"]._asdict()})
         self._since = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"seconds": self.seconds}
+        return {"seconds": self.seconds, "validations": self.validations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
-        self.seconds = state["seconds"]
+        self.seconds, self.validations = state["seconds"], state["validations"]

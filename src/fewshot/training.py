@@ -19,11 +19,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from fewshot.callbacks import ProgressBar, TrainingTime
+from fewshot.callbacks import ProgressBar, Record
 from fewshot.config import ROOT, check
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.evaluation import Estimate
 from fewshot.hardware import keep_freed_memory
 from fewshot.methods.base import FewShotMethod
 
@@ -49,6 +48,7 @@ def train(config: DictConfig) -> float:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     # Lightning advises worker processes for every loader without them; ours gathers from memory.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
 
@@ -64,25 +64,38 @@ def train(config: DictConfig) -> float:
     method.save_hyperparameters(OmegaConf.to_container(config))
 
     best = ModelCheckpoint(run_dir / "checkpoints", filename="best", monitor="val/accuracy", mode="max", save_last=True)
-    clock = TrainingTime()
+    record = Record()
     trainer = pl.Trainer(
         **config.hardware,
         max_epochs=-(-config.train.episodes // config.val.every),
         reload_dataloaders_every_n_epochs=1,  # every epoch draws episodes of its own
         use_distributed_sampler=False,  # ours knows its rank
-        callbacks=[best, clock, LearningRateMonitor(), ProgressBar(refresh_rate=10)],
+        callbacks=[best, record, LearningRateMonitor(), ProgressBar(refresh_rate=10)],
         logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
         log_every_n_steps=config.log_every,
         default_root_dir=run_dir,
         enable_model_summary=False,
     )
     trainer.fit(method, data)
-    seconds = clock.seconds  # before the test restores the callbacks with the best weights
+    seconds, validations = record.seconds, record.validations  # the test restores the callbacks' older state
     trainer.test(method, data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
 
-    assert best.best_model_score is not None
-    validation = best.best_model_score.item()
-    _report(config, run_dir, method.estimates["test"], validation, seconds)
+    validation = max(estimate["accuracy"] for estimate in validations)
+    results = {
+        **config.choices,
+        **{key: config[key] for key in ("way", "shot", "query")},
+        **method.estimates["test"]._asdict(),
+        "val_accuracy": validation,
+        "seed": config.seed,
+        "train_seconds": seconds,
+        "train_episodes_per_second": config.train.episodes / seconds,
+        "versions": {"python": python_version(), **{package: version(package) for package in PACKAGES}},
+        "commit": _commit(),
+        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
+        "validations": validations,
+        "config": OmegaConf.to_container(config),
+    }
+    _report(results, run_dir)
     return validation
 
 
@@ -94,30 +107,21 @@ def _list_classes(bank: ImageBank, run_dir: Path) -> None:
 
 
 @rank_zero_only
-def _report(config: DictConfig, run_dir: Path, test: Estimate, validation: float, seconds: float) -> None:
+def _report(results: dict[str, Any], run_dir: Path) -> None:
     """Write ``results.json``, whole or not at all, and print the table."""
-    results: dict[str, Any] = {
-        **config.choices,
-        **{key: config[key] for key in ("way", "shot", "query")},
-        **test._asdict(),
-        "val_accuracy": validation,
-        "seed": config.seed,
-        "train": OmegaConf.to_container(config.train),
-        "train_seconds": seconds,
-        "train_episodes_per_second": config.train.episodes / seconds,
-        "versions": {"python": python_version(), **{package: version(package) for package in PACKAGES}},
-        "commit": _commit(),
-        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
-    }
     partial = run_dir / "results.json.partial"
     partial.write_text(json.dumps(results, indent=2) + "\n")
     partial.replace(run_dir / "results.json")
 
-    table = Table(title=f"{config.way}-way {config.shot}-shot accuracy on test classes, with its 95% interval")
-    for column in (*config.choices, "accuracy", "episodes", "trained in"):
-        table.add_column(column)
-    accuracy = f"{test.accuracy:.2%} ± {test.ci95:.2%}"
-    table.add_row(*config.choices.values(), accuracy, f"{test.episodes:,}", f"{seconds:.0f} s")
+    table = Table(title=f"{results['way']}-way {results['shot']}-shot accuracy on test classes, with its 95% interval")
+    shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder")} | {
+        "accuracy": f"{results['accuracy']:.2%} ± {results['ci95']:.2%}",
+        "episodes": f"{results['episodes']:,}",
+        "trained in": f"{results['train_seconds']:.0f} s",
+    }
+    for column in shown:
+        table.add_column(column, no_wrap=column == "accuracy")
+    table.add_row(*shown.values())
     console = Console()
     console.print(table)
     console.print(f"Results, checkpoints and TensorBoard log: {run_dir}", soft_wrap=True, highlight=False)

@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fewshot.data.episodes import Episode
+from fewshot.distances import ScaledCosine, cosine, l2
+from fewshot.errors import FewShotError
+from fewshot.methods.matching import FullContextMatchingNetwork, MatchingNetwork, sum_by_class
+
+
+class Linear(nn.Linear):
+    features = 4
+
+
+def episode(shots=(2, 1, 3), queries=6, dtype=torch.float64):
+    torch.manual_seed(0)
+    labels = torch.cat([torch.full((shot,), label) for label, shot in enumerate(shots)])
+    return Episode(
+        torch.randn(len(labels), 5, dtype=dtype),
+        labels,
+        torch.randn(queries, 5, dtype=dtype),
+        torch.randint(0, len(shots), (queries,)),
+        len(shots),
+    )
+
+
+def plain(distance=l2):
+    torch.manual_seed(1)
+    return MatchingNetwork(Linear(5, 4), distance, learning_rate=1e-3, halve_every=None).double()
+
+
+def full_context(steps=2, distance=l2):
+    torch.manual_seed(1)
+    return FullContextMatchingNetwork(Linear(5, 4), distance, 1e-3, None, unrolling_steps=steps).double()
+
+
+def shuffled(of: Episode) -> Episode:
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    return of._replace(support=of.support[order], support_labels=of.support_labels[order])
+
+
+@pytest.mark.parametrize("distance", [l2, cosine, ScaledCosine(7.0, learn=False).double()])
+def test_probabilities_are_the_attention_weighted_sum_of_labels(distance):
+    task, method = episode(), plain(distance)
+    support, query = method.encoder(task.support), method.encoder(task.query)
+    expected = torch.zeros(6, 3, dtype=torch.float64)
+    for row, q in zip(expected, query, strict=True):
+        kernel = [math.exp(-distance(q[None], s[None]).item()) for s in support]
+        for weight, label in zip(kernel, task.support_labels, strict=True):
+            row[label] += weight / sum(kernel)
+    torch.testing.assert_close(method(task).exp(), expected)
+
+
+def test_the_order_of_the_support_matters_only_in_full_context():
+    task = episode()
+    torch.testing.assert_close(plain()(task), plain()(shuffled(task)))
+    method = full_context()
+    assert (method(task) - method(shuffled(task))).abs().max() > 1e-6
+
+
+def test_loss_and_gradient_stay_finite_where_the_probability_underflows():
+    attention = torch.tensor([[0.0, -2000.0, -3000.0]], requires_grad=True)
+    logits = sum_by_class(attention, torch.tensor([0, 1, 1]), 2)
+    assert logits.exp()[0, 1] == 0
+    loss = nn.functional.cross_entropy(logits, torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(2000)
+    assert attention.grad is not None
+    torch.testing.assert_close(attention.grad, torch.tensor([[1.0, -1.0, 0.0]]))
+
+
+def sigmoid_cell(cell: nn.LSTMCell, given, hidden, memory):
+    """An LSTM step written out."""
+    gates = cell.weight_ih @ given + cell.bias_ih + cell.weight_hh @ hidden + cell.bias_hh
+    into, forget, new, out = gates.chunk(4)
+    memory = forget.sigmoid() * memory + into.sigmoid() * new.tanh()
+    return out.sigmoid() * memory.tanh(), memory
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_full_context_embeddings_follow_the_equations(steps):
+    task, method = episode(), full_context(steps)
+    support, query = method.embed(task)
+    lstm, plain_support = method.support_lstm, method.encoder(task.support)
+    expected = plain_support.clone()
+    for direction, order in (("", range(6)), ("_reverse", range(5, -1, -1))):
+        cell = nn.LSTMCell(4, 4).double()
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            getattr(cell, name).data = getattr(lstm, f"{name}_l0{direction}").data
+        hidden = memory = torch.zeros(4, dtype=torch.float64)
+        for position in order:
+            hidden, memory = sigmoid_cell(cell, plain_support[position], hidden, memory)
+            expected[position] += hidden
+    torch.testing.assert_close(support, expected)
+    for number, start in enumerate(method.encoder(task.query)):
+        hidden = memory = torch.zeros(4, dtype=torch.float64)
+        for _ in range(steps):
+            readout = (support @ hidden).softmax(0) @ support
+            hidden, memory = sigmoid_cell(method.query_lstm, torch.cat([start, readout]), hidden, memory)
+            hidden = hidden + start
+        torch.testing.assert_close(query[number], hidden)
+
+
+def test_every_query_is_classified_by_itself():
+    task = episode()
+    for method in (plain(), full_context()):
+        torch.testing.assert_close(method(task)[2:3], method(task._replace(query=task.query[2:3])))
+
+
+def test_no_unrolling_step_is_refused():
+    with pytest.raises(FewShotError, match=r"method\.unrolling_steps=0 .* method=matching"):
+        full_context(0)
