@@ -99,9 +99,9 @@ def _help(*, _root_: DictConfig) -> str:
     primary = CONF / f"{_root_.hydra.job.config_name}.yaml"
     shown = [primary.read_text()]
     for entry in OmegaConf.load(primary).defaults:
-        if isinstance(entry, str):
+        group = entry if isinstance(entry, str) else next(iter(entry))
+        if not (CONF / group).is_dir():
             continue
-        group = next(iter(entry))
         files = {
             path.relative_to(CONF / group).with_suffix("").as_posix(): path for path in (CONF / group).rglob("*.yaml")
         }

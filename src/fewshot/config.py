@@ -62,7 +62,7 @@ class TrainConfig(Task):
     eval_seed: int = MISSING
     data_dir: str = MISSING
     cache_dir: str = MISSING
-    run_dir: str = MISSING
+    run_dir: str | None = None
     log_every: int = MISSING
     choices: dict[str, str] = MISSING
 

@@ -1,0 +1,67 @@
+import json
+import math
+
+import pytest
+from PIL import Image
+
+from fewshot.errors import FewShotError
+from fewshot.figures import attention_bound, distance_study
+
+
+def write_run(folder, way, distance, seed, accuracy, scale=10.0, learn=False):
+    folder.mkdir(parents=True)
+    results = {
+        **{"way": way, "shot": 1, "distance": distance, "seed": seed, "accuracy": accuracy, "ci95": 0.002},
+        "validations": [{"step": step, "accuracy": accuracy - 0.1 / step, "ci95": 0.01} for step in (1, 2, 3)],
+        "config": {"distance": {"scale": scale, "learn": learn}, "train": {"episodes": 3}},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_the_study_gathers_runs_by_way_and_distance_with_the_seeds_side_by_side(tmp_path):
+    for number, run in enumerate(
+        [
+            (5, "l2", 0, 0.98),
+            (5, "l2", 1, 0.99),
+            (5, "scaled_cosine", 0, 0.97),
+            (20, "cosine", 0, 0.5),
+            (20, "scaled_cosine", 0, 0.9, 5.0, True),
+        ]
+    ):
+        write_run(tmp_path / "runs" / "deep" / str(number), *run)
+    picture, table = distance_study(str(tmp_path / "runs"), tmp_path)
+    assert table.read_text().splitlines()[2:] == [
+        "| 5 | l2 | 3 | 98.00 ± 0.20, 99.00 ± 0.20 |",
+        "| 5 | cosine × 10 | 3 | 97.00 ± 0.20 |",
+        "| 20 | cosine | 3 | 50.00 ± 0.20 |",
+        "| 20 | cosine × 5, learnt from there | 3 | 90.00 ± 0.20 |",
+    ]
+    assert Image.open(picture).width > 1000
+
+
+def test_where_there_are_no_results_it_says_so(tmp_path):
+    with pytest.raises(FewShotError, match=r"no results\.json .* runs=PATH"):
+        distance_study(str(tmp_path), tmp_path)
+
+
+def test_the_attention_bound_is_the_articles_for_the_plain_cosine(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.plot",
+        lambda _, x, y, *__, label, **___: drawn.update({label: dict(zip(x, y, strict=True))}),
+    )
+    attention_bound([1, 10], tmp_path)
+    plain, scaled = drawn.values()
+    assert plain[5] == pytest.approx(math.e / (math.e + 4 / math.e)) == pytest.approx(0.65, abs=0.005)
+    assert scaled[50] > 0.999
+
+
+def test_the_command_draws_from_any_directory_and_leaves_nothing_there(cli, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    done = cli(f"out={tmp_path / 'figures'}", script="figure.py", cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "figures" / "attention_bound.png").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    wrong = cli("figure=distance_study", f"runs={tmp_path}", script="figure.py", cwd=tmp_path / "elsewhere")
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: no results.json")
