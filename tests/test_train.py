@@ -1,5 +1,9 @@
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -144,6 +148,21 @@ def test_a_mistake_ends_in_one_clear_line(cli, overrides, tmp_path):
     assert BAD[overrides] in told[0]
     assert len(told) == (3 if "dataset=miniimagenet" in overrides else 1), done.stderr
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_an_interrupt_ends_in_one_line_and_keeps_the_checkpoints(cache_dir, tmp_path):
+    overrides = [*TINY, "train.episodes=100000", f"cache_dir={cache_dir}", f"hydra.run.dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "src" / "train.py"), *overrides]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while not (tmp_path / "checkpoints" / "last.ckpt").exists():
+            assert running.poll() is None
+            time.sleep(0.2)
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert told.strip().splitlines()[-1].startswith("error: interrupted")
+    assert "Traceback" not in told
+    assert torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
 
 
 def test_several_mistakes_are_told_at_once(tiny):

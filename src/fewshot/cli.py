@@ -55,6 +55,10 @@ def _guard(function: Callable[[], Any]) -> Any:
         return function()
     except KeyboardInterrupt:
         _exit("interrupted", 130)
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's way to end an interrupted training
+            _exit("interrupted; the checkpoints so far are kept in the run's directory", 130)
+        raise
     except Exception as error:
         message = _explain(error)
         if message is None:

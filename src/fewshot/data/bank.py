@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from numpy.typing import NDArray
 from rich.progress import track
 
@@ -108,8 +108,8 @@ def open_bank(name: str, source: Source, settings: Any, cache_dir: str | Path) -
                 bank = _read(directory)
     except OSError as error:
         raise FewShotError(
-            f"cannot write the image bank of {name} in {directory.parent}: {error.strerror or error}; "
-            "free the space or name another directory with cache_dir=PATH"
+            f"cannot build the image bank of {name}: {error.filename or directory.parent}: {error.strerror or error}; "
+            "make it usable, or name another directory with cache_dir=PATH"
         ) from error
     if bank is None:
         raise FewShotError(f"the image bank {directory} vanished while it was opened; run again")
@@ -124,14 +124,13 @@ def _fingerprint(source: Source, settings: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _lock(path: Path, name: str) -> FileLock:
+def _lock(path: Path, name: str) -> AcquireReturnProxy:
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0.1)
+        return lock.acquire(timeout=0.1)
     except Timeout:
         print(f"another process is building the image bank of {name}; waiting for it", flush=True)
-        lock.acquire()
-    return lock
+        return lock.acquire()
 
 
 def _build(name: str, source: Source, directory: Path) -> None:
@@ -140,18 +139,17 @@ def _build(name: str, source: Source, directory: Path) -> None:
     partial.mkdir()
     try:
         classes = source.classes()
-        offsets = [0, *accumulate(c.count for c in classes)]
-        images: np.memmap[Any, np.dtype[np.uint8]] | None = None
-        description = f"building the image bank of {name}"
-        for number, image_class in enumerate(track(classes, description=description, transient=True)):
-            loaded = image_class.load()
-            if images is None:
-                shape = (offsets[-1], *loaded.shape[1:])
-                images = np.lib.format.open_memmap(partial / "images.npy", "w+", np.uint8, shape)
-            images[offsets[number] : offsets[number + 1]] = loaded
-        if images is None:
+        if not classes:
             raise FewShotError(f"the data set {name} has no classes")
-        images.flush()
+        offsets = [0, *accumulate(c.count for c in classes)]
+        # Written rather than mapped: a full disk is an error then, not the end of the process.
+        with (partial / "images.npy").open("wb") as file:
+            for image_class in track(classes, description=f"building the image bank of {name}", transient=True):
+                images = image_class.load()
+                if file.tell() == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (offsets[-1], *images.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(images).data)
         index = {"offsets": offsets, "names": [c.name for c in classes], "splits": [c.split for c in classes]}
         (partial / "index.json").write_text(json.dumps(index))
         shutil.rmtree(directory, ignore_errors=True)  # a bank that could not be read
@@ -165,7 +163,7 @@ def _read(directory: Path) -> ImageBank | None:
         index = json.loads((directory / "index.json").read_text())
         # Copy-on-write, since torch has no read-only tensors: nothing written to it would reach the disk.
         images = np.load(directory / "images.npy", mmap_mode="c")
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, EOFError, ValueError):
         return None
     return ImageBank(
         images=torch.from_numpy(images),
