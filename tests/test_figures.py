@@ -2,8 +2,11 @@ import json
 import math
 
 import pytest
+import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
+from fewshot.distances import cosine
 from fewshot.errors import FewShotError
 from fewshot.figures import attention_bound, distance_study
 
@@ -44,16 +47,24 @@ def test_where_there_are_no_results_it_says_so(tmp_path):
         distance_study(str(tmp_path), tmp_path)
 
 
-def test_the_attention_bound_is_the_articles_for_the_plain_cosine(tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(
-        "matplotlib.axes.Axes.plot",
-        lambda _, x, y, *__, label, **___: drawn.update({label: dict(zip(x, y, strict=True))}),
-    )
+def test_the_attention_bound_is_reached_and_is_the_articles_for_the_plain_cosine(tmp_path, monkeypatch):
+    drawn = []
+    plot = Axes.plot
+
+    def record(self, x, y, *options, **named):
+        drawn.append(dict(zip(x, y, strict=True)))
+        return plot(self, x, y, *options, **named)
+
+    monkeypatch.setattr(Axes, "plot", record)
     attention_bound([1, 10], tmp_path)
-    plain, scaled = drawn.values()
+    plain, scaled, plain_after_relu, _ = drawn
     assert plain[5] == pytest.approx(math.e / (math.e + 4 / math.e)) == pytest.approx(0.65, abs=0.005)
     assert scaled[50] > 0.999
+    # A query equal to one support sample: the others opposite to it, or at right angles where nothing is negative.
+    query = torch.tensor([[1.0, 0.0]])
+    for bound, others in ((plain, [-1.0, 0.0]), (plain_after_relu, [0.0, 1.0])):
+        support = torch.cat([query, torch.tensor([others]).expand(4, 2)])
+        assert (-cosine(query, support)).softmax(1)[0, 0].item() == pytest.approx(bound[5], rel=1e-5)
 
 
 def test_the_command_draws_from_any_directory_and_leaves_nothing_there(cli, tmp_path):

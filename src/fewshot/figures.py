@@ -30,7 +30,8 @@ def attention_bound(scales: Sequence[float], out: Path) -> list[Path]:
     """Draw how much attention one of ``way`` support samples can get from a softmax over scaled cosines.
 
     With the cosine times s in [-s, s], the largest weight is e^s / (e^s + (way - 1) e^-s): for s = 1 the bound
-    e / (e + (way - 1) / e) of plain matching networks.
+    e / (e + (way - 1) / e) of plain matching networks. An encoder that ends in a ReLU, as Conv4 does, has cosines
+    in [0, 1] only, and reaches e^s / (e^s + way - 1).
 
     Args:
         scales: the factors s, a curve each.
@@ -41,13 +42,18 @@ def attention_bound(scales: Sequence[float], out: Path) -> list[Path]:
     """
     ways = np.arange(2, 51)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        for scale, colour, line in zip(scales, cycle(COLOURS), cycle(LINES), strict=False):
-            label = "plain cosine: e / (e + (way − 1) / e)" if scale == 1 else f"cosine × {scale:g}"
-            axes.plot(ways, 1 / (1 + (ways - 1) * np.exp(-2.0 * scale)), line, color=colour, label=label)
-        axes.set(xlabel="way", ylabel="largest attention on one support sample", ylim=(0, 1.02), xlim=(2, 50))
-        axes.legend(loc="center right")
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, spread, title in zip(
+            panels, (2, 1), ("cosine in [−1, 1]", "cosine in [0, 1], after a ReLU"), strict=True
+        ):
+            for scale, colour, line, marker in zip(scales, cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False):
+                bound = 1 / (1 + (ways - 1) * np.exp(-spread * scale))
+                label = "plain cosine" if scale == 1 else f"cosine × {scale:g}"
+                axes.plot(ways, bound, line, color=colour, marker=marker, markevery=8, markersize=4, label=label)
+            axes.set(title=title, xlabel="way", ylim=(0, 1.03), xlim=(2, 50))
+        panels[0].set_ylabel("largest attention on one support sample")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     return [_save(figure, out / "attention_bound.png")]
 
 
