@@ -57,3 +57,8 @@ def make_bank(counts: dict[str, list[int]], size: int = 16, channels: int = 1, s
     for number, (start, stop) in enumerate(pairwise(offsets)):
         images[start:stop, number % size] += 120
     return ImageBank(images, offsets, tuple(f"class {n}" for n in range(len(flat))), tuple(split for split, _ in flat))
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of all below ``folder``, itself included; what tells whether something was written."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}

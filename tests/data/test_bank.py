@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import listing
 from fewshot.config import ROOT
+from fewshot.data import bank as module
 from fewshot.data.bank import ImageClass, Source, open_bank
 from fewshot.errors import FewShotError
 
@@ -62,6 +65,26 @@ def test_it_is_built_once_and_again_when_files_or_settings_change(file, tmp_path
     assert builds({"size": 4}) == 3
     os.utime(file, (1, 1))
     assert builds({"size": 4}) == 4
+    file.write_text("three")
+    os.utime(file, (1, 1))
+    assert builds({"size": 4}) == 5
+
+
+def test_another_file_or_another_format_has_a_bank_of_its_own(file, tmp_path, monkeypatch):
+    built: list[int] = []
+    open_bank("toy", make_source(file, built), {}, tmp_path / "cache")
+    twin = shutil.copy2(file, file.with_name("twin"))
+    open_bank("toy", make_source(twin, built), {}, tmp_path / "cache")
+    assert len(built) == 2
+    monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
+    open_bank("toy", make_source(file, built), {}, tmp_path / "cache")
+    assert len(built) == 3
+
+
+def test_a_source_without_classes_is_refused(file, tmp_path):
+    with pytest.raises(FewShotError, match="toy has no classes"):
+        open_bank("toy", Source([file], list), {}, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 def test_writing_to_the_images_never_reaches_the_disk(file, tmp_path):
@@ -70,8 +93,9 @@ def test_writing_to_the_images_never_reaches_the_disk(file, tmp_path):
 
 
 def test_nothing_is_written_beside_the_data(file, tmp_path):
+    before = listing(file.parent)
     open_bank("toy", make_source(file), {}, tmp_path / "cache")
-    assert list(file.parent.iterdir()) == [file]
+    assert listing(file.parent) == before
 
 
 def test_a_build_that_fails_leaves_nothing_and_the_next_one_works(file, tmp_path):
@@ -87,7 +111,17 @@ def test_a_build_that_fails_leaves_nothing_and_the_next_one_works(file, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "contents"), [("images.npy", b"\x93NUMPY"), ("index.json", b"{"), ("index.json", None)]
+    ("name", "contents"),
+    [
+        ("images.npy", b"\x93NUMPY"),
+        ("images.npy", b""),
+        ("images.npy", None),
+        ("index.json", b""),
+        ("index.json", b"{"),
+        ("index.json", b"{}"),
+        ("index.json", b"[]"),
+        ("index.json", None),
+    ],
 )
 def test_a_damaged_bank_is_built_again(file, tmp_path, name, contents):
     open_bank("toy", make_source(file), {}, tmp_path / "cache")
@@ -99,6 +133,14 @@ def test_a_damaged_bank_is_built_again(file, tmp_path, name, contents):
     assert open_bank("toy", make_source(file), {}, tmp_path / "cache").images.max() == 3
 
 
+@pytest.mark.parametrize("kept", [0.5, 0.99])
+def test_a_truncated_bank_is_built_again(file, tmp_path, kept):
+    whole = open_bank("toy", make_source(file), {}, tmp_path / "cache").images.clone()
+    (images,) = (tmp_path / "cache").glob("*/images.npy")
+    os.truncate(images, int(kept * images.stat().st_size))
+    assert torch.equal(open_bank("toy", make_source(file), {}, tmp_path / "cache").images, whole)
+
+
 @pytest.mark.parametrize("place", ["/proc/none", "{file}/cache"])
 def test_a_cache_that_cannot_be_written_is_named(file, place):
     place = place.format(file=file)
@@ -107,11 +149,14 @@ def test_a_cache_that_cannot_be_written_is_named(file, place):
 
 
 SLOW_BUILD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 import numpy as np
 from fewshot.data.bank import ImageClass, Source, open_bank
 folder = Path(sys.argv[1])
+(folder / f"ready {os.getpid()}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.01)
 def load():
     with (folder / "log").open("a") as log:
         log.write("built\\n")
@@ -130,15 +175,20 @@ def start_build(folder, seconds):
 
 def test_two_processes_build_one_bank(tmp_path):
     (tmp_path / "source").touch()
-    processes = [start_build(tmp_path, 2) for _ in range(2)]
+    processes = [start_build(tmp_path, 1) for _ in range(2)]
+    while len(list(tmp_path.glob("ready *"))) < 2:
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert [out.split()[-1] for out, _ in outputs] == [str(5 * 16 * 7)] * 2
+    assert sum("waiting for it" in out for out, _ in outputs) == 1
     assert (tmp_path / "log").read_text() == "built\n"
 
 
 def test_a_killed_build_is_no_obstacle_and_no_bank(tmp_path):
-    (tmp_path / "source").touch()
+    for name in ("source", "go"):
+        (tmp_path / name).touch()
     killed = start_build(tmp_path, 60)
     while not (tmp_path / "log").exists():
         time.sleep(0.05)
@@ -149,3 +199,31 @@ def test_a_killed_build_is_no_obstacle_and_no_bank(tmp_path):
     assert out.split()[-1] == str(5 * 16 * 7), error
     (bank,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     assert json.loads((bank / "index.json").read_text())["names"] == ["a"]
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=256k none "$1" || exit 77
+exec "$0" -c '
+import sys
+import numpy as np
+from fewshot.data.bank import ImageClass, Source, open_bank
+from fewshot.errors import FewShotError
+load = lambda: np.full((4, 256, 256, 1), 7, dtype=np.uint8)
+try:
+    open_bank("toy", Source([], lambda: [ImageClass(name, "train", 4, load) for name in "abcd"]), {}, sys.argv[1])
+except FewShotError as error:
+    print(error)
+' "$1"
+"""
+
+
+def test_a_full_disk_is_told(tmp_path):
+    command = ["unshare", "-rm", "sh", "-c", FULL_DISK, sys.executable, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        pytest.skip("no unshare")
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("no private file system to fill")
+    assert "No space left on device" in done.stdout, (done.returncode, done.stderr)

@@ -2,10 +2,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from conftest import make_bank
 from fewshot.config import compose
+from fewshot.data import datamodule
 from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
 
 BANK = make_bank({"train": [12] * 8, "val": [12] * 5, "test": [12] * 6}, channels=3)
@@ -74,10 +77,23 @@ def test_ranks_share_out_the_episodes_of_one_process():
 @pytest.mark.parametrize("kind", ["range", "standardise"])
 def test_images_are_normalised_after_the_transfer_to_the_device(kind):
     module = make(f"dataset.normalise={kind}")
-    episode = module.on_after_batch_transfer(next(iter(module.val_dataloader())), 0)
+    raw = next(iter(module.val_dataloader()))
+    episode = module.on_after_batch_transfer(raw, 0)
+    assert torch.equal(episode.support, normalise(raw.support, kind))
+    assert torch.equal(episode.query, normalise(raw.query, kind))
+    assert torch.equal(episode.query_labels, raw.query_labels) and episode.way == raw.way
     assert episode.support.shape == (6, 3, 16, 16) and episode.query.dtype == torch.float32
     bound = 1.0 if kind == "range" else 5.0
     assert 0.9 < episode.query.max() <= bound
+
+
+def test_the_bank_depends_on_the_settings_of_its_source_resolved_or_not(monkeypatch):
+    monkeypatch.setattr(datamodule, "open_bank", lambda *arguments: arguments)
+    source = {"_target_": "fewshot.data.glyphs.glyphs", "size": "${dataset.size}", "samples": 3, "seed": 0}
+    config = OmegaConf.merge(compose("run_dir=x"), {"dataset": {"size": 14, "source": source}})
+    module = EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="somewhere")
+    name, _, settings, cache_dir = module.bank
+    assert (name, settings, cache_dir) == ("glyphs", source | {"size": 14}, "somewhere")
 
 
 def test_every_split_is_checked_before_training():
@@ -85,3 +101,5 @@ def test_every_split_is_checked_before_training():
         make("way=6")
     with pytest.raises(FewShotError, match=r"train\.way=9 is more than the 8 classes of the train split"):
         make("train.way=9")
+    with pytest.raises(FewShotError, match=r"shot=2 and query=11 need 13 images .* of the val split has 12"):
+        make("query=11", "train.query=4")

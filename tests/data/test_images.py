@@ -32,8 +32,54 @@ def test_a_folder_and_a_zip_of_it_list_the_same(tmp_path):
     assert zipped["a/1.png"].name == f"{tmp_path / 'tree.zip'}:a/1.png"
 
 
-def test_a_broken_zip_is_named(tmp_path):
-    (tmp_path / "broken.zip").write_bytes(b"PK nonsense")
+def test_files_are_listed_in_the_order_of_their_names(tmp_path):
+    names = [f"{number % 7}/{number:02}.png" for number in range(42)]
+    with zipfile.ZipFile(tmp_path / "tree.zip", "w") as archive:
+        for number in np.random.default_rng(0).permutation(42):
+            path = tmp_path / "tree" / names[number]
+            if not path.parent.exists():
+                path.parent.mkdir(parents=True)
+                archive.write(path.parent, path.parent.name)
+            path.write_bytes(b"")
+            archive.write(path, names[number])
+    assert list(list_folder(tmp_path / "tree")) == list(list_zip(tmp_path / "tree.zip")) == sorted(names)
+
+
+def zip_of(path, contents, compression=zipfile.ZIP_STORED, **bytes_of_both_headers):
+    """A zip of one file x.png; both its headers can be changed, at so many bytes after their versions."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("x.png", contents)
+    raw = bytearray(path.read_bytes())
+    places = {"version": 0, "flags": 2, "method": 4}
+    for start in (4, raw.index(b"PK\x01\x02") + 6):
+        for name, value in bytes_of_both_headers.items():
+            raw[start + places[name]] = value
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize("headers", [{"flags": 1}, {"method": 9}])  # encrypted; Deflate64, as Windows has it
+def test_a_member_that_cannot_be_unpacked_is_named(tmp_path, headers):
+    archive = zip_of(tmp_path / "a.zip", encoded(), **headers)
+    with pytest.raises(FewShotError, match=r"a\.zip:x\.png"):
+        decode(list_zip(archive)["x.png"], 8, 3)
+
+
+def test_a_member_whose_compressed_bytes_are_broken_is_named(tmp_path):
+    archive = zip_of(tmp_path / "a.zip", encoded(size=(99, 99)), zipfile.ZIP_DEFLATED)
+    raw = bytearray(archive.read_bytes())
+    raw[30 + len("x.png")] = 7  # a kind of block that there is not
+    archive.write_bytes(raw)
+    with pytest.raises(FewShotError, match=r"a\.zip:x\.png"):
+        decode(list_zip(archive)["x.png"], 8, 3)
+
+
+@pytest.mark.parametrize("contents", [b"", b"PK nonsense", None])
+def test_a_broken_zip_is_named(tmp_path, contents):
+    if contents is None:
+        zip_of(tmp_path / "broken.zip", b"", version=99)
+    else:
+        (tmp_path / "broken.zip").write_bytes(contents)
     with pytest.raises(FewShotError, match=r"broken\.zip"):
         list_zip(tmp_path / "broken.zip")
 
@@ -63,6 +109,50 @@ def test_pixels_of_the_right_size_are_kept_exactly():
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     assert np.array_equal(decode(ImageFile("x", buffer.getvalue), 8, 3), pixels)
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "L", "RGB"])
+def test_a_smaller_image_is_smooth_whatever_its_kind(mode):
+    stripes = Image.fromarray(np.tile(np.array([0, 255], dtype=np.uint8), (32, 16))).convert(mode)
+    buffer = io.BytesIO()
+    stripes.save(buffer, "PNG")
+    pixels = decode(ImageFile("x", buffer.getvalue), 8, 1)[:, 1:-1]
+    assert np.abs(pixels.astype(int) - 128).max() < 20
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour"), [("1", 1), ("L", 255), ("RGB", (255, 255, 255)), ("RGBA", (255, 255, 255, 255))]
+)
+def test_white_is_white_in_every_kind_of_image(mode, colour):
+    for channels in (1, 3):
+        assert (decode(ImageFile("x", lambda: encoded(mode, colour=colour)), 8, channels) == 255).all()
+
+
+def test_colours_are_kept():
+    pixels = decode(ImageFile("x", lambda: encoded(colour=(200, 100, 50))), 8, 3)
+    assert pixels[4, 4].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
+def test_whatever_bytes_are_changed_an_image_is_read_or_named(kind):
+    random = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, kind)
+    for _ in range(150):
+        contents = np.frombuffer(buffer.getvalue(), dtype=np.uint8).copy()
+        contents[random.integers(0, len(contents), 3)] = random.integers(0, 256, 3)
+        contents[random.integers(0, 60)] = random.integers(0, 256)
+        file = ImageFile("bird.jpg", contents[: random.integers(len(contents) // 2, 2 * len(contents))].tobytes)
+        try:
+            assert decode(file, 8, 3).shape == (8, 8, 3)
+        except FewShotError as error:
+            assert "bird.jpg" in str(error)  # noqa: PT017
+
+
+def test_an_image_too_large_to_unpack_is_named(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(FewShotError, match=r"bird\.jpg"):
+        decode(ImageFile("bird.jpg", encoded), 8, 3)
 
 
 @pytest.mark.parametrize("contents", [b"", b"not an image", encoded(size=(99, 99))[:60], encoded(kind="JPEG")[:400]])
@@ -102,3 +192,15 @@ def test_each_image_is_normalised_by_itself_and_a_blank_one_stays_finite(noise, 
     assert images[2].eq(0).all()
     torch.testing.assert_close(images[4], normalise(noise[4:5], kind)[0])
     torch.testing.assert_close(normalise(noise.view(2, 3, 8, 8, 3), kind).view(6, 3, 8, 8), images)
+
+
+@pytest.mark.parametrize("kind", ["range", "standardise"])
+def test_the_channels_of_an_image_share_one_scale(noise, kind):
+    noise[..., 0] //= 10
+    images = normalise(noise, kind)
+    assert (images[:, 0].amax((1, 2)) < images[:, 1].mean((1, 2))).all()
+
+
+def test_an_unknown_normalisation_is_refused(noise):
+    with pytest.raises(FewShotError, match=r"dataset\.normalise=mine is unknown: choose range or standardise"):
+        normalise(noise, "mine")

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import listing
 from fewshot.data.bank import SPLITS, open_bank
 from fewshot.data.miniimagenet import miniimagenet
 from fewshot.errors import FewShotError
 
+FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
 CLASSES = {"train": ("n01", "n02"), "val": ("n03",), "test": ("n04", "n05")}
 COUNT = 3
 
@@ -63,6 +65,14 @@ def write_zips(folder: Path) -> None:
                 archive.writestr(f"images/{name}", contents)
 
 
+def write_one_zip(folder: Path) -> None:
+    write_tables(folder)
+    with zipfile.ZipFile(folder / "all.zip", "w") as archive:
+        for split in SPLITS:
+            for name, (_, contents) in members(split).items():
+                archive.writestr(name, contents)
+
+
 def write_folders(folder: Path) -> None:
     for split in SPLITS:
         for name, (label, contents) in members(split).items():
@@ -82,6 +92,30 @@ def write_caches(folder: Path, protocol: int = 2) -> None:
         (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(cache_of(split), protocol))
 
 
+def of_python_2(value) -> bytes:
+    """The opcodes with which a pickle of Python 2 holds nested dictionaries, lists and arrays of bytes."""
+    if isinstance(value, dict):
+        return b"}(" + b"".join(of_python_2(key) + of_python_2(of) for key, of in value.items()) + b"u"
+    if isinstance(value, list):
+        return b"](" + b"".join(map(of_python_2, value)) + b"e"
+    if isinstance(value, int):
+        return b"J" + value.to_bytes(4, "little", signed=True)
+    if isinstance(value, str):
+        return b"U" + bytes([len(value)]) + value.encode()
+    shape = b"(" + b"".join(map(of_python_2, value.shape)) + b"t"
+    dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
+    contents = b"T" + value.nbytes.to_bytes(4, "little") + value.tobytes()
+    return empty + b"(K\x01" + shape + dtype + b"\x89" + contents + b"tb"
+
+
+def write_python_2_caches(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        contents = b"\x80\x02" + of_python_2(cache_of(split)) + b"."
+        (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(contents)
+
+
 def write_labelled_caches(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val", "test", "train_phase_val", "train_phase_test"):
@@ -95,18 +129,25 @@ def write_labelled_caches(folder: Path) -> None:
 LAYOUTS = {
     "images": write_images,
     "zips": write_zips,
+    "one zip": write_one_zip,
     "folders": write_folders,
     "caches": write_caches,
     "caches, newest protocol": lambda folder: write_caches(folder, pickle.HIGHEST_PROTOCOL),
+    "caches of Python 2": write_python_2_caches,
     "labelled caches": write_labelled_caches,
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["miniimagenet", "mini-imagenet"])
-def test_every_layout_is_read(tmp_path, layout, name):
-    LAYOUTS[layout](tmp_path / "data" / name)
-    bank = open_bank("miniimagenet", miniimagenet(str(tmp_path / "data"), 84), {}, tmp_path / "cache")
+def test_every_layout_is_read(tmp_path, layout):
+    LAYOUTS[layout](tmp_path / "data" / "miniimagenet")
+    before = listing(tmp_path / "data")
+    source = miniimagenet(str(tmp_path / "data"), 84)
+    bank = open_bank("miniimagenet", source, {}, tmp_path / "cache")
+    assert listing(tmp_path / "data") == before
+    files = {name for name in before if Path(name).is_file() and "train_phase_val" not in name}
+    assert {str(path) for path in source.files} == {name for name in files if "train_phase_test" not in name}
+    assert len(set(bank.names)) == 5
     assert bank.images.shape == (5 * COUNT, 84, 84, 3)
     assert bank.splits == ("train", "train", "val", "test", "test")
     if "labelled" not in layout:
@@ -119,6 +160,56 @@ def test_every_layout_is_read(tmp_path, layout, name):
 
 def read(tmp_path):
     return miniimagenet(str(tmp_path), 84)
+
+
+@pytest.mark.parametrize("name", ["miniimagenet", "mini-imagenet", "mini_imagenet", "miniImageNet"])
+def test_the_folder_may_have_any_of_its_usual_names(tmp_path, name):
+    write_folders(tmp_path / name)
+    assert len(read(tmp_path).classes()) == 5
+
+
+@pytest.mark.parametrize("layout", ["images", "caches"])
+def test_images_come_in_the_size_asked_for(tmp_path, layout):
+    LAYOUTS[layout](tmp_path / "miniimagenet")
+    for image_class in miniimagenet(str(tmp_path), 42).classes():
+        images = image_class.load()
+        assert images.shape == (COUNT, 42, 42, 3)
+        assert np.abs(images[0].astype(int) - photo(image_class.split, 0, 42)).mean() < 4
+
+
+def test_arrays_of_a_cache_may_have_any_order_of_bytes_and_axes(tmp_path):
+    write_caches(tmp_path / "miniimagenet")
+    images = np.random.default_rng(0).integers(0, 256, (4, 84, 84, 3), dtype=np.uint8)
+    cache = {"image_data": np.asfortranarray(images), "class_dict": {"n03": np.array([3, 1], dtype=">i8")}}
+    (tmp_path / "miniimagenet" / "mini-imagenet-cache-val.pkl").write_bytes(pickle.dumps(cache, 2))
+    (of_val,) = (c for c in read(tmp_path).classes() if c.split == "val")
+    assert np.array_equal(of_val.load(), images[[3, 1]])
+
+
+def test_what_is_no_image_of_a_class_is_passed_over(tmp_path):
+    folder = tmp_path / "miniimagenet"
+    write_folders(folder)
+    for name in ("n03/notes.txt", "stray.jpg"):
+        (folder / "val" / name).write_bytes(b"no image")
+    (folder / "val" / "n03" / "n0300000001.jpg").rename(folder / "val" / "n03" / "n0300000001.JPEG")
+    (of_val,) = (c for c in read(tmp_path).classes() if c.split == "val")
+    assert of_val.name == "n03" and of_val.load().shape == (COUNT, 84, 84, 3)
+
+
+def test_a_split_without_images_is_named(tmp_path):
+    write_folders(tmp_path / "miniimagenet")
+    for path in (tmp_path / "miniimagenet" / "val" / "n03").iterdir():
+        path.unlink()
+    with pytest.raises(FewShotError, match=r"miniimagenet/val holds no folder with images"):
+        read(tmp_path).classes()
+
+
+def test_an_unpacked_image_goes_before_one_in_a_zip(tmp_path):
+    write_zips(tmp_path / "miniimagenet")
+    (tmp_path / "miniimagenet" / "images").mkdir()
+    (tmp_path / "miniimagenet" / "images" / "n0300000000.jpg").write_bytes(as_jpeg(np.full((84, 84, 3), 250, np.uint8)))
+    (of_val,) = (c for c in read(tmp_path).classes() if c.split == "val")
+    assert of_val.load()[0].min() > 240
 
 
 def test_where_it_is_absent_three_lines_say_what_to_put_where(tmp_path):
@@ -145,7 +236,24 @@ def test_a_broken_table_is_named(tmp_path, table):
         read(tmp_path).classes()
 
 
-@pytest.mark.parametrize("name", ["../secret.jpg", "{}/secret.jpg"])
+def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
+    write_images(tmp_path / "miniimagenet")
+    table = tmp_path / "miniimagenet" / "val.csv"
+    table.write_text(table.read_text(), encoding="utf-8-sig")
+    assert len(read(tmp_path).classes()) == 5
+
+
+@pytest.mark.parametrize("layout", ["images", "caches"])
+def test_a_folder_in_place_of_a_file_is_named(tmp_path, layout):
+    LAYOUTS[layout](tmp_path / "miniimagenet")
+    file = tmp_path / "miniimagenet" / ("val.csv" if layout == "images" else "mini-imagenet-cache-val.pkl")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(FewShotError, match=str(file)):
+        open_bank("miniimagenet", read(tmp_path), {}, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "../../etc/passwd", "../n0300000001.jpg", "{}/secret.jpg"])
 def test_a_table_cannot_reach_outside_the_folder(tmp_path, name):
     write_images(tmp_path / "miniimagenet")
     (tmp_path / "secret.jpg").write_bytes(as_jpeg(photo("val", 0)))
@@ -163,6 +271,15 @@ def test_a_corrupt_image_is_named(tmp_path):
         open_bank("miniimagenet", read(tmp_path), {}, tmp_path / "cache")
 
 
+def test_a_corrupt_photo_is_named(tmp_path):
+    write_images(tmp_path / "miniimagenet")
+    broken = tmp_path / "miniimagenet" / "images" / "n0400000002.jpg"
+    broken.write_bytes(broken.read_bytes()[:400])
+    with pytest.raises(FewShotError, match=str(broken)):
+        open_bank("miniimagenet", read(tmp_path), {}, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
 class Exploit:
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -171,7 +288,7 @@ class Exploit:
         return self.call
 
 
-@pytest.mark.parametrize("kind", ["system", "eval", "getattr", "open"])
+@pytest.mark.parametrize("kind", ["system", "eval", "getattr", "open", "memmap", "hidden in an array"])
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, kind):
     marker = tmp_path / "owned"
     exploit = {
@@ -179,13 +296,30 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, kind):
         "eval": Exploit(eval, f"open({str(marker)!r}, 'w')"),
         "getattr": Exploit(getattr, np.zeros(1), "dump"),
         "open": Exploit(open, str(marker), "w"),
+        "memmap": Exploit(np.memmap, str(marker), "uint8", "w+", 0, (1,)),
+        "hidden in an array": np.array([Exploit(os.system, f"touch {marker}")], dtype=object),
     }[kind]
     write_caches(tmp_path / "miniimagenet")
     cache = cache_of("val") | {"extra": exploit}
     (tmp_path / "miniimagenet" / "mini-imagenet-cache-val.pkl").write_bytes(pickle.dumps(cache))
-    with pytest.raises(FewShotError, match=r"cache-val\.pkl is not .*which is no array"):
+    with pytest.raises(FewShotError, match=r"cache-val\.pkl is not .*which (is no array|are no numbers)"):
         read(tmp_path).classes()
     assert not marker.exists()
+
+
+class Forged:
+    """A dtype of objects that tells numpy it is none, so that bytes of the file become addresses."""
+
+    def __reduce__(self):
+        return np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+def test_a_pickle_that_would_pass_bytes_off_as_objects_is_refused(tmp_path):
+    write_caches(tmp_path / "miniimagenet")
+    cache = cache_of("val") | {"extra": Exploit(FROM_BUFFER, bytes(8), Forged(), (1,), "C")}
+    (tmp_path / "miniimagenet" / "mini-imagenet-cache-val.pkl").write_bytes(pickle.dumps(cache))
+    with pytest.raises(FewShotError, match=r"cache-val\.pkl"):
+        read(tmp_path).classes()
 
 
 @pytest.mark.parametrize(
@@ -193,6 +327,20 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, kind):
     [
         pickle.dumps(cache_of("val"))[:5000],
         b"not a pickle",
+        b"",
+        pickle.dumps(cache_of("val"), 2)[:5000],
+        pickle.dumps(7),
+        pickle.dumps({"data": np.zeros((3, 84, 84, 3), np.uint8)}),
+        pickle.dumps({"data": np.zeros((3, 84, 84, 3), np.uint8), "labels": [0, 1]}),
+        pickle.dumps({"data": np.zeros((3, 84, 84, 3), np.uint8), "labels": [0] * 4}),
+        pickle.dumps(cache_of("val") | {"image_data": np.zeros((3, 84, 84), np.uint8)}),
+        pickle.dumps(cache_of("val") | {"image_data": np.zeros((3, 84, 84, 4), np.uint8)}),
+        pickle.dumps(cache_of("val") | {"class_dict": {"n03": [0, -1]}}),
+        pickle.dumps(cache_of("val") | {"class_dict": {"n03": [0, 0.5]}}),
+        pickle.dumps(cache_of("val") | {"class_dict": {"n03": [[0, 1]]}}),
+        pickle.dumps(cache_of("val") | {"class_dict": {"n03": 1}}),
+        pickle.dumps(cache_of("val") | {"class_dict": [0, 1]}),
+        pickle.dumps("x").replace(b"\x8c\x01x", b"\x8e" + b"\xff" * 8),  # a length beyond all bounds
         pickle.dumps([1, 2]),
         pickle.dumps({"image_data": np.zeros((3, 84, 84))}),
         pickle.dumps(cache_of("val") | {"image_data": np.zeros((3, 84, 84, 3))}),
@@ -209,8 +357,13 @@ def test_a_broken_cache_is_named(tmp_path, contents):
 
 @pytest.mark.real_data
 def test_the_real_files_have_100_disjoint_classes(real_data):
+    before = listing(real_data)
     classes = miniimagenet(str(real_data), 84).classes()
     assert [sum(c.split == split for c in classes) for split in SPLITS] == [64, 16, 20]
     assert len({c.name for c in classes}) == 100
     assert {c.count for c in classes if c.split != "train"} == {600}
-    assert classes[70].load().shape == (600, 84, 84, 3)
+    assert {c.count for c in classes if c.split == "train"} <= {300, 600}
+    images = classes[70].load()
+    assert images.shape == (600, 84, 84, 3)
+    assert 60 < images.mean() < 180 and images.std() > 30
+    assert listing(real_data) == before

@@ -11,6 +11,7 @@ import pytest
 import torchvision
 from PIL import Image, ImageDraw
 
+from conftest import listing
 from fewshot.data import omniglot as module
 from fewshot.data.bank import SPLITS, open_bank
 from fewshot.data.omniglot import omniglot, split_characters
@@ -99,11 +100,35 @@ def test_characters_are_dealt_out_whole_and_alike_whatever_their_order(split):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"), [({"split": "mine"}, "split=mine"), ({"val_characters": 7}, "val_characters=7")]
+    ("changes", "told"),
+    [
+        ({"split": "mine"}, "split=mine"),
+        ({"val_characters": 7}, "val_characters=7 must lie between 1 and 6"),
+        ({"val_characters": 0}, "val_characters=0"),
+        ({"val_characters": 6, "split": "lake"}, "val_characters=6 must lie between 1 and 5"),
+    ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, changes, told):
     with pytest.raises(FewShotError, match=told):
         read(write(tmp_path / "omniglot"), **changes).classes()
+
+
+def test_validation_takes_from_the_training_characters_alone():
+    names = [f"b/{n}" for n in range(20)]
+    few, many = (split_characters(names[:12], names[12:], "vinyals", 3, count) for count in (1, 5))
+    assert few["test"] == many["test"]
+    assert set(few["val"]) < set(many["val"])
+    assert set(few["train"]) | set(few["val"]) == set(many["train"]) | set(many["val"])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_bank_depends_on_every_file_and_nothing_is_written_beside_them(tmp_path, zipped):
+    data_dir = write(tmp_path / "data" / "omniglot", zipped)
+    before = listing(data_dir)
+    source = read(data_dir)
+    assert {str(path) for path in source.files} == {name for name in before if Path(name).is_file()}
+    open_bank("omniglot", source, {}, tmp_path / "cache")
+    assert listing(data_dir) == before
 
 
 @pytest.mark.parametrize("lost", ["bac_0/character02", "bac_1/character03/0003_2.png"])
@@ -135,12 +160,21 @@ def server(tmp_path, monkeypatch):
         def log_message(self, *_):
             pass
 
+        def do_GET(self):
+            if started.cut == "in a chunk":
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"FF\r\nonly a little of it")
+            else:
+                super().do_GET()
+
         def copyfile(self, source, outputfile):
             contents = source.read()
-            outputfile.write(contents[: len(contents) // 2] if started.cut else contents)
+            outputfile.write(contents[: len(contents) // 2] if started.cut == "half way" else contents)
 
     started = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(served)))
-    started.cut = False
+    started.cut = ""
     threading.Thread(target=started.serve_forever, daemon=True).start()
     checksums = {part: hashlib.md5((served / f"{part}.zip").read_bytes()).hexdigest() for part in PARTS}
     home = f"http://127.0.0.1:{started.server_address[1]}"
@@ -157,22 +191,25 @@ def test_it_is_downloaded_where_it_is_absent(server, tmp_path):
     assert {p.name for p in (tmp_path / "data" / "omniglot").glob("[!.]*")} == {f"{part}.zip" for part in PARTS}
 
 
-@pytest.mark.parametrize("fault", ["wrong checksum", "cut off", "no server"])
+@pytest.mark.parametrize("fault", ["wrong checksum", "half way", "in a chunk", "no server"])
 def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(server, tmp_path, monkeypatch, fault):
     if fault == "wrong checksum":
         monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", dict.fromkeys(PARTS, "0" * 32))
-    elif fault == "cut off":
-        server.cut = True
+    elif fault != "no server":
+        server.cut = fault
     else:
         monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", "http://127.0.0.1:9")
-    with pytest.raises(FewShotError, match=r"cannot be downloaded from http://127\.0\.0\.1.*data_dir=PATH"):
+    told = r"cannot be downloaded from http://127\.0\.0\.1.*data_dir=PATH"
+    with pytest.raises(FewShotError, match=told) as caught:
         read(tmp_path / "data")
+    assert "<urlopen" not in str(caught.value)
     assert not list((tmp_path / "data" / "omniglot").glob("[!.]*"))
 
 
 @pytest.mark.real_data
 @pytest.mark.parametrize(("split", "characters"), [("vinyals", (1028, 172, 423)), ("lake", (792, 172, 659))])
 def test_the_real_files_split_as_the_papers_do(real_data, split, characters):
+    before = listing(real_data)
     classes = omniglot(str(real_data), 28, split, 0, 172, rotations=True).classes()
     of = {s: {c.name.split("@")[0] for c in classes if c.split == s} for s in SPLITS}
     assert tuple(len(of[s]) for s in SPLITS) == characters
@@ -181,3 +218,4 @@ def test_the_real_files_split_as_the_papers_do(real_data, split, characters):
         images = image_class.load()
         assert images.shape == (20, 28, 28, 1)
         assert 5 < images.mean() < 80 and images.max() > 200
+    assert listing(real_data) == before

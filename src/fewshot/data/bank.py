@@ -144,11 +144,15 @@ def _build(name: str, source: Source, directory: Path) -> None:
         offsets = [0, *accumulate(c.count for c in classes)]
         # Written rather than mapped: a full disk is an error then, not the end of the process.
         with (partial / "images.npy").open("wb") as file:
-            for image_class in track(classes, description=f"building the image bank of {name}", transient=True):
+            description = f"building the image bank of {name}"
+            for number, image_class in enumerate(track(classes, description=description, transient=True)):
                 images = image_class.load()
-                if file.tell() == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (offsets[-1], *images.shape[1:])}
+                if number == 0:
+                    shape = images.shape[1:]
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (offsets[-1], *shape)}
                     np.lib.format.write_array_header_1_0(file, header)
+                assert images.dtype == np.uint8, image_class.name
+                assert images.shape == (image_class.count, *shape), image_class.name
                 file.write(np.ascontiguousarray(images).data)
         index = {"offsets": offsets, "names": [c.name for c in classes], "splits": [c.split for c in classes]}
         (partial / "index.json").write_text(json.dumps(index))
@@ -163,11 +167,11 @@ def _read(directory: Path) -> ImageBank | None:
         index = json.loads((directory / "index.json").read_text())
         # Copy-on-write, since torch has no read-only tensors: nothing written to it would reach the disk.
         images = np.load(directory / "images.npy", mmap_mode="c")
-    except (FileNotFoundError, NotADirectoryError, EOFError, ValueError):
-        return None
-    return ImageBank(
-        images=torch.from_numpy(images),
-        offsets=np.array(index["offsets"], dtype=np.int64),
-        names=tuple(index["names"]),
-        splits=tuple(index["splits"]),
-    )
+        return ImageBank(
+            images=torch.from_numpy(images),
+            offsets=np.array(index["offsets"], dtype=np.int64),
+            names=tuple(index["names"]),
+            splits=tuple(index["splits"]),
+        )
+    except (FileNotFoundError, NotADirectoryError, EOFError, KeyError, TypeError, ValueError):
+        return None  # there is none, or a broken one

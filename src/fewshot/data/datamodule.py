@@ -54,7 +54,8 @@ class EpisodeDataModule(pl.LightningDataModule):
         if self._bank is None:
             source = self.dataset.source
             name = source._target_.rpartition(".")[2]
-            self._bank = open_bank(name, instantiate(source), OmegaConf.to_container(source), self.cache_dir)
+            settings = OmegaConf.to_container(source, resolve=True)
+            self._bank = open_bank(name, instantiate(source), settings, self.cache_dir)
         return self._bank
 
     def prepare_data(self) -> None:

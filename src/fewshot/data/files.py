@@ -42,7 +42,7 @@ def list_zip(archive: Path) -> dict[str, ImageFile]:
     """
     try:
         opened = zipfile.ZipFile(archive)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise FewShotError(f"cannot read the archive {archive}: {error}; fetch it again") from error
     reading = threading.Lock()
 
@@ -51,7 +51,7 @@ def list_zip(archive: Path) -> dict[str, ImageFile]:
             try:
                 with reading:
                     return opened.read(member)
-            except (zipfile.BadZipFile, EOFError) as error:
+            except (zipfile.BadZipFile, EOFError, RuntimeError) as error:  # the last: encrypted, or an odd compression
                 raise OSError(str(error)) from error
 
         return read

@@ -2,11 +2,12 @@
 
 import csv
 import pickle
-from collections import defaultdict
+import re
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,9 +81,9 @@ def _from_tables(folder: Path, tables: Mapping[str, Path], size: int) -> Source:
 
 def _read_table(table: Path) -> list[tuple[str, str]]:
     try:
-        with table.open(newline="", encoding="utf-8") as file:
+        with table.open(newline="", encoding="utf-8-sig") as file:
             rows = [(row["filename"], row["label"]) for row in csv.DictReader(file)]
-    except (KeyError, ValueError, csv.Error) as error:
+    except (OSError, KeyError, ValueError, csv.Error) as error:
         raise FewShotError(f"{table} is not a table with the columns filename and label: {error}") from error
     if not rows or not all(name and label for name, label in rows):
         raise FewShotError(f"{table} has no rows, or rows without a filename or a label; fetch it again")
@@ -130,7 +131,7 @@ def _from_pickles(pickles: Mapping[str, Path], size: int) -> Source:
             images, of_class = _read_pickle(path)
             for label, members in of_class.items():
                 name = label if isinstance(label, str) else f"{split}/{label}"
-                load = partial(_resized, images, np.asarray(members), size)
+                load = partial(_resized, images, members, size)
                 found.append(ImageClass(name, split, len(members), load))
         return found
 
@@ -141,7 +142,7 @@ def _resized(images: NDArray[np.uint8], members: NDArray[np.int64], size: int) -
     return np.stack([to_pixels(Image.fromarray(images[member]), size, channels=3) for member in members])
 
 
-def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], Mapping[Any, Sequence[int]]]:
+def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], Mapping[Any, NDArray[np.int64]]]:
     """The images of one pickled cache, uint8 ``[images, height, width, 3]``, and the members of each class."""
     try:
         with path.open("rb") as file:
@@ -150,42 +151,92 @@ def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], Mapping[Any, Sequence[i
             images, of_class = cache["image_data"], cache["class_dict"]
         else:
             labels = np.asarray(cache["labels"])
-            images = cache["data"]
+            images = np.asarray(cache["data"])
+            if labels.shape != (len(images),):
+                raise ValueError(f"it has {len(images)} images and labels {list(labels.shape)}")
             of_class = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()}
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"its images are {images.dtype} {list(images.shape)}, not uint8 [images, h, w, 3]")
-        if any(np.min(members) < 0 or np.max(members) >= len(images) for members in of_class.values()):
+        of_class = {label: np.asarray(members) for label, members in of_class.items()}
+        if any(members.ndim != 1 or members.dtype.kind not in "iu" for members in of_class.values()):
+            raise ValueError("the images of a class are not a list of whole numbers")
+        if any(members.min() < 0 or members.max() >= len(images) for members in of_class.values()):
             raise ValueError("a class names images that it does not hold")
     except (
+        OSError,
         pickle.UnpicklingError,
         EOFError,
-        KeyError,
+        LookupError,
+        OverflowError,
         ValueError,
         TypeError,
         AttributeError,
-        IndexError,
     ) as error:
         raise FewShotError(f"{path} is not a pickled miniImageNet cache: {error}; fetch it again") from error
     return images, of_class
 
 
+class _Dtype:
+    """What numpy.dtype is read as: numbers and strings only, and nothing of it can be changed afterwards.
+
+    numpy's own takes its flags from the pickle, which can pass bytes off as pointers to objects.
+    """
+
+    def __init__(self, name: str, *_: object) -> None:
+        if not re.fullmatch(r"[biufSU]\d+", name):
+            raise pickle.UnpicklingError(f"it has an array of {name}, which are no numbers")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """What numpy.ndarray is read as; ``numpy.asarray`` makes an array of it."""
+
+    def __init__(self, *_: object) -> None:
+        self.array: NDArray[Any] = np.empty(0)
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        _, shape, dtype, fortran, contents = state
+        self.array = _from_bytes(contents, dtype, shape, "F" if fortran else "C")
+
+    def __array__(self, *_: object, **__: object) -> NDArray[Any]:
+        return self.array
+
+
+def _from_bytes(contents: bytes | str, dtype: _Dtype, shape: Sequence[int], order: Literal["C", "F"]) -> NDArray[Any]:
+    raw = contents.encode("latin1") if isinstance(contents, str) else contents  # Python 2 had one type for both
+    return np.frombuffer(raw, dtype.dtype).reshape(shape, order=order)
+
+
+def _scalar(dtype: _Dtype, contents: bytes | str) -> Any:
+    return _from_bytes(contents, dtype, (1,), "C")[0]
+
+
+def _encode(text: str, _encoding: str) -> bytes:
+    return text.encode("latin1")
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Reads numpy arrays and plain containers; a pickle that names anything else, code say, is refused."""
 
-    ADMITTED = frozenset(
-        [(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
-        + [(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")]
-        + [("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")]
-        + [
-            ("collections", "OrderedDict"),
-            ("collections", "defaultdict"),
-            ("builtins", "list"),
-            ("builtins", "range"),
-        ]
-    )
+    ADMITTED: Mapping[tuple[str, str], Any] = {
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
+        **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+        **{(f"numpy.{core}.numeric", "_frombuffer"): _from_bytes for core in ("core", "_core")},
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): _encode,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "defaultdict"): defaultdict,
+        ("builtins", "list"): list,
+        ("builtins", "range"): range,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ADMITTED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
-        return super().find_class(module, name)
+        return self.ADMITTED[module, name]

@@ -5,6 +5,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
@@ -129,7 +130,7 @@ def _download(folder: Path, part: str) -> Path:
             if not archive.exists():
                 download_url(url, fresh, archive.name, Omniglot.zips_md5[part])
                 Path(fresh, archive.name).replace(archive)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else error
         raise FewShotError(
             f"Omniglot is not in {folder} and cannot be downloaded from {url}: {reason}; "
