@@ -94,6 +94,18 @@ def test_training_learns(tiny, tmp_path):
     assert after["accuracy"] - after["ci95"] > before["accuracy"] + before["ci95"] + 0.1
 
 
+@pytest.mark.parametrize(
+    "choice", [("method=matching", "distance=scaled_cosine", "distance.learn=true"), ("method=matching_fce", "shot=2")]
+)
+def test_every_method_trains_and_tests(tiny, tmp_path, choice):
+    train(tiny(*choice))
+    results = results_of(tmp_path / "run")
+    assert results["method"] == choice[0].removeprefix("method=") and results["accuracy"] > 0
+    weights = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    if "distance.learn=true" in choice:
+        assert weights["distance.log_scale"].exp().item() != pytest.approx(10)
+
+
 def test_a_sweep_runs_every_combination(cli, tmp_path):
     done = cli("-m", *TINY, "shot=1,2", "distance=l2,cosine", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -134,6 +146,8 @@ BAD = {
     ("hardware=gpu",): "gpu",
     ("encoder.filters=0",): "encoder.filters=0",
     ("dataset.normalise=no",): "dataset.normalise=no",
+    ("method=matching", "distance=scaled_cosine", "distance.scale=-1"): "distance.scale=-1 must be positive",
+    ("method=matching_fce", "method.unrolling_steps=0"): "method.unrolling_steps=0 must be at least 1",
 }
 
 

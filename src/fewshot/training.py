@@ -117,14 +117,17 @@ def _report(results: dict[str, Any], run_dir: Path) -> None:
     shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder")} | {
         "accuracy": f"{results['accuracy']:.2%} ± {results['ci95']:.2%}",
         "episodes": f"{results['episodes']:,}",
-        "trained in": f"{results['train_seconds']:.0f} s",
     }
     for column in shown:
-        table.add_column(column, no_wrap=column == "accuracy")
+        table.add_column(column, no_wrap=True)
     table.add_row(*shown.values())
     console = Console()
     console.print(table)
-    console.print(f"Results, checkpoints and TensorBoard log: {run_dir}", soft_wrap=True, highlight=False)
+    console.print(
+        f"Trained in {results['train_seconds']:.0f} s. Results, checkpoints, TensorBoard log: {run_dir}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _commit() -> str | None:
