@@ -87,6 +87,13 @@ def test_a_source_without_classes_is_refused(file, tmp_path):
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
+def test_a_class_in_two_splits_is_refused(file, tmp_path):
+    good = make_source(file).classes()
+    leak = ImageClass("class 0", "test", 1, good[1].load)
+    with pytest.raises(FewShotError, match="class 0 of toy occurs twice, in train and in test"):
+        open_bank("toy", Source([file], lambda: [*good, leak]), {}, tmp_path / "cache")
+
+
 def test_writing_to_the_images_never_reaches_the_disk(file, tmp_path):
     open_bank("toy", make_source(file), {}, tmp_path / "cache").images.fill_(9)
     assert open_bank("toy", make_source(file), {}, tmp_path / "cache").images.max() == 3
@@ -177,6 +184,7 @@ def test_two_processes_build_one_bank(tmp_path):
     (tmp_path / "source").touch()
     processes = [start_build(tmp_path, 1) for _ in range(2)]
     while len(list(tmp_path.glob("ready *"))) < 2:
+        assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
     (tmp_path / "go").touch()
     outputs = [process.communicate(timeout=120) for process in processes]
@@ -191,6 +199,7 @@ def test_a_killed_build_is_no_obstacle_and_no_bank(tmp_path):
         (tmp_path / name).touch()
     killed = start_build(tmp_path, 60)
     while not (tmp_path / "log").exists():
+        assert killed.poll() is None
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()

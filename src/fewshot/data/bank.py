@@ -141,6 +141,14 @@ def _build(name: str, source: Source, directory: Path) -> None:
         classes = source.classes()
         if not classes:
             raise FewShotError(f"the data set {name} has no classes")
+        split_of: dict[str, str] = {}
+        for of in classes:
+            if of.name in split_of:
+                raise FewShotError(
+                    f"the class {of.name} of {name} occurs twice, in {split_of[of.name]} and in {of.split}: what is "
+                    "tested must not have been trained on; correct the lists or folders of the splits"
+                )
+            split_of[of.name] = of.split
         offsets = [0, *accumulate(c.count for c in classes)]
         # Written rather than mapped: a full disk is an error then, not the end of the process.
         with (partial / "images.npy").open("wb") as file:
