@@ -133,22 +133,27 @@ def _lock(path: Path, name: str) -> AcquireReturnProxy:
         return lock.acquire()
 
 
+def _list_classes(name: str, source: Source) -> Sequence[ImageClass]:
+    classes = source.classes()
+    if not classes:
+        raise FewShotError(f"the data set {name} has no classes")
+    split_of: dict[str, str] = {}
+    for image_class in classes:
+        if image_class.name in split_of:
+            raise FewShotError(
+                f"the class {image_class.name} of {name} occurs twice, in {split_of[image_class.name]} and in "
+                f"{image_class.split}: what is tested must not have been trained on; correct the splits"
+            )
+        split_of[image_class.name] = image_class.split
+    return classes
+
+
 def _build(name: str, source: Source, directory: Path) -> None:
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # a build that was killed
     partial.mkdir()
     try:
-        classes = source.classes()
-        if not classes:
-            raise FewShotError(f"the data set {name} has no classes")
-        split_of: dict[str, str] = {}
-        for of in classes:
-            if of.name in split_of:
-                raise FewShotError(
-                    f"the class {of.name} of {name} occurs twice, in {split_of[of.name]} and in {of.split}: what is "
-                    "tested must not have been trained on; correct the lists or folders of the splits"
-                )
-            split_of[of.name] = of.split
+        classes = _list_classes(name, source)
         offsets = [0, *accumulate(c.count for c in classes)]
         # Written rather than mapped: a full disk is an error then, not the end of the process.
         with (partial / "images.npy").open("wb") as file:
