@@ -1,12 +1,16 @@
 """Distances between embeddings, each computed by one matrix product."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
 from fewshot.errors import FewShotError
+
+# [queries, features] and [points, features] to [queries, points].
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def l2(queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fewshot.data.episodes import Episode
+from fewshot.distances import Distance
 from fewshot.errors import FewShotError
 from fewshot.evaluation import EpisodeAccuracy, Estimate
 
@@ -95,3 +96,18 @@ class FewShotMethod(pl.LightningModule, ABC):
             return optimizer
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.halve_every, gamma=0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class MetricMethod(FewShotMethod):
+    """A method that compares embeddings by a distance.
+
+    Args:
+        encoder: see ``FewShotMethod``.
+        distance: between embeddings, see ``fewshot.distances``.
+        learning_rate: see ``FewShotMethod``.
+        halve_every: see ``FewShotMethod``.
+    """
+
+    def __init__(self, encoder: nn.Module, distance: Distance, learning_rate: float, halve_every: int | None) -> None:
+        super().__init__(encoder, learning_rate, halve_every)
+        self.distance = distance

@@ -1,35 +1,23 @@
 """Matching networks (Vinyals et al., 2016, arXiv 1606.04080), without and with full context embeddings."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from fewshot.data.episodes import Episode
+from fewshot.distances import Distance
 from fewshot.errors import FewShotError
-from fewshot.methods.base import FewShotMethod
+from fewshot.methods.base import MetricMethod
 
 
-class MatchingNetwork(FewShotMethod):
+class MatchingNetwork(MetricMethod):
     """A query's label is the sum of the support labels, weighted by attention to the support samples.
 
     Args:
         encoder: the embedding f' = g' of the paper.
-        distance: ``[queries, features]`` and ``[support samples, features]`` to ``[queries, support samples]``; the
-            paper's c is minus the cosine distance.
+        distance: from queries to support samples; the paper's c is minus the cosine distance.
         learning_rate: see ``FewShotMethod``.
         halve_every: see ``FewShotMethod``.
     """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        learning_rate: float,
-        halve_every: int | None,
-    ) -> None:
-        super().__init__(encoder, learning_rate, halve_every)
-        self.distance = distance
 
     def embed(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
         """The embeddings g of the support and f of the queries: here each image by itself.
@@ -69,7 +57,7 @@ class FullContextMatchingNetwork(MatchingNetwork):
     def __init__(
         self,
         encoder: nn.Module,
-        distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        distance: Distance,
         learning_rate: float,
         halve_every: int | None,
         unrolling_steps: int,

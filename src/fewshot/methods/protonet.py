@@ -1,34 +1,21 @@
 """Prototypical networks (Snell, Swersky & Zemel, 2017, arXiv 1703.05175)."""
 
-from collections.abc import Callable
-
 import torch
-from torch import nn
 from torch.nn.functional import one_hot
 
 from fewshot.data.episodes import Episode
-from fewshot.methods.base import FewShotMethod
+from fewshot.methods.base import MetricMethod
 
 
-class PrototypicalNetwork(FewShotMethod):
+class PrototypicalNetwork(MetricMethod):
     """A class is the mean of its embedded support samples; a query belongs to the nearest.
 
     Args:
         encoder: the embedding function f of the paper.
-        distance: d of the paper: ``[queries, features]`` and ``[way, features]`` to ``[queries, way]``.
+        distance: d of the paper, from queries to prototypes.
         learning_rate: see ``FewShotMethod``.
         halve_every: see ``FewShotMethod``.
     """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        learning_rate: float,
-        halve_every: int | None,
-    ) -> None:
-        super().__init__(encoder, learning_rate, halve_every)
-        self.distance = distance
 
     def forward(self, episode: Episode) -> torch.Tensor:
         """Logits ``[queries, way]``: the softmax over them is equation 2."""
