@@ -15,7 +15,9 @@ def write_run(folder, way, distance, seed, accuracy, scale=10.0, learn=False):
     folder.mkdir(parents=True)
     results = {
         **{"way": way, "shot": 1, "distance": distance, "seed": seed, "accuracy": accuracy, "ci95": 0.002},
-        "validations": [{"step": step, "accuracy": accuracy - 0.1 / step, "ci95": 0.01} for step in (1, 2, 3)],
+        "validations": [
+            {"trained_episodes": step, "accuracy": accuracy - 0.1 / step, "ci95": 0.01} for step in (1, 2, 3)
+        ],
         "config": {"distance": {"scale": scale, "learn": learn}, "train": {"episodes": 3}},
     }
     (folder / "results.json").write_text(json.dumps(results))

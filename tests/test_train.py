@@ -47,7 +47,7 @@ def test_a_plain_run_from_another_directory_leaves_everything_in_its_run_directo
     assert (results["way"], results["shot"], results["query"], results["seed"]) == (5, 1, 15, 3)
     assert results["episodes"] == 5 and 0 < results["accuracy"] <= 1 and 0 < results["ci95"] < 1
     assert results["overrides"] == [*TINY, "seed=3"]
-    assert [(v["step"], v["episodes"]) for v in results["validations"]] == [(4, 3), (6, 3)]
+    assert [(v["trained_episodes"], v["episodes"]) for v in results["validations"]] == [(4, 3), (6, 3)]
     assert results["val_accuracy"] == pytest.approx(max(v["accuracy"] for v in results["validations"]))
     assert f"{results['accuracy']:.2%}" in done.stdout
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
@@ -72,10 +72,12 @@ def test_the_weights_that_are_tested_are_those_best_on_validation(tiny, tmp_path
     from fewshot.methods.protonet import PrototypicalNetwork  # noqa: PLC0415
 
     # A training that makes the encoder worse at every step: the first validation is the best.
-    def spoil(self, episode, batch_idx):  # noqa: ARG001
+    learn = PrototypicalNetwork.training_step
+
+    def spoil(self, meta_batch, batch_idx):
         for parameter in self.parameters():
             parameter.data.mul_(0.5 if self.global_step >= 4 else 1)
-        return self.learn(self(episode), episode.query_labels)
+        return learn(self, meta_batch, batch_idx)
 
     monkeypatch.setattr(PrototypicalNetwork, "training_step", spoil)
     validation = train(tiny("val.episodes=20", "train.episodes=12"))
@@ -95,7 +97,14 @@ def test_training_learns(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "choice", [("method=matching", "distance=scaled_cosine", "distance.learn=true"), ("method=matching_fce", "shot=2")]
+    "choice",
+    [
+        ("method=matching", "distance=scaled_cosine", "distance.learn=true"),
+        ("method=matching_fce", "shot=2"),
+        ("method=protonet", "train.meta_batch=2"),
+        ("method=maml", "train.way=5", "train.meta_batch=4", "method.clip_norm=1", "method.halve_every=1"),
+        ("method=maml", "method.order=1", "train.way=5", "way=5", "method.task_batching=vmap"),
+    ],
 )
 def test_every_method_trains_and_tests(tiny, tmp_path, choice):
     train(tiny(*choice))

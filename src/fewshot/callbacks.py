@@ -19,11 +19,11 @@ class ProgressBar(RichProgressBar):
 
 
 class Record(pl.Callback):
-    """Keeps the validation curve and the time spent in training; a resumed run goes on from both.
+    """Keeps, and tells, the validation curve and the time spent in training; a resumed run goes on from both.
 
     Attributes:
         seconds: spent in training steps, validations left out.
-        validations: the training ``step`` of each validation, and its estimate.
+        validations: each one's estimate, and the ``trained_episodes`` before it.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,11 @@ class Record(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, method: FewShotMethod) -> None:  # type: ignore[override]  # noqa: D102
         if not trainer.sanity_checking:
-            self.validations.append({"step": trainer.global_step, **method.estimates["val"]._asdict()})
+            trained = trainer.datamodule.episodes_by(trainer.current_epoch + 1)  # type: ignore[attr-defined]
+            estimate = method.estimates["val"]
+            self.validations.append({"trained_episodes": trained, **estimate._asdict()})
+            told = f"{estimate.accuracy:.2%} ± {estimate.ci95:.2%}"
+            method.print(f"episode {trained:,}: validation accuracy {told}", flush=True)
         self._since = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102

@@ -29,6 +29,7 @@ class Training(Task):
     """The ``train`` node."""
 
     episodes: int = MISSING
+    meta_batch: int = MISSING
 
 
 @dataclass
@@ -75,6 +76,7 @@ AT_LEAST = {
     "train.shot": 1,
     "train.query": 1,
     "train.episodes": 1,
+    "train.meta_batch": 1,
     "val.episodes": 1,
     "val.every": 1,
     "test.episodes": 2,  # an interval needs two

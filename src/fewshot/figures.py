@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from fewshot.errors import FewShotError
@@ -85,7 +86,7 @@ def distance_study(runs: str, out: Path) -> list[Path]:
             for (label, seeds), colour, marker, line in zip(
                 sorted(lines.items(), key=_order), cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False
             ):
-                steps = [validation["step"] for validation in seeds[0]["validations"]]
+                steps = [validation["trained_episodes"] for validation in seeds[0]["validations"]]
                 curves = np.array([[100 * v["accuracy"] for v in of["validations"]] for of in seeds])
                 axes.plot(steps, curves.mean(0), line, color=colour, marker=marker, markersize=4, label=label)
                 axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
@@ -120,3 +121,26 @@ def _table(groups: Mapping[int, Mapping[str, Sequence[Mapping[str, Any]]]]) -> s
 def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=150)
     return path
+
+
+def autograd_graph(tensor: torch.Tensor) -> tuple[list[Any], list[tuple[int, int]]]:
+    """Walk the graph through which autograd would differentiate ``tensor``.
+
+    Args:
+        tensor: a result with a graph behind it.
+
+    Returns:
+        The nodes, each before those it leads back to where it is found first, and the edges by their positions.
+    """
+    nodes: list[Any] = [tensor.grad_fn]
+    positions = {tensor.grad_fn: 0}
+    edges = []
+    for position, node in enumerate(nodes):
+        for earlier, _ in node.next_functions:
+            if earlier is None:
+                continue
+            if earlier not in positions:
+                positions[earlier] = len(nodes)
+                nodes.append(earlier)
+            edges.append((position, positions[earlier]))
+    return nodes, edges

@@ -2,6 +2,12 @@
 
 import ctypes
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -21,3 +27,22 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**28)
+
+
+def map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Apply ``function`` to every item, each on one thread of its own, as many at a time as PyTorch uses threads.
+
+    Many small operations gain little from being spread over threads one by one. The results come in the order of the
+    items, so what is summed over them does not depend on which thread was quicker.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for the whole process: a backward pass takes that number, whichever thread it runs in
+    try:
+        yield from _pool(threads).map(function, items)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="fewshot")

@@ -67,7 +67,7 @@ def train(config: DictConfig) -> float:
     record = Record()
     trainer = pl.Trainer(
         **config.hardware,
-        max_epochs=-(-config.train.episodes // config.val.every),
+        max_epochs=data.epochs,
         reload_dataloaders_every_n_epochs=1,  # every epoch draws episodes of its own
         use_distributed_sampler=False,  # ours knows its rank
         callbacks=[best, record, LearningRateMonitor(), ProgressBar(refresh_rate=10)],
@@ -75,6 +75,7 @@ def train(config: DictConfig) -> float:
         log_every_n_steps=config.log_every,
         default_root_dir=run_dir,
         enable_model_summary=False,
+        inference_mode=False,  # some methods take gradients to solve an episode
     )
     trainer.fit(method, data)
     seconds, validations = record.seconds, record.validations  # the test restores the callbacks' older state

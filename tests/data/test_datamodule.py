@@ -25,9 +25,15 @@ def make(*overrides, trainer=None):
     return module
 
 
+def single(loader):
+    """The episodes of a loader, be it one of meta-batches or not."""
+    return [e for batch in loader for e in (batch.tasks() if batch.support_labels.ndim == 2 else [batch])]
+
+
 def same(loader, other):
     return all(
-        torch.equal(a.support, b.support) and torch.equal(a.query, b.query) for a, b in zip(loader, other, strict=True)
+        torch.equal(a.support, b.support) and torch.equal(a.query, b.query)
+        for a, b in zip(single(loader), single(other), strict=True)
     )
 
 
@@ -40,7 +46,7 @@ def test_loaders_give_episodes_of_the_make_asked_for():
     ):
         episodes = list(loader)
         assert len(episodes) == len(loader) == count
-        for episode in episodes:
+        for episode in single(episodes):
             assert episode.way == way
             assert episode.support.shape == (way * shot, 16, 16, 3) and episode.support.dtype == torch.uint8
             assert episode.query.shape == (way * query, 16, 16, 3)
@@ -62,6 +68,7 @@ def epoch(number, rank=0, world_size=1):
 
 def test_epochs_differ_and_the_last_one_holds_what_is_left():
     assert [len(epoch(number).train_dataloader()) for number in range(3)] == [4, 4, 2]
+    assert epoch(0).epochs == 3 and [epoch(0).episodes_by(number) for number in range(4)] == [0, 4, 8, 10]
     assert not same(epoch(0).train_dataloader(), epoch(1).train_dataloader())
     assert same(epoch(0).val_dataloader(), epoch(1).val_dataloader())
 
@@ -69,9 +76,15 @@ def test_epochs_differ_and_the_last_one_holds_what_is_left():
 def test_ranks_share_out_the_episodes_of_one_process():
     whole, *ranks = epoch(1), epoch(1, 0, 2), epoch(1, 1, 2)
     for get in ("train_dataloader", "test_dataloader"):
-        shares = [list(getattr(rank, get)()) for rank in ranks]
+        shares = [single(getattr(rank, get)()) for rank in ranks]
         interleaved = [episode for pair in zip(*shares, strict=True) for episode in pair]
         assert same(getattr(whole, get)(), interleaved)
+
+
+def test_validations_come_between_whole_meta_batches_and_the_last_one_takes_what_is_left():
+    module = make("train.meta_batch=3", trainer=SimpleNamespace(current_epoch=1, global_rank=0, world_size=1))
+    assert module.every == 6 and module.epochs == 2  # val.every=4, train.episodes=10
+    assert [len(batch.query) for batch in module.train_dataloader()] == [3, 1]
 
 
 @pytest.mark.parametrize("kind", ["range", "standardise"])

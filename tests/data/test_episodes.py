@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_bank
-from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, EpisodeSampler, draw_episode
+from fewshot.data.episodes import (
+    EpisodeDataset,
+    EpisodeNumber,
+    EpisodeSampler,
+    MetaBatchSampler,
+    draw_episode,
+    meta_batch,
+)
 from fewshot.errors import FewShotError
 
 COUNTS = st.lists(st.integers(4, 30), min_size=3, max_size=40)
@@ -78,10 +85,34 @@ def test_support_and_query_are_the_images_of_the_labelled_classes():
 
 
 @given(st.integers(0, 50), st.integers(1, 5))
-def test_ranks_share_an_epoch_without_overlap(episodes, world_size):
-    shares = [list(EpisodeSampler(episodes, 3, rank, world_size)) for rank in range(world_size)]
-    assert sorted(sum(shares, [])) == [EpisodeNumber(3, number) for number in range(episodes)]
-    assert [len(EpisodeSampler(episodes, 3, rank, world_size)) for rank in range(world_size)] == list(map(len, shares))
+def test_ranks_share_an_evaluation_without_overlap(episodes, world_size):
+    shares = [EpisodeSampler(episodes, rank, world_size) for rank in range(world_size)]
+    assert sorted(sum(map(list, shares), [])) == [EpisodeNumber(0, number) for number in range(episodes)]
+    assert list(map(len, shares)) == [len(list(share)) for share in shares]
+
+
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 5))
+def test_ranks_share_every_meta_batch_without_overlap(episodes, meta_batch, world_size):
+    whole = list(MetaBatchSampler(episodes, meta_batch, 3))
+    assert sum(whole, []) == [EpisodeNumber(3, number) for number in range(episodes)]
+    assert [len(batch) for batch in whole[:-1]] == [meta_batch] * (len(whole) - 1) and 0 < len(whole[-1]) <= meta_batch
+    shares = [MetaBatchSampler(episodes, meta_batch, 3, rank, world_size) for rank in range(world_size)]
+    assert [len(share) for share in shares] == [len(whole)] * world_size
+    assert [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)] == whole
+
+
+def test_a_meta_batch_can_be_taken_apart():
+    bank = make_bank({"train": [9], "test": [6] * 8})
+    dataset = EpisodeDataset(bank, "test", way=5, shot=2, query=1, seed=0)
+    episodes = [dataset[EpisodeNumber(0, number)] for number in range(5)]
+    together = meta_batch(episodes)
+    assert together.support.shape == (5, 10, 16, 16, 1) and together.query_labels.shape == (5, 5)
+    pieces = list(together.split(2))
+    assert [len(piece.query) for piece in pieces] == [2, 2, 1]
+    for apart in (together.tasks(), (task for piece in pieces for task in piece.tasks())):
+        for task, episode in zip(apart, episodes, strict=True):
+            assert task.way == 5
+            assert all(torch.equal(a, b) for a, b in zip(task[:-1], episode[:-1], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -6,20 +6,21 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from fewshot.data.bank import ImageBank, open_bank
-from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeSampler
+from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeSampler, MetaBatchSampler, meta_batch
 from fewshot.data.images import normalise
 
 
 class EpisodeDataModule(pl.LightningDataModule):
-    """Serves n-way k-shot episodes of the three splits of a data set, one a batch.
+    """Serves n-way k-shot episodes of the three splits of a data set: training by the meta-batch, the others singly.
 
     Args:
         dataset: the configuration group ``dataset``.
         way: classes in an episode of validation and test.
         shot: support samples a class there.
         query: queries a class there.
-        train: the same for training, with ``episodes`` in all.
-        val: ``episodes`` of one validation, and how many training episodes lie between two (``every``).
+        train: the same for training, with ``episodes`` in all and in a ``meta_batch``.
+        val: ``episodes`` of one validation, and how many training episodes lie between two (``every``, rounded up to
+            whole meta-batches).
         test: ``episodes`` of the test.
         seed: draws the training episodes.
         eval_seed: draws those of validation and test: whatever the training's seed, they stay the same.
@@ -44,7 +45,8 @@ class EpisodeDataModule(pl.LightningDataModule):
         self.dataset, self.cache_dir = dataset, cache_dir
         self.episode = {"way": way, "shot": shot, "query": query, "seed": eval_seed}
         self.train_episode = {"way": train.way, "shot": train.shot, "query": train.query, "seed": seed}
-        self.train_episodes, self.every = train.episodes, val.every
+        self.train_episodes, self.meta_batch = train.episodes, train.meta_batch
+        self.every = -(-val.every // train.meta_batch) * train.meta_batch
         self.episodes = {"val": val.episodes, "test": test.episodes}
         self._bank: ImageBank | None = None
 
@@ -69,24 +71,38 @@ class EpisodeDataModule(pl.LightningDataModule):
             for split in ("train", "val", "test")
         }
 
+    @property
+    def epochs(self) -> int:
+        """Of the training; each ends with a validation."""
+        return -(-self.train_episodes // self.every)
+
+    def episodes_by(self, epoch: int) -> int:
+        """How many training episodes come before an epoch."""
+        return min(epoch * self.every, self.train_episodes)
+
+    # No worker processes in the loaders: making an episode is one gather, far quicker than sending it from one.
     def train_dataloader(self) -> DataLoader[Episode]:
-        """The training episodes of the current epoch, which ends with a validation; the last may be shorter."""
+        """The meta-batches of the current epoch; the last epoch may be shorter."""
         epoch = self.trainer.current_epoch if self.trainer else 0
-        return self._loader("train", min(self.every, self.train_episodes - epoch * self.every), epoch)
+        episodes = self.episodes_by(epoch + 1) - self.episodes_by(epoch)
+        rank, world_size = self._place()
+        sampler = MetaBatchSampler(episodes, max(self.meta_batch, world_size), epoch, rank, world_size)
+        return DataLoader(self.datasets["train"], batch_sampler=sampler, collate_fn=meta_batch)
 
     def val_dataloader(self) -> DataLoader[Episode]:
         """The validation episodes, the same at every epoch."""
-        return self._loader("val", self.episodes["val"])
+        return self._evaluation("val")
 
     def test_dataloader(self) -> DataLoader[Episode]:
         """The test episodes."""
-        return self._loader("test", self.episodes["test"])
+        return self._evaluation("test")
 
-    def _loader(self, split: str, episodes: int, epoch: int = 0) -> DataLoader[Episode]:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EpisodeSampler(episodes, epoch, rank, world_size)
-        # No worker processes: making an episode is one gather, far quicker than sending it from one.
+    def _evaluation(self, split: str) -> DataLoader[Episode]:
+        sampler = EpisodeSampler(self.episodes[split], *self._place())
         return DataLoader(self.datasets[split], batch_size=None, sampler=sampler)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:  # noqa: ARG002
         """Normalise the images where they are used."""

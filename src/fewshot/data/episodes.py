@@ -5,7 +5,7 @@ resumes where it stopped, the ranks of a distributed run never draw the same epi
 on the very same test episodes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,8 @@ class Episode(NamedTuple):
         way: the number of classes.
 
     Straight from the bank the images are uint8 and ``[..., height, width, channels]``; the data module normalises
-    them on the device.
+    them on the device. Training gets episodes by the meta-batch: one ``Episode`` whose tensors have a leading
+    dimension, the tasks.
     """
 
     support: torch.Tensor
@@ -36,6 +37,15 @@ class Episode(NamedTuple):
     query: torch.Tensor
     query_labels: torch.Tensor
     way: int
+
+    def tasks(self) -> Iterator["Episode"]:
+        """The episodes of a meta-batch, which has a leading dimension of them before all of the above."""
+        return (Episode._make((*tensors, self.way)) for tensors in zip(*self[:-1], strict=True))
+
+    def split(self, tasks: int) -> Iterator["Episode"]:
+        """The same meta-batch in smaller ones, of at most so many tasks."""
+        pieces = (tensor.split(tasks) for tensor in self[:-1])
+        return (Episode._make((*tensors, self.way)) for tensors in zip(*pieces, strict=True))
 
 
 class EpisodeNumber(NamedTuple):
@@ -135,22 +145,51 @@ class EpisodeDataset(Dataset[Episode]):
         )
 
 
+def meta_batch(episodes: Sequence[Episode]) -> Episode:
+    """Stack episodes of one make into a meta-batch."""
+    *tensors, ways = zip(*episodes, strict=True)
+    return Episode._make((*map(torch.stack, tensors), ways[0]))
+
+
 class EpisodeSampler(Sampler[EpisodeNumber]):
-    """The numbers of one rank's episodes in one epoch.
+    """The numbers of one rank's episodes in validation or test.
 
     Args:
-        episodes: how many the epoch has, over all ranks.
+        episodes: how many there are, over all ranks.
+        rank: this process, in ``0..world_size-1``.
+        world_size: how many processes share them.
+    """
+
+    def __init__(self, episodes: int, rank: int = 0, world_size: int = 1) -> None:
+        self.numbers = range(rank, episodes, world_size)
+
+    def __iter__(self) -> Iterator[EpisodeNumber]:
+        return (EpisodeNumber(0, number) for number in self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+class MetaBatchSampler(Sampler[list[EpisodeNumber]]):
+    """The numbers of one rank's episodes in one training epoch, a meta-batch at a time.
+
+    Args:
+        episodes: how many the epoch has, over all ranks; the last meta-batch takes what is left.
+        meta_batch: episodes in a meta-batch, which the ranks share out.
         epoch: see ``draw_episode``.
         rank: this process, in ``0..world_size-1``.
         world_size: how many processes share the epoch.
     """
 
-    def __init__(self, episodes: int, epoch: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, episodes: int, meta_batch: int, epoch: int, rank: int = 0, world_size: int = 1) -> None:
         self.epoch = epoch
-        self.numbers = range(rank, episodes, world_size)
+        self.batches = [
+            range(first + rank, min(first + meta_batch, episodes), world_size)
+            for first in range(0, episodes, meta_batch)
+        ]
 
-    def __iter__(self) -> Iterator[EpisodeNumber]:
-        return (EpisodeNumber(self.epoch, number) for number in self.numbers)
+    def __iter__(self) -> Iterator[list[EpisodeNumber]]:
+        return ([EpisodeNumber(self.epoch, number) for number in batch] for batch in self.batches)
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.batches)

@@ -57,23 +57,24 @@ class FewShotMethod(pl.LightningModule, ABC):
         embeddings = self.encoder(torch.cat([episode.support, episode.query]))
         return embeddings.tensor_split([len(episode.support)])
 
-    def learn(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The cross-entropy of a training episode; logs it, and the accuracy."""
-        loss = cross_entropy(logits, labels)
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+    def log_training(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Log the loss and the accuracy of a training step.
+
+        Args:
+            loss: the mean over the meta-batch.
+            logits: ``[tasks, queries, way]``.
+            labels: int64 ``[tasks, queries]``.
+        """
+        accuracy = (logits.detach().argmax(-1) == labels).float().mean()
         self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
-        return loss
 
     def validation_step(self, episode: Episode, batch_idx: int) -> None:  # noqa: ARG002
         """Count the accuracy of one validation episode."""
         self.val_accuracy.update(self(episode), episode.query_labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log and tell the validation accuracy, by which the best weights are chosen."""
+        """Log the validation accuracy, by which the best weights are chosen."""
         self._log_estimate("val", self.val_accuracy)
-        if not self.trainer.sanity_checking:
-            accuracy, ci95, _ = self.estimates["val"]
-            self.print(f"episode {self.global_step:,}: validation accuracy {accuracy:.2%} ± {ci95:.2%}", flush=True)
 
     def test_step(self, episode: Episode, batch_idx: int) -> None:  # noqa: ARG002
         """Count the accuracy of one test episode."""
@@ -111,3 +112,10 @@ class MetricMethod(FewShotMethod):
     def __init__(self, encoder: nn.Module, distance: Distance, learning_rate: float, halve_every: int | None) -> None:
         super().__init__(encoder, learning_rate, halve_every)
         self.distance = distance
+
+    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+        """The cross-entropy of the queries, over all episodes of the meta-batch: both papers' loss."""
+        logits = torch.stack([self(episode) for episode in meta_batch.tasks()])
+        loss = cross_entropy(logits.flatten(0, 1), meta_batch.query_labels.flatten())
+        self.log_training(loss, logits, meta_batch.query_labels)
+        return loss

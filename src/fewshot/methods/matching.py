@@ -33,10 +33,6 @@ class MatchingNetwork(MetricMethod):
         attention = (-self.distance(query, support)).log_softmax(dim=1)  # log a, section 2.1.1
         return sum_by_class(attention, episode.support_labels, episode.way)
 
-    def training_step(self, episode: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
-        """The loss of one episode: equation 2."""
-        return self.learn(self(episode), episode.query_labels)
-
 
 class FullContextMatchingNetwork(MatchingNetwork):
     """Matching networks that embed every image in the light of the whole support set (section 2.1.2, appendix A).

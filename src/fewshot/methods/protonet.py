@@ -22,10 +22,6 @@ class PrototypicalNetwork(MetricMethod):
         support, query = self.encode(episode)
         return -self.distance(query, prototypes(support, episode.support_labels, episode.way))
 
-    def training_step(self, episode: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
-        """The loss of one episode: algorithm 1."""
-        return self.learn(self(episode), episode.query_labels)
-
 
 def prototypes(support: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
     """The mean of each class's support embeddings: equation 1.

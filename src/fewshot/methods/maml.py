@@ -1,0 +1,268 @@
+"""Model-agnostic meta-learning (Finn, Abbeel & Levine, 2017, arXiv 1703.03400), first and second order."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+from torch.nn.functional import cross_entropy, linear
+from torch.utils.checkpoint import checkpoint
+
+from fewshot.data.episodes import Episode
+from fewshot.encoders.batchnorm import use_batch_statistics
+from fewshot.errors import FewShotError
+from fewshot.hardware import map_in_threads
+from fewshot.methods.base import FewShotMethod
+
+Weights = dict[str, torch.Tensor]
+TASK_BATCHING = ("auto", "loop", "threads", "vmap")
+
+
+class MetaGradient(NamedTuple):
+    """What a meta-batch teaches.
+
+    Attributes:
+        gradients: of the loss, one for each trainable parameter, in their order.
+        loss: the mean over the tasks of the cross-entropy of the queries after adaptation.
+        logits: ``[tasks, queries, way]``, likewise.
+    """
+
+    gradients: list[torch.Tensor]
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+class MAML(FewShotMethod):
+    """Learn weights from which a few gradient steps on a support set make a good classifier of its queries.
+
+    As published, batch norm always takes the statistics of the images at hand: queries are classified together, and
+    each one's logits depend a little on the others (transductive).
+
+    Args:
+        encoder: images to embeddings, with its number of ``features``; its batch norms are replaced.
+        way: of every episode, since the last layer has a row for each class.
+        order: 2 differentiates through the inner steps (equation 1 and algorithm 2); 1 takes the gradient at the
+            adapted weights (section 5.2).
+        inner_learning_rate: alpha of the paper.
+        inner_steps: gradient steps on the support set while training.
+        test_inner_steps: the same in validation and test.
+        learning_rate: beta of the paper, of Adam.
+        halve_every: training steps after which the learning rate is halved, over and over; None: never.
+        clip_norm: the largest norm of the meta-gradient; longer ones are scaled down to it. None: no bound.
+        task_batching: "loop" solves the tasks of a meta-batch one after another, "threads" one on each thread of the
+            CPU, "vmap" several in one batch; "auto" is threads on the CPU and vmap elsewhere.
+        vmap_tasks: how many tasks vmap solves at once; memory grows with it, and not with the meta-batch.
+        recompute: forget the activations of the inner steps and compute them again when the meta-gradient needs them,
+            so that memory does not grow with the steps.
+
+    Raises:
+        FewShotError: a number is out of range, or ``task_batching`` unknown.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        way: int,
+        order: int,
+        inner_learning_rate: float,
+        inner_steps: int,
+        test_inner_steps: int,
+        learning_rate: float,
+        halve_every: int | None,
+        clip_norm: float | None,
+        task_batching: str,
+        vmap_tasks: int,
+        recompute: bool,
+    ) -> None:
+        super().__init__(encoder, learning_rate, halve_every)
+        wrong = [
+            told
+            for wrong, told in (
+                (order not in {1, 2}, f"method.order={order} must be 1 or 2"),
+                (inner_learning_rate <= 0, f"method.inner_learning_rate={inner_learning_rate} must be positive"),
+                (inner_steps < 0, f"method.inner_steps={inner_steps} must be at least 0"),
+                (test_inner_steps < 0, f"method.test_inner_steps={test_inner_steps} must be at least 0"),
+                (clip_norm is not None and clip_norm <= 0, f"method.clip_norm={clip_norm} must be positive, or null"),
+                (vmap_tasks < 1, f"method.vmap_tasks={vmap_tasks} must be at least 1"),
+                (
+                    task_batching not in TASK_BATCHING,
+                    f"method.task_batching={task_batching} is unknown: choose {', '.join(TASK_BATCHING)}",
+                ),
+            )
+            if wrong
+        ]
+        if wrong:
+            raise FewShotError("; ".join(wrong))
+        use_batch_statistics(encoder)
+        self.head = nn.Linear(int(encoder.features), way)  # type: ignore[arg-type]
+        self.order, self.inner_learning_rate = order, inner_learning_rate
+        self.inner_steps, self.test_inner_steps = inner_steps, test_inner_steps
+        self.clip_norm, self.recompute = clip_norm, recompute
+        self.task_batching, self.vmap_tasks = task_batching, vmap_tasks
+
+    def forward(self, episode: Episode) -> torch.Tensor:
+        """Adapt to the support samples, then classify the queries: logits ``[queries, way]``.
+
+        Raises:
+            FewShotError: the episode has another number of classes than the head.
+        """
+        self._check(episode)
+        with torch.enable_grad():
+            weights = self.adapt(self.weights(), episode.support, episode.support_labels, self.test_inner_steps)
+        return self.classify(weights, episode.query)
+
+    def weights(self) -> Weights:
+        """The trainable parameters, by name: theta of the paper."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def classify(self, weights: Weights, images: torch.Tensor) -> torch.Tensor:
+        """The logits ``[images, way]`` of the network with the given weights: f of the paper.
+
+        With a leading dimension of tasks in both, ``[tasks, images, way]``.
+        """
+        if images.ndim == 5:
+            return vmap(self.classify)(weights, images)
+        encoder = {name.removeprefix("encoder."): of for name, of in weights.items() if name.startswith("encoder.")}
+        return linear(functional_call(self.encoder, encoder, images), weights["head.weight"], weights["head.bias"])
+
+    def adapt(
+        self, weights: Weights, support: torch.Tensor, labels: torch.Tensor, steps: int, differentiable: bool = False
+    ) -> Weights:
+        """Gradient steps on the support set: line 6 of algorithm 2.
+
+        Args:
+            weights: theta, or with a leading dimension one theta a task.
+            support: ``[support samples, channels, height, width]``, or with a leading dimension of tasks.
+            labels: int64 ``[support samples]``, likewise.
+            steps: how many.
+            differentiable: whether the result can be differentiated through the gradients of the steps.
+
+        Returns:
+            The adapted weights, theta' of the paper.
+        """
+        names = list(weights)
+
+        def step(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            loss = total_cross_entropy(self.classify(dict(zip(names, values, strict=True)), support), labels)
+            # Without create_graph the gradients are constants to autograd, and theta' = theta - alpha * constant has
+            # the identity for its derivative: the meta-gradient is then the gradient at theta', which is all that
+            # first order means.
+            gradients = torch.autograd.grad(loss, values, create_graph=differentiable)
+            return tuple(
+                value - self.inner_learning_rate * gradient for value, gradient in zip(values, gradients, strict=True)
+            )
+
+        values = tuple(weights.values())
+        for _ in range(steps):
+            if differentiable and self.recompute:
+                values = checkpoint(step, *values, use_reentrant=False, preserve_rng_state=False)
+            else:
+                values = step(*values)
+        return dict(zip(names, values, strict=True))
+
+    def solve(self, episode: Episode) -> torch.Tensor:
+        """The logits of the queries after the inner steps of training, differentiable by the parameters.
+
+        Args:
+            episode: one, or a meta-batch.
+
+        Returns:
+            ``[queries, way]``, or with a leading dimension of tasks.
+        """
+        weights = self.weights()
+        if episode.support_labels.ndim == 2:
+            tasks = len(episode.support_labels)
+            weights = {name: weight.expand(tasks, *weight.shape) for name, weight in weights.items()}
+        adapted = self.adapt(weights, episode.support, episode.support_labels, self.inner_steps, self.order == 2)
+        return self.classify(adapted, episode.query)
+
+    def meta_gradient(self, meta_batch: Episode) -> MetaGradient:
+        """The gradient of the mean loss of the tasks after adaptation: line 10 of algorithm 2.
+
+        Each task's graph is freed before the next, so memory does not grow with the meta-batch.
+
+        Raises:
+            FewShotError: the episodes have another number of classes than the head.
+        """
+        self._check(meta_batch)
+        device, parameters = meta_batch.query.device.type, list(self.weights().values())
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        twins: dict[int, MAML] = {}  # a thread's own
+
+        def learn(episode: Episode) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+            thread = threading.get_ident()
+            if thread not in twins:
+                twins[thread] = self._twin()
+            # A thread starts without the autocast of the one that started it.
+            with torch.enable_grad(), torch.autocast(device, enabled=autocast[0], dtype=autocast[1]):
+                logits = twins[thread].solve(episode)
+                loss = total_cross_entropy(logits, episode.query_labels)
+            return torch.autograd.grad(loss, parameters), loss.detach(), logits.detach()
+
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        losses, logits = [], []
+        for of_parameters, loss, of_queries in self._each(learn, meta_batch):
+            torch._foreach_add_(gradients, of_parameters)
+            losses.append(loss)
+            logits.append(of_queries.reshape(-1, *of_queries.shape[-2:]))
+        tasks = len(meta_batch.query)
+        torch._foreach_div_(gradients, tasks)
+        return MetaGradient(gradients, torch.stack(losses).sum() / tasks, torch.cat(logits))
+
+    def _twin(self) -> "MAML":
+        """The same method around the same parameters; ``functional_call`` puts weights into the modules it calls."""
+        shared = {id(tensor): tensor for tensor in (*self.encoder.parameters(), *self.encoder.buffers())}
+        twin = copy.copy(self)
+        twin._modules = self._modules | {"encoder": copy.deepcopy(self.encoder, shared)}
+        return twin
+
+    def _each(self, learn: Callable[[Episode], Any], meta_batch: Episode) -> Iterator[Any]:
+        """Apply ``learn`` to all tasks in the way ``task_batching`` says, in their order."""
+        batching = self.task_batching
+        if batching == "auto":
+            batching = "threads" if meta_batch.query.device.type == "cpu" else "vmap"
+        if batching == "vmap":
+            return map(learn, meta_batch.split(self.vmap_tasks))
+        if batching == "threads":
+            return map_in_threads(learn, meta_batch.tasks())
+        return map(learn, meta_batch.tasks())
+
+    def training_step(self, meta_batch: Episode, batch_idx: int) -> None:  # noqa: ARG002
+        """One meta-update: algorithm 2."""
+        optimizer: Any = self.optimizers()
+        gradients, loss, logits = self.meta_gradient(meta_batch)
+        for parameter, gradient in zip(self.weights().values(), gradients, strict=True):
+            parameter.grad = gradient
+        if self.clip_norm is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip_norm, gradient_clip_algorithm="norm")
+        optimizer.step()
+        schedule: Any = self.lr_schedulers()
+        if schedule is not None:
+            schedule.step()
+        self.log_training(loss, logits, meta_batch.query_labels)
+
+    def _check(self, episode: Episode) -> None:
+        if episode.way != self.head.out_features:
+            raise FewShotError(
+                f"method=maml was made for {self.head.out_features} classes, and the episode has {episode.way}: its "
+                f"head has a row for each, so train.way, way and the way it is tested at must be the same"
+            )
+
+
+def total_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy of each task's samples, summed over the tasks.
+
+    Args:
+        logits: ``[samples, way]``, or ``[tasks, samples, way]``.
+        labels: int64 ``[samples]``, or ``[tasks, samples]``.
+
+    Returns:
+        A scalar.
+    """
+    return cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum") / labels.shape[-1]

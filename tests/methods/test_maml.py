@@ -1,0 +1,261 @@
+"""The proofs that MAML computes the order it says."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fewshot.data.episodes import Episode, meta_batch
+from fewshot.encoders.conv4 import Conv4
+from fewshot.errors import FewShotError
+from fewshot.figures import autograd_graph
+from fewshot.methods.maml import MAML, MetaGradient, total_cross_entropy
+
+SETTINGS = {
+    "way": 3,
+    "order": 2,
+    "inner_learning_rate": 0.4,
+    "inner_steps": 2,
+    "test_inner_steps": 3,
+    "learning_rate": 1e-3,
+    "halve_every": None,
+    "clip_norm": None,
+    "task_batching": "loop",
+    "vmap_tasks": 2,
+    "recompute": False,
+}
+
+
+class Smooth(nn.Sequential):
+    """A network that is differentiable everywhere, unlike one with a ReLU or max pooling."""
+
+    features = 4
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def method(encoder=Smooth, **changes) -> MAML:
+    torch.manual_seed(1)
+    return MAML(encoder(), **SETTINGS | changes).double()
+
+
+def conv4():
+    return Conv4(1, 16, filters=8)
+
+
+def tasks(count=5, way=3, shot=2, query=2, size=16, seed=0) -> Episode:
+    generator = torch.Generator().manual_seed(seed)
+
+    def images(per_class):
+        return torch.randn(way * per_class, 1, size, size, dtype=torch.float64, generator=generator)
+
+    labels = torch.arange(way)
+    support, queries = labels.repeat_interleave(shot), labels.repeat_interleave(query)
+    return meta_batch([Episode(images(shot), support, images(query), queries, way) for _ in range(count)])
+
+
+def gradients_of(maml: MAML, batch: Episode) -> torch.Tensor:
+    return torch.cat([gradient.flatten() for gradient in maml.meta_gradient(batch).gradients])
+
+
+def loss_after_adaptation(maml, batch):
+    """Written out with plain modules and no graph from step to step."""
+    total = 0.0
+    start = {name: value.clone() for name, value in maml.state_dict().items()}
+    for task in batch.tasks():
+        for _ in range(maml.inner_steps):
+            maml.zero_grad()
+            cross_entropy(maml.head(maml.encoder(task.support)), task.support_labels).backward()
+            with torch.no_grad():
+                for parameter in maml.parameters():
+                    parameter.sub_(maml.inner_learning_rate * parameter.grad)
+        total += cross_entropy(maml.head(maml.encoder(task.query)), task.query_labels).item()
+        maml.load_state_dict(start)
+    return total / len(batch.query)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_second_order_is_the_derivative_of_the_loss_after_adaptation(steps):
+    maml, batch = method(inner_steps=steps), tasks(2)
+    gradients = maml.meta_gradient(batch).gradients
+    assert maml.meta_gradient(batch).loss.item() == pytest.approx(loss_after_adaptation(maml, batch), rel=1e-12)
+    first = method(inner_steps=steps, order=1).meta_gradient(batch).gradients
+    misses = []
+    for parameter, second_order, first_order in zip(maml.parameters(), gradients, first, strict=True):
+        values = parameter.data.view(-1)
+        for position in {0, len(values) // 2, len(values) - 1}:
+            original, step = values[position].item(), 1e-5
+            losses = []
+            for moved in (original + step, original - step):
+                values[position] = moved
+                losses.append(loss_after_adaptation(maml, batch))
+            values[position] = original
+            difference = (losses[0] - losses[1]) / (2 * step)
+            assert second_order.view(-1)[position].item() == pytest.approx(difference, rel=1e-5, abs=1e-9)
+            misses.append(abs(first_order.view(-1)[position].item() - difference))
+    assert max(misses) > 1e-3  # first order is something else
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_first_order_is_the_gradient_at_the_adapted_weights(steps):
+    maml, batch = method(inner_steps=steps, order=1), tasks(1)
+    expected = {name: value.clone() for name, value in maml.state_dict().items()}
+    task = next(batch.tasks())
+    for _ in range(steps):
+        loss = cross_entropy(maml.head(maml.encoder(task.support)), task.support_labels)
+        for parameter, gradient in zip(
+            maml.parameters(), torch.autograd.grad(loss, list(maml.parameters())), strict=True
+        ):
+            parameter.data -= 0.4 * gradient
+    loss = cross_entropy(maml.head(maml.encoder(task.query)), task.query_labels)
+    at_adapted = torch.autograd.grad(loss, list(maml.parameters()))
+    maml.load_state_dict(expected)
+    torch.testing.assert_close(maml.meta_gradient(batch).gradients, list(at_adapted), rtol=1e-10, atol=1e-12)
+
+
+def kinds(order: int, steps: int, encoder=conv4) -> list[str]:
+    maml = method(encoder, order=order, inner_steps=steps)
+    task = next(tasks(1).tasks())
+    nodes, _ = autograd_graph(total_cross_entropy(maml.solve(task), task.query_labels))
+    return [node.name() for node in nodes]
+
+
+def test_only_second_order_goes_back_through_the_gradients_of_the_inner_steps():
+    def double(names):
+        return sum("Backward" in name.removesuffix("Backward0").removesuffix("Backward") for name in names)
+
+    plain = kinds(2, 0)
+    counts = {order: [kinds(order, steps) for steps in (1, 2, 3)] for order in (1, 2)}
+    assert double(plain) == 0
+    assert [double(names) for names in counts[1]] == [0, 0, 0]
+    found = [double(names) for names in counts[2]]
+    assert found[0] > 0 and found[0] < found[1] < found[2]
+    sizes = [len(names) for names in counts[2]]
+    assert all(second > first for first, second in pairwise(sizes))
+    # First order adds nothing to the graph of plain training but one subtraction for each parameter and step.
+    added = [len(names) - len(plain) for names in counts[1]]
+    assert added == [added[0] * steps for steps in (1, 2, 3)]
+    assert set(counts[1][2]) - set(plain) <= {"SubBackward0"}
+
+
+class Quadratic(MAML):
+    """The loss of a task is |theta - target|^2 / 2, whose meta-gradient is known in closed form."""
+
+    def __init__(self, **changes):
+        nn.Module.__init__(self)
+        self.theta = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        self.order, self.inner_learning_rate = changes["order"], 0.1
+        self.inner_steps, self.recompute = changes["steps"], changes.get("recompute", False)
+
+    def classify(self, weights, images):  # noqa: ARG002
+        return weights["theta"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_quadratic_has_the_meta_gradient_of_the_closed_form(monkeypatch, steps, recompute):
+    targets = {"support": torch.tensor([3.0, 5.0]).double(), "query": torch.tensor([-1.0, 4.0]).double()}
+    monkeypatch.setattr(
+        "fewshot.methods.maml.total_cross_entropy", lambda theta, target: (theta - target).square().sum() / 2
+    )
+    for order in (1, 2):
+        maml = Quadratic(order=order, steps=steps, recompute=recompute)
+        adapted = maml.adapt(maml.weights(), targets["support"], targets["support"], steps, order == 2)["theta"]
+        gradient = torch.autograd.grad((adapted - targets["query"]).square().sum() / 2, maml.theta)[0]
+        shrink = 0.9**steps
+        at = targets["support"] + shrink * (maml.theta.detach() - targets["support"])
+        torch.testing.assert_close(adapted.detach(), at)
+        expected = (at - targets["query"]) * (shrink if order == 2 else 1)
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_no_inner_step_is_plain_training(order):
+    maml, batch = method(conv4, inner_steps=0, order=order), tasks(3)
+    losses = [cross_entropy(maml.head(maml.encoder(t.query)), t.query_labels) for t in batch.tasks()]
+    expected = torch.autograd.grad(torch.stack(losses).mean(), list(maml.parameters()))
+    torch.testing.assert_close(maml.meta_gradient(batch).gradients, list(expected), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("batching", ["loop", "threads", "vmap"])
+def test_a_task_does_not_depend_on_the_others_of_its_meta_batch(batching):
+    maml, batch = method(conv4, task_batching=batching, vmap_tasks=5), tasks(5)
+    other = tasks(5, seed=9)
+    mixed = Episode(*(torch.cat([a[:2], b[2:]]) for a, b in zip(batch[:-1], other[:-1], strict=True)), 3)
+    one, two = maml.meta_gradient(batch), maml.meta_gradient(mixed)
+    torch.testing.assert_close(one.logits[:2], two.logits[:2], rtol=1e-10, atol=1e-12)
+    assert (one.logits[2:] - two.logits[2:]).abs().max() > 1e-3
+    alone = [gradients_of(maml, meta_batch([task])) for task in batch.tasks()]
+    torch.testing.assert_close(gradients_of(maml, batch), torch.stack(alone).mean(0), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("encoder", [Smooth, conv4])
+def test_all_paths_compute_the_same(order, encoder):
+    batch = tasks(5)
+    expected = method(encoder, order=order).meta_gradient(batch)
+    for batching in ("threads", "vmap", "auto"):
+        for recompute in (False, True):
+            found = method(encoder, order=order, task_batching=batching, recompute=recompute).meta_gradient(batch)
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+
+
+def test_first_and_second_order_solve_alike_and_learn_otherwise():
+    batch = tasks()
+    one, two = (method(conv4, order=order).meta_gradient(batch) for order in (1, 2))
+    torch.testing.assert_close(one.logits, two.logits)
+    distance = max((a - b).abs().max() for a, b in zip(one.gradients, two.gradients, strict=True))
+    assert distance > 1e-3
+
+
+def test_forward_adapts_without_a_graph_around_it_and_changes_nothing():
+    maml = method(conv4).eval()
+    before = {name: value.clone() for name, value in maml.state_dict().items()}
+    task = next(tasks(1).tasks())
+    with torch.no_grad():
+        logits = maml(task)
+    assert logits.shape == (6, 3) and not logits.requires_grad
+    assert all(torch.equal(before[name], value) for name, value in maml.state_dict().items())
+    adapted = method(conv4, inner_steps=3)
+    torch.testing.assert_close(logits, adapted.solve(task).detach())
+
+
+def test_the_support_is_learnt():
+    maml = method(conv4, test_inner_steps=20).eval()
+    task = next(tasks(1).tasks())
+    again = task._replace(query=task.support, query_labels=task.support_labels)
+    assert (maml(again).argmax(1) == again.query_labels).all()
+
+
+def test_frozen_parameters_are_neither_adapted_nor_trained():
+    maml = method(conv4)
+    frozen = next(iter(maml.encoder.parameters())).requires_grad_(False)
+    found: MetaGradient = maml.meta_gradient(tasks())
+    assert len(found.gradients) == len(list(maml.parameters())) - 1
+    assert frozen.grad is None
+
+
+def test_another_way_is_refused():
+    for act in (lambda: method()(next(tasks(1, way=4).tasks())), lambda: method().meta_gradient(tasks(1, way=4))):
+        with pytest.raises(FewShotError, match=r"made for 3 classes, and the episode has 4: .* train\.way"):
+            act()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("order", 3),
+        ("inner_learning_rate", 0),
+        ("inner_steps", -1),
+        ("test_inner_steps", -1),
+        ("clip_norm", 0),
+        ("vmap_tasks", 0),
+        ("task_batching", "magic"),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(FewShotError, match=f"method.{name}={value}"):
+        method(**{name: value})
