@@ -8,7 +8,7 @@ from PIL import Image
 
 from fewshot.distances import cosine
 from fewshot.errors import FewShotError
-from fewshot.figures import attention_bound, distance_study
+from fewshot.figures import attention_bound, autograd_graph, distance_study, is_double_backward, maml_graph
 
 
 def write_run(folder, way, distance, seed, accuracy, scale=10.0, learn=False):
@@ -78,3 +78,26 @@ def test_the_command_draws_from_any_directory_and_leaves_nothing_there(cli, tmp_
     wrong = cli("figure=distance_study", f"runs={tmp_path}", script="figure.py", cwd=tmp_path / "elsewhere")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: no results.json")
+
+
+def test_the_graphs_of_maml_are_drawn_with_their_nodes_counted(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set", lambda _, **named: titles.append(named.get("title")))
+    task = {"tasks": 1, "way": 2, "shot": 1, "query": 1, "channels": 1, "size": 16, "rate": 0.1}
+    (picture,) = maml_graph(task, [1], tmp_path)
+    assert Image.open(picture).width > 1000
+    first, second = (int(title.split()[-2]) for title in titles[:2])
+    assert titles[0].startswith("first order") and titles[1].startswith("second order")
+    assert second > 1.5 * first
+
+
+def test_the_graph_is_walked_whole():
+    x = torch.ones(2, requires_grad=True)
+    nodes, edges = autograd_graph((x * x).sum() + x[0])
+    names = [node.name().rstrip("0") for node in nodes]
+    assert sorted(names) == sorted(
+        ["AddBackward", "SumBackward", "SelectBackward", "MulBackward", "torch::autograd::AccumulateGrad"]
+    )
+    assert len(edges) == 6  # x is used three times
+    assert is_double_backward("ConvolutionBackwardBackward0") and not is_double_backward("ConvolutionBackward0")
+    assert is_double_backward("_BatchNormBackwardBackward")

@@ -156,6 +156,8 @@ BAD = {
     ("encoder.filters=0",): "encoder.filters=0",
     ("dataset.normalise=no",): "dataset.normalise=no",
     ("method=matching", "distance=scaled_cosine", "distance.scale=-1"): "distance.scale=-1 must be positive",
+    ("method=maml", "method.order=3", "method.task_batching=magic"): "method.order=3 must be 1 or 2; method.task_",
+    ("method=maml", "train.way=6"): "made for 5 classes, and the episode has 6",
     ("method=matching_fce", "method.unrolling_steps=0"): "method.unrolling_steps=0 must be at least 1",
 }
 

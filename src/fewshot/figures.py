@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from graphlib import TopologicalSorter
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fewshot.benchmarks.contest import Contest, Entrant, run
+from fewshot.benchmarks.maml import TASK_KEYS, make_maml, make_tasks, ours
 from fewshot.errors import FewShotError
+from fewshot.methods.maml import total_cross_entropy
 
 # Told apart in grey by line style and marker, and by the colour-blind (Okabe & Ito's palette).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -98,29 +103,97 @@ def distance_study(runs: str, out: Path) -> list[Path]:
     return [_save(figure, out / "distance_study.png"), table]
 
 
-def _distance(results: Mapping[str, Any]) -> str:
-    distance = results["config"]["distance"]
-    if results["distance"] != "scaled_cosine":
-        return str(results["distance"])
-    return f"cosine × {distance['scale']:g}" + (", learnt from there" if distance["learn"] else "")
+def maml_graph(task: Mapping[str, Any], steps: Sequence[int], out: Path) -> list[Path]:
+    """Draw the autograd graph of one task's meta-step, first and second order, and peak memory against inner steps.
+
+    Args:
+        task: of one meta-step, as ``fewshot.benchmarks.maml`` takes it; its graph is drawn for one inner step.
+        steps: the numbers of inner steps to measure memory at; each one starts a process.
+        out: an existing folder.
+
+    Returns:
+        The file written.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(13, 6.5), layout="constrained")
+        first, second, memory = figure.subplots(1, 3, width_ratios=(1, 2.2, 1.3))
+        for axes, order in ((first, 1), (second, 2)):
+            method = make_maml(order, "loop", {**task, "steps": 1})
+            episode = next(make_tasks(**{key: task[key] for key in TASK_KEYS}).tasks())
+            loss = total_cross_entropy(method.solve(episode), episode.query_labels)
+            _draw_graph(axes, loss, "first order" if order == 1 else "second order")
+        for (label, order, recompute), colour, line, marker in zip(
+            (("first order", 1, False), ("second order", 2, False), ("second order, recompute", 2, True)),
+            COLOURS,
+            LINES,
+            MARKERS,
+            strict=False,
+        ):
+            peaks = []
+            for number in steps:
+                settings = {"order": order, "batching": "loop", "task": {**task, "steps": number}}
+                entrant = Entrant(label, ours, {**settings, "recompute": recompute})
+                peaks.append(run(Contest(f"{label}, {number} steps", [entrant]), rounds=1)[0]["peak_bytes"] / 2**20)
+            memory.plot(steps, peaks, line, color=colour, marker=marker, label=label)
+        make = f"{task['way']}-way {task['shot']}-shot, {task['query']} queries, {task['size']}x{task['size']}"
+        figure.suptitle(f"A meta-step of MAML, one inner step, as autograd sees it; and what more steps take ({make})")
+        memory.set(title="peak memory", xlabel="inner steps", ylabel="MiB", ylim=(0, None))
+        memory.legend()
+    return [_save(figure, out / "maml_graph.png")]
 
 
-def _order(entry: tuple[str, Any]) -> tuple[bool, int, str]:
-    return entry[0] != "l2", len(entry[0]), entry[0]
+def _draw_graph(axes: Axes, tensor: torch.Tensor, title: str) -> None:
+    """Nodes by their distance from the loss at the top, each near the middle of those that lead to it."""
+    nodes, edges = autograd_graph(tensor)
+    depth, weight = [0] * len(nodes), np.zeros(len(nodes))
+    for position in _from_the_loss_down(len(nodes), edges):
+        for later, earlier in edges:
+            if later == position:
+                depth[earlier] = max(depth[earlier], depth[later] + 1)
+    place, level_of = np.zeros(len(nodes)), np.array(depth)
+    for level in range(max(depth) + 1):
+        here = np.flatnonzero(level_of == level)
+        for position in here.tolist():
+            above = [place[later] for later, earlier in edges if earlier == position]
+            weight[position] = np.mean(above) if above else 0
+        order = here[np.argsort(weight[here], kind="stable")]
+        place[order] = np.arange(len(order)) - (len(order) - 1) / 2
+    ends = np.array(edges)
+    axes.plot(place[ends].T, -level_of[ends].T, color="#999999", linewidth=0.3, zorder=1)
+    kinds = [_kind(node.name()) for node in nodes]
+    for kind, colour, marker in (
+        ("forward operation", COLOURS[0], "o"),
+        ("derivative of a gradient", COLOURS[1], "^"),
+        ("parameter", COLOURS[4], "s"),
+    ):
+        of_kind = [position for position, other in enumerate(kinds) if other == kind]
+        axes.scatter(
+            place[of_kind],
+            -level_of[of_kind],
+            s=14,
+            color=colour,
+            marker=marker,
+            zorder=2,
+            label=f"{kind}: {len(of_kind)}",
+        )
+    axes.set(title=f"{title}: {len(nodes)} nodes", xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=9)
 
 
-def _table(groups: Mapping[int, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
-    rows = ["| way | distance | training episodes | test accuracy of each seed, % |", "| --- | --- | --- | --- |"]
-    for way, lines in sorted(groups.items()):
-        for label, seeds in sorted(lines.items(), key=_order):
-            cells = ", ".join(f"{100 * of['accuracy']:.2f} ± {100 * of['ci95']:.2f}" for of in seeds)
-            rows.append(f"| {way} | {label} | {seeds[0]['config']['train']['episodes']:,} | {cells} |")
-    return "\n".join(rows) + "\n"
+def _from_the_loss_down(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:
+    """The nodes in an order in which each comes after all that lead to it."""
+    sorter: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(range(count), ()))
+    for later, earlier in edges:
+        sorter.add(earlier, later)
+    return list(sorter.static_order())
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
-    return path
+def _kind(name: str) -> str:
+    if "AccumulateGrad" in name:
+        return "parameter"
+    return "derivative of a gradient" if is_double_backward(name) else "forward operation"
 
 
 def autograd_graph(tensor: torch.Tensor) -> tuple[list[Any], list[tuple[int, int]]]:
@@ -144,3 +217,33 @@ def autograd_graph(tensor: torch.Tensor) -> tuple[list[Any], list[tuple[int, int
                 nodes.append(earlier)
             edges.append((position, positions[earlier]))
     return nodes, edges
+
+
+def is_double_backward(name: str) -> bool:
+    """Whether a node's name says that it differentiates an operation that is itself a gradient."""
+    return "Backward" in name.rstrip("0123456789").removesuffix("Backward")
+
+
+def _distance(results: Mapping[str, Any]) -> str:
+    distance = results["config"]["distance"]
+    if results["distance"] != "scaled_cosine":
+        return str(results["distance"])
+    return f"cosine × {distance['scale']:g}" + (", learnt from there" if distance["learn"] else "")
+
+
+def _order(entry: tuple[str, Any]) -> tuple[bool, int, str]:
+    return entry[0] != "l2", len(entry[0]), entry[0]
+
+
+def _table(groups: Mapping[int, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
+    rows = ["| way | distance | training episodes | test accuracy of each seed, % |", "| --- | --- | --- | --- |"]
+    for way, lines in sorted(groups.items()):
+        for label, seeds in sorted(lines.items(), key=_order):
+            cells = ", ".join(f"{100 * of['accuracy']:.2f} ± {100 * of['ci95']:.2f}" for of in seeds)
+            rows.append(f"| {way} | {label} | {seeds[0]['config']['train']['episodes']:,} | {cells} |")
+    return "\n".join(rows) + "\n"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path

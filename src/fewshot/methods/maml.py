@@ -154,7 +154,8 @@ class MAML(FewShotMethod):
             # first order means.
             gradients = torch.autograd.grad(loss, values, create_graph=differentiable)
             return tuple(
-                value - self.inner_learning_rate * gradient for value, gradient in zip(values, gradients, strict=True)
+                torch.sub(value, gradient, alpha=self.inner_learning_rate)
+                for value, gradient in zip(values, gradients, strict=True)
             )
 
         values = tuple(weights.values())

@@ -1,0 +1,138 @@
+"""One meta-step of MAML: ours, and the ways of others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fewshot.benchmarks.contest import Contest, Entrant, Work
+from fewshot.benchmarks.references import article_meta_step, clone_and_adapt, textbook_conv4
+from fewshot.data.episodes import Episode
+from fewshot.encoders.conv4 import Conv4
+from fewshot.methods.maml import MAML
+
+TASK = {"tasks": 32, "way": 5, "shot": 1, "query": 1, "channels": 1, "size": 28, "steps": 1, "rate": 0.4}
+
+LARGE_TASK = {"tasks": 4, "way": 5, "shot": 5, "query": 15, "channels": 3, "size": 84, "steps": 5, "rate": 0.01}
+TASK_KEYS = ("tasks", "way", "shot", "query", "channels", "size")
+PATHS = {"threads": "ours, a thread a task", "loop": "ours, loop", "vmap": "ours, vmap"}
+
+
+def make_tasks(
+    tasks: int, way: int, shot: int, query: int, channels: int, size: int, dtype: torch.dtype = torch.float32
+) -> Episode:
+    """A meta-batch of noise, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(way).expand(tasks, way)
+
+    def images(per_class: int) -> torch.Tensor:
+        pixels = torch.randn(tasks, way * per_class, size, size, channels, generator=generator)
+        return pixels.to(dtype).movedim(-1, -3)  # laid out as the data module gives them: the channels last
+
+    return Episode(
+        images(shot), labels.repeat_interleave(shot, 1), images(query), labels.repeat_interleave(query, 1), way
+    )
+
+
+def ours(order: int, batching: str, task: Mapping[str, Any], recompute: bool = False) -> Work:
+    """``method=maml``, its meta-gradient and Adam."""
+    method = make_maml(order, batching, task, recompute)
+    batch = make_tasks(**{key: task[key] for key in TASK_KEYS})
+    optimizer = torch.optim.Adam(method.parameters())
+
+    def work() -> NDArray[Any]:
+        gradients = method.meta_gradient(batch).gradients
+        for parameter, gradient in zip(method.weights().values(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        return _flat(gradients)
+
+    return work
+
+
+def make_maml(order: int, batching: str, task: Mapping[str, Any], recompute: bool = False) -> MAML:
+    """The method, with the weights of ``textbook``."""
+    method = MAML(
+        Conv4(task["channels"], task["size"]),
+        way=task["way"],
+        order=order,
+        inner_learning_rate=task["rate"],
+        inner_steps=task["steps"],
+        test_inner_steps=task["steps"],
+        learning_rate=1e-3,
+        halve_every=None,
+        clip_norm=None,
+        task_batching=batching,
+        vmap_tasks=8,
+        recompute=recompute,
+    )
+    torch.manual_seed(0)
+    for parameter, value in zip(method.parameters(), _textbook(task).parameters(), strict=True):
+        parameter.data.copy_(value.data)
+    return method
+
+
+def theirs(order: int, way: str, task: Mapping[str, Any], dtype: str = "float32") -> Work:
+    """The ways in ``references``, and Adam."""
+    kind: torch.dtype = getattr(torch, dtype)
+    model = _textbook(task).to(kind)
+    batch = make_tasks(**{key: task[key] for key in TASK_KEYS}, dtype=kind)
+    tasks = [
+        one._replace(support=one.support.contiguous(), query=one.query.contiguous()) for one in list(batch.tasks())
+    ]
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def work() -> NDArray[Any]:
+        optimizer.zero_grad()
+        if way == "clone":
+            clone_and_adapt(model, tasks, order, task["steps"], task["rate"])
+        else:
+            article_meta_step(model, tasks, task["steps"], task["rate"])
+        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        optimizer.step()
+        return _flat(gradients)
+
+    return work
+
+
+def contests() -> dict[str, Contest]:
+    """Omniglot's 5-way 1-shot meta-step, second and first order; and how much memory a large one takes."""
+    small = "32 tasks, 5-way 1-shot 1 query, 1x28x28, 1 inner step, Adam included"
+    large = "4 tasks, 5-way 5-shot 15 queries, 3x84x84, 5 inner steps, Adam included"
+    second = [
+        *(_ours(name, {"order": 2, "batching": batching, "task": TASK}) for batching, name in PATHS.items()),
+        Entrant("clone and adapt", theirs, {"order": 2, "way": "clone", "task": TASK}),
+        Entrant("the article's, float32", theirs, {"order": 2, "way": "article", "task": TASK}),
+        Entrant("the article's, float64", theirs, {"order": 2, "way": "article", "task": TASK, "dtype": "float64"}),
+    ]
+    first = [
+        *(_ours(name, {"order": 1, "batching": batching, "task": TASK}) for batching, name in PATHS.items()),
+        Entrant("clone and adapt", theirs, {"order": 1, "way": "clone", "task": TASK}),
+    ]
+    memory = [
+        _ours(PATHS["threads"], {"order": 2, "batching": "threads", "task": LARGE_TASK}),
+        _ours("ours, recompute", {"order": 2, "batching": "threads", "task": LARGE_TASK, "recompute": True}),
+        _ours(PATHS["loop"], {"order": 2, "batching": "loop", "task": LARGE_TASK}),
+        Entrant("clone and adapt", theirs, {"order": 2, "way": "clone", "task": LARGE_TASK}),
+    ]
+    return {
+        "maml_second_order": Contest(f"MAML, a second-order meta-step: {small}", second),
+        "maml_first_order": Contest(f"MAML, a first-order meta-step: {small}", first),
+        "maml_memory": Contest(f"MAML, a second-order meta-step: {large}", memory),
+    }
+
+
+def _ours(name: str, settings: Mapping[str, Any]) -> Entrant:
+    return Entrant(name, ours, settings, keep_memory=True)
+
+
+def _textbook(task: Mapping[str, Any]) -> nn.Sequential:
+    torch.manual_seed(0)
+    return textbook_conv4(task["channels"], task["size"], task["way"], track_running_stats=False)
+
+
+def _flat(gradients: list[torch.Tensor]) -> NDArray[Any]:
+    return np.concatenate([gradient.detach().double().flatten().numpy() for gradient in gradients])

@@ -1,0 +1,25 @@
+"""All contests, by name."""
+
+from collections.abc import Sequence
+
+from fewshot.benchmarks import maml
+from fewshot.benchmarks.contest import Contest
+from fewshot.errors import FewShotError
+
+
+def choose(only: Sequence[str] | None) -> dict[str, Contest]:
+    """The contests to run.
+
+    Args:
+        only: their names, or the beginnings of their names; None: all.
+
+    Raises:
+        FewShotError: a name is unknown.
+    """
+    known = {**maml.contests()}
+    if only is None:
+        return known
+    for name in only:
+        if not any(contest.startswith(name) for contest in known):
+            raise FewShotError(f"only={name} is not a benchmark: choose of {', '.join(known)}")
+    return {name: contest for name, contest in known.items() if name.startswith(tuple(only))}

@@ -1,0 +1,56 @@
+import json
+import time
+
+import numpy as np
+import pytest
+
+from fewshot.benchmarks.contest import Contest, Entrant, bench, run
+from fewshot.errors import FewShotError
+
+MIB = 2**20
+
+
+def sleeper(seconds, result=1.0, megabytes=0):
+    def work():
+        time.sleep(seconds)
+        np.ones(megabytes * MIB, dtype=np.uint8)
+        return np.array([result, 2.0])
+
+    return work
+
+
+def breaker():
+    raise ValueError("nothing to build")
+
+
+def contest(*others, **settings):
+    return Contest("sleeping", [Entrant("ours", sleeper, {"seconds": 0.01, "megabytes": 64}), *others], **settings)
+
+
+def test_medians_ratios_and_memory_are_those_of_each_entrants_own_work(tmp_path, capsys):
+    slow = Entrant("slow", sleeper, {"seconds": 0.04})
+    bench({"sleep": contest(slow, items=(10, "naps"))}, 3, tmp_path / "deep" / "bench.json")
+    report = json.loads((tmp_path / "deep" / "bench.json").read_text())
+    ours, other = report["contests"]["sleep"]["entrants"]
+    assert len(ours["seconds"]) == len(other["seconds"]) == 3
+    assert ours["ratio"] == 1 and other["ratio"] == pytest.approx(other["median"] / ours["median"])
+    assert 0.01 <= ours["median"] < 0.04 <= other["median"]
+    assert ours["peak_bytes"] - other["peak_bytes"] > 50 * MIB
+    told = capsys.readouterr().out
+    assert "sleeping" in told and "naps/s" in told and "slow" in told
+
+
+def test_an_entrant_that_finds_something_else_is_refused():
+    with pytest.raises(FewShotError, match="'wrong' computes something else than 'ours'"):
+        run(contest(Entrant("wrong", sleeper, {"seconds": 0, "result": 1.1})), 1)
+
+
+def test_an_entrant_that_fails_is_named():
+    with pytest.raises(FewShotError, match=r"'broken' failed: ValueError.'nothing to build'"):
+        run(contest(Entrant("broken", breaker)), 1)
+
+
+def test_an_unknown_contest_is_refused_with_those_there_are(cli):
+    done = cli("only=[mamal]", script="bench.py")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: only=mamal is not a benchmark: choose of maml_second_order")
