@@ -101,8 +101,8 @@ def test_training_learns(tiny, tmp_path):
     [
         ("method=matching", "distance=scaled_cosine", "distance.learn=true"),
         ("method=matching_fce", "shot=2"),
-        ("method=protonet", "train.meta_batch=2"),
-        ("method=maml", "train.way=5", "train.meta_batch=4", "method.clip_norm=1", "method.halve_every=1"),
+        ("method=protonet", "train.meta_batch=2", "hardware.precision=64-true"),
+        ("method=maml", "train.way=5", "train.meta_batch=4", "method.clip_norm=1", "hardware.precision=bf16-mixed"),
         ("method=maml", "method.order=1", "train.way=5", "way=5", "method.task_batching=vmap"),
     ],
 )

@@ -89,7 +89,8 @@ def test_validations_come_between_whole_meta_batches_and_the_last_one_takes_what
 
 @pytest.mark.parametrize("kind", ["range", "standardise"])
 def test_images_are_normalised_after_the_transfer_to_the_device(kind):
-    module = make(f"dataset.normalise={kind}")
+    trainer = SimpleNamespace(global_rank=0, world_size=1, lightning_module=SimpleNamespace(dtype=torch.float32))
+    module = make(f"dataset.normalise={kind}", trainer=trainer)
     raw = next(iter(module.val_dataloader()))
     episode = module.on_after_batch_transfer(raw, 0)
     assert torch.equal(episode.support, normalise(raw.support, kind))

@@ -105,8 +105,9 @@ class EpisodeDataModule(pl.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:  # noqa: ARG002
-        """Normalise the images where they are used."""
-        return self.normalise(batch)
+        """Normalise the images where they are used, in the precision of the method's weights."""
+        episode, dtype = self.normalise(batch), self.trainer.lightning_module.dtype  # type: ignore[union-attr]
+        return episode._replace(support=episode.support.to(dtype), query=episode.query.to(dtype))
 
     def normalise(self, episode: Episode) -> Episode:
         """The episode as a method takes it: float32 images, ``[..., channels, height, width]``."""

@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -238,6 +238,8 @@ class MAML(FewShotMethod):
         """One meta-update: algorithm 2."""
         optimizer: Any = self.optimizers()
         gradients, loss, logits = self.meta_gradient(meta_batch)
+        if self.trainer.world_size > 1:
+            gradients = self._mean_over_processes(gradients, len(meta_batch.query))
         for parameter, gradient in zip(self.weights().values(), gradients, strict=True):
             parameter.grad = gradient
         if self.clip_norm is not None:
@@ -247,6 +249,14 @@ class MAML(FewShotMethod):
         if schedule is not None:
             schedule.step()
         self.log_training(loss, logits, meta_batch.query_labels)
+
+    def _mean_over_processes(self, gradients: list[torch.Tensor], tasks: int) -> list[torch.Tensor]:
+        """The mean over the tasks of all processes, be their numbers equal or not, from that over one's own."""
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), gradients[0].new_ones(1)]) * tasks
+        *sums, total = cast(torch.Tensor, self.trainer.strategy.reduce(flat, reduce_op="sum")).split(
+            [gradient.numel() for gradient in gradients] + [1]
+        )
+        return [(of / total).view_as(gradient) for of, gradient in zip(sums, gradients, strict=True)]
 
     def _check(self, episode: Episode) -> None:
         if episode.way != self.head.out_features:
