@@ -6,9 +6,9 @@ from fewshot.evaluation import EpisodeAccuracy
 
 
 def episode(right: int, queries: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    labels = torch.zeros(queries, dtype=torch.int64)
-    logits = torch.tensor([[1.0, 0.0]]).repeat(queries, 1)
-    logits[right:] = torch.tensor([0.0, 1.0])
+    labels = torch.zeros(1, queries, dtype=torch.int64)
+    logits = torch.tensor([[1.0, 0.0]]).repeat(1, queries, 1)
+    logits[0, right:] = torch.tensor([0.0, 1.0])
     return logits, labels
 
 
@@ -43,6 +43,15 @@ def test_it_does_not_matter_how_episodes_are_spread_over_processes():
     for state in ("right", "right_squared", "episodes", "queries"):
         setattr(shares[0], state, sum(getattr(share, state) for share in shares))
     assert shares[0].compute() == whole.compute()
+
+
+def test_episodes_count_alike_one_by_one_and_together():
+    episodes = [episode(right) for right in (3, 10, 0, 7)]
+    single, together = EpisodeAccuracy(), EpisodeAccuracy()
+    for one in episodes:
+        single.update(*one)
+    together.update(*(torch.cat(of) for of in zip(*episodes, strict=True)))
+    assert together.compute() == single.compute()
 
 
 def test_all_right_has_no_width_and_one_episode_has_no_interval():

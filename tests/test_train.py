@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fewshot.config import ROOT, compose
+from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.data.episodes import EpisodeNumber
+from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
 from fewshot.training import train
 
@@ -113,6 +117,29 @@ def test_every_method_trains_and_tests(tiny, tmp_path, choice):
     weights = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     if "distance.learn=true" in choice:
         assert weights["distance.log_scale"].exp().item() != pytest.approx(10)
+
+
+@pytest.mark.parametrize("name", ["protonet", "matching_fce", "maml"])
+def test_the_accuracy_reported_is_that_of_solving_every_episode_by_itself(tiny, tmp_path, name):
+    config = tiny(f"method={name}", "train.way=5", "test.episodes=25")
+    train(config)
+    data = EpisodeDataModule(
+        config.dataset,
+        **{key: config[key] for key in ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed")},
+        cache_dir=config.cache_dir,
+    )
+    data.setup()
+    method = instantiate(config.method).eval()
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    method.load_state_dict(checkpoint["state_dict"])
+    right = 0
+    for number in range(25):
+        episode = data.datasets["test"][EpisodeNumber(0, number)]
+        images = [normalise(data.bank.images[of], config.dataset.normalise) for of in (episode.support, episode.query)]
+        with torch.no_grad():
+            logits = method(episode._replace(support=images[0], query=images[1]))
+        right += (logits.argmax(1) == episode.query_labels).sum().item()
+    assert results_of(tmp_path / "run")["accuracy"] == right / (25 * 75)
 
 
 def test_a_sweep_runs_every_combination(cli, tmp_path):

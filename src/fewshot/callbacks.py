@@ -40,12 +40,11 @@ class Record(pl.Callback):
         self._since = now
 
     def on_validation_end(self, trainer: pl.Trainer, method: FewShotMethod) -> None:  # type: ignore[override]  # noqa: D102
-        if not trainer.sanity_checking:
-            trained = trainer.datamodule.episodes_by(trainer.current_epoch + 1)  # type: ignore[attr-defined]
-            estimate = method.estimates["val"]
-            self.validations.append({"trained_episodes": trained, **estimate._asdict()})
-            told = f"{estimate.accuracy:.2%} ± {estimate.ci95:.2%}"
-            method.print(f"episode {trained:,}: validation accuracy {told}", flush=True)
+        trained = trainer.datamodule.episodes_by(trainer.current_epoch + 1)  # type: ignore[attr-defined]
+        estimate = method.estimates["val"]
+        self.validations.append({"trained_episodes": trained, **estimate._asdict()})
+        told = f"{estimate.accuracy:.2%} ± {estimate.ci95:.2%}"
+        method.print(f"episode {trained:,}: validation accuracy {told}", flush=True)
         self._since = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102

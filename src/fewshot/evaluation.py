@@ -40,17 +40,17 @@ class EpisodeAccuracy(Metric):
             self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count one episode.
+        """Count some episodes.
 
         Args:
-            logits: ``[queries, way]``.
-            labels: int64 ``[queries]``.
+            logits: ``[episodes, queries, way]``.
+            labels: int64 ``[episodes, queries]``.
         """
-        right = (logits.argmax(1) == labels).sum()
-        self.right += right
-        self.right_squared += right.square()
-        self.episodes += 1
-        self.queries += len(labels)
+        right = (logits.argmax(2) == labels).sum(1)
+        self.right += right.sum()
+        self.right_squared += right.square().sum()
+        self.episodes += len(labels)
+        self.queries += labels.numel()
 
     def compute(self) -> Estimate:
         """The estimate over all episodes counted since the last reset."""

@@ -75,6 +75,7 @@ def train(config: DictConfig) -> float:
         log_every_n_steps=config.log_every,
         default_root_dir=run_dir,
         enable_model_summary=False,
+        num_sanity_val_steps=0,  # it would embed every validation image for two episodes
         inference_mode=False,  # some methods take gradients to solve an episode
     )
     trainer.fit(method, data)

@@ -1,3 +1,4 @@
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import pytest
@@ -26,8 +27,8 @@ def make(*overrides, trainer=None):
 
 
 def single(loader):
-    """The episodes of a loader, be it one of meta-batches or not."""
-    return [e for batch in loader for e in (batch.tasks() if batch.support_labels.ndim == 2 else [batch])]
+    """The episodes of a loader, out of their meta-batches."""
+    return [episode for batch in loader for episode in batch.tasks()]
 
 
 def same(loader, other):
@@ -44,12 +45,11 @@ def test_loaders_give_episodes_of_the_make_asked_for():
         (module.val_dataloader(), 3, 2, 4, 5),
         (module.test_dataloader(), 3, 2, 4, 6),
     ):
-        episodes = list(loader)
-        assert len(episodes) == len(loader) == count
-        for episode in single(episodes):
+        episodes = single(loader)
+        assert len(episodes) == count
+        for episode in episodes:
             assert episode.way == way
-            assert episode.support.shape == (way * shot, 16, 16, 3) and episode.support.dtype == torch.uint8
-            assert episode.query.shape == (way * query, 16, 16, 3)
+            assert episode.support.shape == (way * shot,) and episode.query.shape == (way * query,)
             assert episode.support_labels.bincount().tolist() == [shot] * way
             assert episode.query_labels.bincount().tolist() == [query] * way
 
@@ -77,8 +77,10 @@ def test_ranks_share_out_the_episodes_of_one_process():
     whole, *ranks = epoch(1), epoch(1, 0, 2), epoch(1, 1, 2)
     for get in ("train_dataloader", "test_dataloader"):
         shares = [single(getattr(rank, get)()) for rank in ranks]
-        interleaved = [episode for pair in zip(*shares, strict=True) for episode in pair]
-        assert same(getattr(whole, get)(), interleaved)
+        interleaved = [episode for pair in zip_longest(*shares) for episode in pair if episode is not None]
+        expected = single(getattr(whole, get)())
+        assert len(interleaved) == len(expected)
+        assert all(torch.equal(a.query, b.query) for a, b in zip(interleaved, expected, strict=True))
 
 
 def test_validations_come_between_whole_meta_batches_and_the_last_one_takes_what_is_left():
@@ -87,18 +89,45 @@ def test_validations_come_between_whole_meta_batches_and_the_last_one_takes_what
     assert [len(batch.query) for batch in module.train_dataloader()] == [3, 1]
 
 
-@pytest.mark.parametrize("kind", ["range", "standardise"])
-def test_images_are_normalised_after_the_transfer_to_the_device(kind):
-    trainer = SimpleNamespace(global_rank=0, world_size=1, lightning_module=SimpleNamespace(dtype=torch.float32))
-    module = make(f"dataset.normalise={kind}", trainer=trainer)
+def trainer_of(dtype=torch.float32, training=True):
+    method = SimpleNamespace(dtype=dtype, device=torch.device("cpu"))
+    return SimpleNamespace(global_rank=0, world_size=1, current_epoch=0, training=training, lightning_module=method)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("range", torch.float32), ("standardise", torch.float64)])
+def test_images_are_gathered_and_normalised_after_the_transfer_to_the_device(kind, dtype):
+    module = make(f"dataset.normalise={kind}", trainer=trainer_of(dtype))
     raw = next(iter(module.val_dataloader()))
-    episode = module.on_after_batch_transfer(raw, 0)
-    assert torch.equal(episode.support, normalise(raw.support, kind))
-    assert torch.equal(episode.query, normalise(raw.query, kind))
-    assert torch.equal(episode.query_labels, raw.query_labels) and episode.way == raw.way
-    assert episode.support.shape == (6, 3, 16, 16) and episode.query.dtype == torch.float32
+    batch = module.on_after_batch_transfer(raw, 0)
+    assert torch.equal(batch.support, normalise(BANK.images[raw.support], kind).to(dtype))
+    assert torch.equal(batch.query, normalise(BANK.images[raw.query], kind).to(dtype))
+    assert torch.equal(batch.query_labels, raw.query_labels) and batch.way == raw.way
+    assert batch.support.shape == (5, 6, 3, 16, 16) and batch.query.dtype == dtype
     bound = 1.0 if kind == "range" else 5.0
-    assert 0.9 < episode.query.max() <= bound
+    assert 0.9 < batch.query.max() <= bound
+
+
+def test_in_evaluation_every_image_in_use_is_embedded_once():
+    trainer = trainer_of(training=False)
+    module = make("val.episodes=30", trainer=trainer)
+    embedded = []
+
+    def encoder(images):
+        embedded.append(images)
+        return images.flatten(1)[:, :7]
+
+    batches = list(module.val_dataloader())
+    expected = [module.on_after_batch_transfer(batch, 0) for batch in batches]
+    module.embed("val", encoder)
+    used = torch.cat([torch.cat([batch.support.flatten(), batch.query.flatten()]) for batch in batches]).unique()
+    assert sum(map(len, embedded)) == len(used)
+    for batch, images in zip(batches, expected, strict=True):
+        found = module.on_after_batch_transfer(batch, 0)
+        assert torch.equal(found.support, images.support.flatten(2)[..., :7])
+        assert torch.equal(found.query, images.query.flatten(2)[..., :7])
+    trainer.training = True
+    raw = next(iter(module.train_dataloader()))
+    assert module.on_after_batch_transfer(raw, 0).query.shape == (1, 30, 3, 16, 16)
 
 
 def test_the_bank_depends_on_the_settings_of_its_source_resolved_or_not(monkeypatch):

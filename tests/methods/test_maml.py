@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fewshot.data.episodes import Episode, meta_batch
+from fewshot.data.episodes import Episode, stack
 from fewshot.encoders.conv4 import Conv4
 from fewshot.errors import FewShotError
 from fewshot.figures import autograd_graph, is_double_backward
@@ -54,7 +54,7 @@ def tasks(count=5, way=3, shot=2, query=2, size=16, seed=0) -> Episode:
 
     labels = torch.arange(way)
     support, queries = labels.repeat_interleave(shot), labels.repeat_interleave(query)
-    return meta_batch([Episode(images(shot), support, images(query), queries, way) for _ in range(count)])
+    return stack([Episode(images(shot), support, images(query), queries, way) for _ in range(count)])
 
 
 def gradients_of(maml: MAML, batch: Episode) -> torch.Tensor:
@@ -188,7 +188,7 @@ def test_a_task_does_not_depend_on_the_others_of_its_meta_batch(batching):
     one, two = maml.meta_gradient(batch), maml.meta_gradient(mixed)
     torch.testing.assert_close(one.logits[:2], two.logits[:2], rtol=1e-10, atol=1e-12)
     assert (one.logits[2:] - two.logits[2:]).abs().max() > 1e-3
-    alone = [gradients_of(maml, meta_batch([task])) for task in batch.tasks()]
+    alone = [gradients_of(maml, stack([task])) for task in batch.tasks()]
     torch.testing.assert_close(gradients_of(maml, batch), torch.stack(alone).mean(0), rtol=1e-8, atol=1e-12)
 
 

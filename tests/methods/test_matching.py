@@ -82,7 +82,8 @@ def sigmoid_cell(cell: nn.LSTMCell, given, hidden, memory):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_full_context_embeddings_follow_the_equations(steps):
     task, method = episode(), full_context(steps)
-    support, query = method.embed(task)
+    support = method.embed_support(method.encoder(task.support))
+    query = method.embed_query(method.encoder(task.query), support)
     lstm, plain_support = method.support_lstm, method.encoder(task.support)
     expected = plain_support.clone()
     for direction, order in (("", range(6)), ("_reverse", range(5, -1, -1))):

@@ -1,17 +1,23 @@
 """The Lightning data module: from a data set's configuration to normalised episodes on the device."""
 
+from collections.abc import Callable
+
 import pytorch_lightning as pl
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from fewshot.data.bank import ImageBank, open_bank
-from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeSampler, MetaBatchSampler, meta_batch
+from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber, MetaBatchSampler, stack
 from fewshot.data.images import normalise
+
+EVALUATED_TOGETHER = 20  # episodes in a meta-batch of validation and test; changes no result
+EMBEDDED_TOGETHER = 256  # images
 
 
 class EpisodeDataModule(pl.LightningDataModule):
-    """Serves n-way k-shot episodes of the three splits of a data set: training by the meta-batch, the others singly.
+    """Serves n-way k-shot episodes of the three splits of a data set, by the meta-batch.
 
     Args:
         dataset: the configuration group ``dataset``.
@@ -49,6 +55,9 @@ class EpisodeDataModule(pl.LightningDataModule):
         self.every = -(-val.every // train.meta_batch) * train.meta_batch
         self.episodes = {"val": val.episodes, "test": test.episodes}
         self._bank: ImageBank | None = None
+        self._resident: torch.Tensor | None = None  # the bank's images on the GPU
+        # For each image of the bank its row in the embeddings of those that the last evaluation used, and these.
+        self._embedded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def bank(self) -> ImageBank:
@@ -80,36 +89,61 @@ class EpisodeDataModule(pl.LightningDataModule):
         """How many training episodes come before an epoch."""
         return min(epoch * self.every, self.train_episodes)
 
-    # No worker processes in the loaders: making an episode is one gather, far quicker than sending it from one.
     def train_dataloader(self) -> DataLoader[Episode]:
         """The meta-batches of the current epoch; the last epoch may be shorter."""
         epoch = self.trainer.current_epoch if self.trainer else 0
-        episodes = self.episodes_by(epoch + 1) - self.episodes_by(epoch)
-        rank, world_size = self._place()
-        sampler = MetaBatchSampler(episodes, max(self.meta_batch, world_size), epoch, rank, world_size)
-        return DataLoader(self.datasets["train"], batch_sampler=sampler, collate_fn=meta_batch)
+        return self._loader("train", self.episodes_by(epoch + 1) - self.episodes_by(epoch), self.meta_batch, epoch)
 
     def val_dataloader(self) -> DataLoader[Episode]:
         """The validation episodes, the same at every epoch."""
-        return self._evaluation("val")
+        return self._loader("val", self.episodes["val"], EVALUATED_TOGETHER)
 
     def test_dataloader(self) -> DataLoader[Episode]:
         """The test episodes."""
-        return self._evaluation("test")
+        return self._loader("test", self.episodes["test"], EVALUATED_TOGETHER)
 
-    def _evaluation(self, split: str) -> DataLoader[Episode]:
-        sampler = EpisodeSampler(self.episodes[split], *self._place())
-        return DataLoader(self.datasets[split], batch_size=None, sampler=sampler)
+    def _loader(self, split: str, episodes: int, meta_batch: int, epoch: int = 0) -> DataLoader[Episode]:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = MetaBatchSampler(episodes, max(meta_batch, world_size), epoch, rank, world_size)
+        # No worker processes: an episode is drawn far quicker than it could be sent from one.
+        return DataLoader(self.datasets[split], batch_sampler=sampler, collate_fn=stack)
 
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def embed(self, split: str, encoder: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Have the episodes of validation or test hold embeddings in place of images, each image embedded once.
+
+        Args:
+            split: "val" or "test".
+            encoder: ``[images, channels, height, width]`` to ``[images, features]``, each image by itself.
+        """
+        episodes = (self.datasets[split][EpisodeNumber(0, number)] for number in range(self.episodes[split]))
+        # All processes embed the images of all, in the same order: an embedding's last bit may depend on its batch.
+        used = torch.cat([torch.cat([episode.support, episode.query]) for episode in episodes]).unique()
+        device = self._method.device
+        rows = torch.zeros(len(self.bank.images), dtype=torch.int64, device=device)
+        rows[used.to(device)] = torch.arange(len(used), device=device)
+        pieces = (self.images_at(piece.to(device)) for piece in used.split(EMBEDDED_TOGETHER))
+        self._embedded = rows, torch.cat([encoder(images) for images in pieces])
+
+    def images_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Images of the bank as a method takes them: ``[..., channels, height, width]``, floating point.
+
+        Args:
+            positions: in the bank, int64 ``[...]``, on the device the images are to be on.
+        """
+        images = self.bank.images
+        if positions.is_cuda and self._resident is None and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
+            self._resident = images.to(positions.device)  # gathered there from now on, without waiting for the host
+        pixels = images[positions.cpu()].to(positions.device) if self._resident is None else self._resident[positions]
+        return normalise(pixels, self.dataset.normalise).to(self._method.dtype)
 
     def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:  # noqa: ARG002
-        """Normalise the images where they are used, in the precision of the method's weights."""
-        episode, dtype = self.normalise(batch), self.trainer.lightning_module.dtype  # type: ignore[union-attr]
-        return episode._replace(support=episode.support.to(dtype), query=episode.query.to(dtype))
+        """Put images, or embeddings, where their positions are."""
+        if self._embedded is not None and not self.trainer.training:  # type: ignore[union-attr]
+            rows, embeddings = self._embedded
+            return batch._replace(support=embeddings[rows[batch.support]], query=embeddings[rows[batch.query]])
+        return batch._replace(support=self.images_at(batch.support), query=self.images_at(batch.query))
 
-    def normalise(self, episode: Episode) -> Episode:
-        """The episode as a method takes it: float32 images, ``[..., channels, height, width]``."""
-        kind = self.dataset.normalise
-        return episode._replace(support=normalise(episode.support, kind), query=normalise(episode.query, kind))
+    @property
+    def _method(self) -> pl.LightningModule:
+        assert self.trainer is not None
+        return self.trainer.lightning_module

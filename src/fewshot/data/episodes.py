@@ -27,9 +27,9 @@ class Episode(NamedTuple):
         query_labels: int64 ``[queries]``; what the method must not look at.
         way: the number of classes.
 
-    Straight from the bank the images are uint8 and ``[..., height, width, channels]``; the data module normalises
-    them on the device. Training gets episodes by the meta-batch: one ``Episode`` whose tensors have a leading
-    dimension, the tasks.
+    A data set of episodes gives positions in the image bank, int64 ``[support samples]`` and ``[queries]``, in place of
+    the images; the data module puts the images there, on the device. Loaders give episodes by the meta-batch: one
+    ``Episode`` whose tensors have a leading dimension, the tasks.
     """
 
     support: torch.Tensor
@@ -83,7 +83,7 @@ def draw_episode(
 
 
 class EpisodeDataset(Dataset[Episode]):
-    """The episodes of one split of an image bank, each gathered when it is asked for by its number.
+    """The episodes of one split of an image bank, as positions of their images.
 
     Args:
         bank: the images.
@@ -98,7 +98,6 @@ class EpisodeDataset(Dataset[Episode]):
     """
 
     def __init__(self, bank: ImageBank, split: str, way: int, shot: int, query: int, seed: int) -> None:
-        self.images = bank.images
         self.split, self.way, self.shot, self.query, self.seed = split, way, shot, query, seed
         classes = bank.classes(split)
         self.first, self.counts = bank.offsets[classes], np.diff(bank.offsets)[classes]
@@ -124,69 +123,43 @@ class EpisodeDataset(Dataset[Episode]):
                 f"lower {prefix}shot or {prefix}query"
             )
 
-    def index(self, episode: EpisodeNumber) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the images of an episode are.
-
-        Returns:
-            Positions in the bank, int64 ``[way, shot + query]``, and the order of the support, int64 ``[way * shot]``.
-        """
+    def __getitem__(self, episode: EpisodeNumber) -> Episode:
         make = self.way, self.shot, self.query
         classes, images, order = draw_episode(self.counts, *make, seed=self.seed, split=self.split, **episode._asdict())
-        return torch.from_numpy(self.first[classes, None] + images), torch.from_numpy(order)
-
-    def __getitem__(self, episode: EpisodeNumber) -> Episode:
-        index, order = self.index(episode)
+        positions, shuffle = torch.from_numpy(self.first[classes, None] + images), torch.from_numpy(order)
         return Episode(
-            support=self.images[index[:, : self.shot].flatten()[order]],
-            support_labels=self.support_labels[order],
-            query=self.images[index[:, self.shot :].flatten()],
+            support=positions[:, : self.shot].flatten()[shuffle],
+            support_labels=self.support_labels[shuffle],
+            query=positions[:, self.shot :].flatten(),
             query_labels=self.query_labels,
             way=self.way,
         )
 
 
-def meta_batch(episodes: Sequence[Episode]) -> Episode:
+def stack(episodes: Sequence[Episode]) -> Episode:
     """Stack episodes of one make into a meta-batch."""
     *tensors, ways = zip(*episodes, strict=True)
     return Episode._make((*map(torch.stack, tensors), ways[0]))
 
 
-class EpisodeSampler(Sampler[EpisodeNumber]):
-    """The numbers of one rank's episodes in validation or test.
-
-    Args:
-        episodes: how many there are, over all ranks.
-        rank: this process, in ``0..world_size-1``.
-        world_size: how many processes share them.
-    """
-
-    def __init__(self, episodes: int, rank: int = 0, world_size: int = 1) -> None:
-        self.numbers = range(rank, episodes, world_size)
-
-    def __iter__(self) -> Iterator[EpisodeNumber]:
-        return (EpisodeNumber(0, number) for number in self.numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-
 class MetaBatchSampler(Sampler[list[EpisodeNumber]]):
-    """The numbers of one rank's episodes in one training epoch, a meta-batch at a time.
+    """The numbers of one rank's episodes in one epoch, a meta-batch at a time.
 
     Args:
         episodes: how many the epoch has, over all ranks; the last meta-batch takes what is left.
         meta_batch: episodes in a meta-batch, which the ranks share out.
-        epoch: see ``draw_episode``.
+        epoch: see ``draw_episode``; 0 in validation and test.
         rank: this process, in ``0..world_size-1``.
         world_size: how many processes share the epoch.
     """
 
-    def __init__(self, episodes: int, meta_batch: int, epoch: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, episodes: int, meta_batch: int, epoch: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.epoch = epoch
-        self.batches = [
+        shares = (
             range(first + rank, min(first + meta_batch, episodes), world_size)
             for first in range(0, episodes, meta_batch)
-        ]
+        )
+        self.batches = [share for share in shares if share]
 
     def __iter__(self) -> Iterator[list[EpisodeNumber]]:
         return ([EpisodeNumber(self.epoch, number) for number in batch] for batch in self.batches)

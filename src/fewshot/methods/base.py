@@ -48,15 +48,6 @@ class FewShotMethod(pl.LightningModule, ABC):
             Logits, ``[queries, way]``.
         """
 
-    def encode(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed support and query in one batch, so that batch norm sees them together while it trains.
-
-        Returns:
-            ``[support samples, features]`` and ``[queries, features]``.
-        """
-        embeddings = self.encoder(torch.cat([episode.support, episode.query]))
-        return embeddings.tensor_split([len(episode.support)])
-
     def log_training(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Log the loss and the accuracy of a training step.
 
@@ -68,17 +59,21 @@ class FewShotMethod(pl.LightningModule, ABC):
         accuracy = (logits.detach().argmax(-1) == labels).float().mean()
         self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
 
-    def validation_step(self, episode: Episode, batch_idx: int) -> None:  # noqa: ARG002
-        """Count the accuracy of one validation episode."""
-        self.val_accuracy.update(self(episode), episode.query_labels)
+    def evaluate(self, meta_batch: Episode) -> torch.Tensor:
+        """The logits of every episode of a meta-batch in validation or test: ``[tasks, queries, way]``."""
+        return torch.stack([self(episode) for episode in meta_batch.tasks()])
+
+    def validation_step(self, meta_batch: Episode, batch_idx: int) -> None:  # noqa: ARG002
+        """Count the accuracy of validation episodes."""
+        self.val_accuracy.update(self.evaluate(meta_batch), meta_batch.query_labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation accuracy, by which the best weights are chosen."""
         self._log_estimate("val", self.val_accuracy)
 
-    def test_step(self, episode: Episode, batch_idx: int) -> None:  # noqa: ARG002
-        """Count the accuracy of one test episode."""
-        self.test_accuracy.update(self(episode), episode.query_labels)
+    def test_step(self, meta_batch: Episode, batch_idx: int) -> None:  # noqa: ARG002
+        """Count the accuracy of test episodes."""
+        self.test_accuracy.update(self.evaluate(meta_batch), meta_batch.query_labels)
 
     def on_test_epoch_end(self) -> None:
         """Log the test accuracy."""
@@ -100,7 +95,7 @@ class FewShotMethod(pl.LightningModule, ABC):
 
 
 class MetricMethod(FewShotMethod):
-    """A method that compares embeddings by a distance.
+    """A method that embeds every image by itself, then compares embeddings by a distance.
 
     Args:
         encoder: see ``FewShotMethod``.
@@ -113,9 +108,40 @@ class MetricMethod(FewShotMethod):
         super().__init__(encoder, learning_rate, halve_every)
         self.distance = distance
 
+    @abstractmethod
+    def compare(self, embedded: Episode) -> torch.Tensor:
+        """Classify the queries of an episode that has embeddings, ``[..., features]``, in place of images.
+
+        Returns:
+            Logits, ``[queries, way]``.
+        """
+
+    def forward(self, episode: Episode) -> torch.Tensor:
+        """Embed and compare; support and query in one batch, so that batch norm sees them together while it trains."""
+        embeddings = self.encoder(torch.cat([episode.support, episode.query]))
+        support, query = embeddings.tensor_split([len(episode.support)])
+        return self.compare(episode._replace(support=support, query=query))
+
     def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
         """The cross-entropy of the queries, over all episodes of the meta-batch: both papers' loss."""
         logits = torch.stack([self(episode) for episode in meta_batch.tasks()])
         loss = cross_entropy(logits.flatten(0, 1), meta_batch.query_labels.flatten())
         self.log_training(loss, logits, meta_batch.query_labels)
         return loss
+
+    # In validation and test an embedding depends on nothing but its image, so each image is embedded once.
+    def on_validation_epoch_start(self) -> None:
+        """Embed the images of validation."""
+        self._embed("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Embed the images of the test."""
+        self._embed("test")
+
+    def _embed(self, split: str) -> None:
+        with self.trainer.precision_plugin.forward_context():
+            self.trainer.datamodule.embed(split, self.encoder)  # type: ignore[attr-defined]
+
+    def evaluate(self, meta_batch: Episode) -> torch.Tensor:
+        """See ``FewShotMethod``; the episodes hold embeddings already."""
+        return torch.stack([self.compare(episode) for episode in meta_batch.tasks()])

@@ -19,19 +19,10 @@ class MatchingNetwork(MetricMethod):
         halve_every: see ``FewShotMethod``.
     """
 
-    def embed(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
-        """The embeddings g of the support and f of the queries: here each image by itself.
-
-        Returns:
-            ``[support samples, features]`` and ``[queries, features]``.
-        """
-        return self.encode(episode)
-
-    def forward(self, episode: Episode) -> torch.Tensor:
+    def compare(self, embedded: Episode) -> torch.Tensor:
         """Logits ``[queries, way]``: the logarithms of the probabilities of equation 1."""
-        support, query = self.embed(episode)
-        attention = (-self.distance(query, support)).log_softmax(dim=1)  # log a, section 2.1.1
-        return sum_by_class(attention, episode.support_labels, episode.way)
+        attention = (-self.distance(embedded.query, embedded.support)).log_softmax(dim=1)  # log a, section 2.1.1
+        return sum_by_class(attention, embedded.support_labels, embedded.way)
 
 
 class FullContextMatchingNetwork(MatchingNetwork):
@@ -68,15 +59,10 @@ class FullContextMatchingNetwork(MatchingNetwork):
         # are as linear as to the hidden state.
         self.query_lstm = nn.LSTMCell(2 * features, features)
 
-    def embed(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
-        """The embeddings g of the support and f of the queries, in context.
-
-        Returns:
-            ``[support samples, features]`` and ``[queries, features]``.
-        """
-        support, query = self.encode(episode)
-        support = self.embed_support(support)
-        return support, self.embed_query(query, support)
+    def compare(self, embedded: Episode) -> torch.Tensor:
+        """See ``MatchingNetwork``, here with the embeddings g of the support and f of the queries in context."""
+        support = self.embed_support(embedded.support)
+        return super().compare(embedded._replace(support=support, query=self.embed_query(embedded.query, support)))
 
     def embed_support(self, support: torch.Tensor) -> torch.Tensor:
         """The embedding g: a bidirectional LSTM over the support set, with a skip connection (appendix A.2).

@@ -17,10 +17,9 @@ class PrototypicalNetwork(MetricMethod):
         halve_every: see ``FewShotMethod``.
     """
 
-    def forward(self, episode: Episode) -> torch.Tensor:
+    def compare(self, embedded: Episode) -> torch.Tensor:
         """Logits ``[queries, way]``: the softmax over them is equation 2."""
-        support, query = self.encode(episode)
-        return -self.distance(query, prototypes(support, episode.support_labels, episode.way))
+        return -self.distance(embedded.query, prototypes(embedded.support, embedded.support_labels, embedded.way))
 
 
 def prototypes(support: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
