@@ -10,6 +10,7 @@ from platform import python_version
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -45,13 +46,6 @@ def train(config: DictConfig) -> float:
     check(config)
     keep_freed_memory()
     run_dir = Path(config.run_dir)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    # Lightning advises worker processes for every loader without them; ours gathers from memory.
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", module="pytorch_lightning")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
-
     data = EpisodeDataModule(
         config.dataset,
         **{key: config[key] for key in ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed")},
@@ -60,24 +54,10 @@ def train(config: DictConfig) -> float:
     data.prepare_data()
     data.setup()
     _list_classes(data.bank, run_dir)
-    method: FewShotMethod = instantiate(config.method)
-    method.save_hyperparameters(OmegaConf.to_container(config))
-
+    method = make_method(config)
     best = ModelCheckpoint(run_dir / "checkpoints", filename="best", monitor="val/accuracy", mode="max", save_last=True)
     record = Record()
-    trainer = pl.Trainer(
-        **config.hardware,
-        max_epochs=data.epochs,
-        reload_dataloaders_every_n_epochs=1,  # every epoch draws episodes of its own
-        use_distributed_sampler=False,  # ours knows its rank
-        callbacks=[best, record, LearningRateMonitor(), ProgressBar(refresh_rate=10)],
-        logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
-        log_every_n_steps=config.log_every,
-        default_root_dir=run_dir,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,  # it would embed every validation image for two episodes
-        inference_mode=False,  # some methods take gradients to solve an episode
-    )
+    trainer = make_trainer(config, data, best, record)
     trainer.fit(method, data)
     seconds, validations = record.seconds, record.validations  # the test restores the callbacks' older state
     trainer.test(method, data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
@@ -99,6 +79,40 @@ def train(config: DictConfig) -> float:
     }
     _report(results, run_dir)
     return validation
+
+
+def make_method(config: DictConfig) -> FewShotMethod:
+    """The method with its first weights, which the seed decides; its checkpoints will hold the configuration."""
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    method: FewShotMethod = instantiate(config.method)
+    method.save_hyperparameters(OmegaConf.to_container(config))
+    if config.hardware.compile:
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, after a warning
+        method.encoder.compile()
+    return method
+
+
+def make_trainer(config: DictConfig, data: EpisodeDataModule, *callbacks: pl.Callback) -> pl.Trainer:
+    """Lightning's trainer, as the configuration says."""
+    # Lightning advises worker processes for every loader without them; ours gathers from memory.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
+    hardware = {str(key): value for key, value in config.hardware.items() if key != "compile"}
+    return pl.Trainer(
+        **hardware,
+        max_epochs=data.epochs,
+        reload_dataloaders_every_n_epochs=1,  # every epoch draws episodes of its own
+        use_distributed_sampler=False,  # ours knows its rank
+        callbacks=[*callbacks, LearningRateMonitor(), ProgressBar(refresh_rate=10)],
+        logger=TensorBoardLogger(config.run_dir, name="", version="tensorboard"),
+        log_every_n_steps=config.log_every,
+        default_root_dir=config.run_dir,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,  # it would embed every validation image for two episodes
+        inference_mode=False,  # some methods take gradients to solve an episode
+    )
 
 
 @rank_zero_only

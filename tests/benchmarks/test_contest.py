@@ -53,4 +53,4 @@ def test_an_entrant_that_fails_is_named():
 def test_an_unknown_contest_is_refused_with_those_there_are(cli):
     done = cli("only=[mamal]", script="bench.py")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: only=mamal is not a benchmark: choose of maml_second_order")
+    assert done.stderr.startswith("error: only=mamal is not a benchmark: choose of protonet_omniglot")

@@ -6,6 +6,8 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +28,10 @@ from rich.table import Table
 from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory
 
-# What a build function returns: does the work once, and returns the numbers that the others must find too.
-Work = Callable[[], NDArray[Any] | None]
+# Does the work once, and returns the numbers that the others must find too.
+Work = Callable[[], NDArray[Any]]
+# What a build function returns: the work, and what has to go on in the main thread for it, if anything has.
+Built = Work | tuple[Work, Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Entrant:
     """
 
     name: str
-    build: Callable[..., Work]
+    build: Callable[..., Built]
     settings: Mapping[str, Any] = field(default_factory=dict)
     keep_memory: bool = False
 
@@ -56,12 +60,16 @@ class Contest:
         entrants: the programs.
         items: how many the work handles, and what they are called, for a rate.
         tolerance: the largest difference of results, over the norm of ours.
+        pause: seconds before each turn, for what an entrant still does in the background after its own.
+        rounds: of this contest, if not as many as of the others.
     """
 
     title: str
     entrants: Sequence[Entrant]
     items: tuple[int, str] | None = None
     tolerance: float = 1e-3
+    pause: float = 0.0
+    rounds: int | None = None
 
 
 def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
@@ -80,25 +88,30 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
     """
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], []
+    scratch = tempfile.TemporaryDirectory(prefix="fewshot-bench-")
+    results = []
     try:
         for entrant in contest.entrants:
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, entrant), daemon=True)
+            process = context.Process(target=_serve, args=(there, entrant, scratch.name))
             process.start()
             there.close()
             processes.append(process)
             pipes.append(here)
-        results = [_ask(pipe, entrant, "result") for pipe, entrant in zip(pipes, contest.entrants, strict=True)]
+            results.append(_ask(here, entrant, "result"))  # before the next starts
         _compare(contest, results)
         seconds: list[list[float]] = [[] for _ in pipes]
-        for number in track(range(rounds), contest.title, transient=True):
+        for number in track(range(contest.rounds or rounds), contest.title, transient=True):
             order = range(len(pipes)) if number % 2 == 0 else reversed(range(len(pipes)))
             for position in order:
+                time.sleep(contest.pause)
                 seconds[position].append(_ask(pipes[position], contest.entrants[position], "seconds"))
         peaks = [_ask(pipe, entrant, "peak") for pipe, entrant in zip(pipes, contest.entrants, strict=True)]
     finally:
         for process in processes:
             process.kill()
+            process.join()
+        scratch.cleanup()
     medians = [statistics.median(of) for of in seconds]
     return [
         {
@@ -115,23 +128,26 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
 def tell(contest: Contest, found: Sequence[Mapping[str, Any]]) -> None:
     """Print a contest's table."""
     table = Table(title=contest.title)
-    columns = ["", "median", "all rounds", "times ours", "memory"]
+    columns = ["", "median", "fastest", "slowest", "times ours", "memory"]
     if contest.items:
-        columns.insert(3, f"{contest.items[1]}/s")
+        columns.insert(1, f"{contest.items[1]}/s")
     for column in columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for of in found:
         row = [
             of["name"],
-            f"{1e3 * of['median']:.4g} ms",
-            f"{1e3 * min(of['seconds']):.4g} to {1e3 * max(of['seconds']):.4g}",
+            *(_duration(seconds) for seconds in (of["median"], min(of["seconds"]), max(of["seconds"]))),
             f"{of['ratio']:.2f}",
             f"{of['peak_bytes'] / 2**20:,.0f} MiB",
         ]
         if contest.items:
-            row.insert(3, f"{contest.items[0] / of['median']:,.0f}")
+            row.insert(1, f"{contest.items[0] / of['median']:.3g}")
         table.add_row(*row)
     Console().print(table)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def bench(contests: Mapping[str, Contest], rounds: int, out: Path) -> None:
@@ -156,13 +172,28 @@ def bench(contests: Mapping[str, Contest], rounds: int, out: Path) -> None:
         out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _serve(pipe: Connection, entrant: Entrant) -> None:
+def _serve(pipe: Connection, entrant: Entrant, scratch: str) -> None:
     """Be an entrant: build, work once for the result, then work whenever asked."""
+    tempfile.tempdir = scratch
     try:
         if entrant.keep_memory:
             keep_freed_memory()
         before = _most_memory()
-        work = entrant.build(**entrant.settings)
+        built = entrant.build(**entrant.settings)
+        if isinstance(built, tuple):
+            work, stay = built
+            threading.Thread(target=_answer, args=(pipe, work, before), daemon=True).start()
+            stay()
+        else:
+            _answer(pipe, built, before)
+    except KeyboardInterrupt:
+        os._exit(0)  # the contest is over
+    except Exception as error:
+        _fail(pipe, error)
+
+
+def _answer(pipe: Connection, work: Work, before: int) -> None:
+    try:
         pipe.send(("result", work()))
         while True:
             wanted = pipe.recv()
@@ -172,11 +203,15 @@ def _serve(pipe: Connection, entrant: Entrant) -> None:
                 start = time.perf_counter()
                 work()
                 pipe.send((wanted, time.perf_counter() - start))
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         os._exit(0)  # the contest is over
     except Exception as error:
-        traceback.print_exc()
-        pipe.send(("error", repr(error)))
+        _fail(pipe, error)
+
+
+def _fail(pipe: Connection, error: Exception) -> None:
+    traceback.print_exc()
+    pipe.send(("error", repr(error)))
 
 
 def _most_memory() -> int:
@@ -200,11 +235,9 @@ def _ask(pipe: Connection, entrant: Entrant, wanted: str) -> Any:
     return answer
 
 
-def _compare(contest: Contest, results: Sequence[NDArray[Any] | None]) -> None:
+def _compare(contest: Contest, results: Sequence[NDArray[Any]]) -> None:
     ours = results[0]
     for entrant, found in zip(contest.entrants[1:], results[1:], strict=True):
-        if ours is None or found is None:
-            continue
         miss = float(np.linalg.norm(np.subtract(found, ours, dtype=float)) / np.linalg.norm(ours))
         if not miss <= contest.tolerance:
             raise FewShotError(

@@ -1,13 +1,17 @@
 """The ways others do it, written as their published programs do: plain, and not tuned."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import batch_norm, conv2d, cross_entropy, linear, max_pool2d, relu
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
-from fewshot.data.episodes import Episode
+from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber
 
 
 def textbook_conv4(channels: int, size: int, way: int | None = None, **norm: bool) -> nn.Sequential:
@@ -19,6 +23,41 @@ def textbook_conv4(channels: int, size: int, way: int | None = None, **norm: boo
         )
     head = [] if way is None else [nn.Linear(64 * (size // 16) ** 2, way)]
     return nn.Sequential(*blocks, nn.Flatten(), *head)
+
+
+class PngEpisodes(Dataset[Episode]):
+    """The same episodes as ``episodes``, but every image is opened from its file, and made a tensor, one by one.
+
+    Args:
+        episodes: give the positions.
+        folder: holds the image of each position: ``0.png``, ``1.png``, ...
+    """
+
+    def __init__(self, episodes: EpisodeDataset, folder: Path) -> None:
+        self.episodes, self.folder = episodes, folder
+
+    def __getitem__(self, number: EpisodeNumber) -> Episode:
+        episode = self.episodes[number]
+        support, query = (
+            torch.stack([self._open(position) for position in of]) for of in (episode.support, episode.query)
+        )
+        return episode._replace(support=support, query=query)
+
+    def _open(self, position: torch.Tensor) -> torch.Tensor:
+        image = pil_to_tensor(Image.open(self.folder / f"{int(position)}.png")).float()
+        return (image - image.min()) / (image.max() - image.min()).clamp_min(1)
+
+
+def textbook_protonet(model: nn.Module) -> Callable[[Episode], torch.Tensor]:
+    """Prototypical networks with prototypes class by class, and distances by broadcasting."""
+
+    def solve(episode: Episode) -> torch.Tensor:
+        embeddings = model(torch.cat([episode.support, episode.query]))
+        support, query = embeddings[: len(episode.support)], embeddings[len(episode.support) :]
+        prototypes = torch.stack([support[episode.support_labels == label].mean(0) for label in range(episode.way)])
+        return -(query[:, None] - prototypes[None]).pow(2).sum(2)
+
+    return solve
 
 
 def clone_and_adapt(model: nn.Module, tasks: Sequence[Episode], order: int, steps: int, rate: float) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fewshot.benchmarks import maml
+from fewshot.benchmarks import maml, training
 from fewshot.benchmarks.contest import Contest
 from fewshot.errors import FewShotError
 
@@ -16,7 +16,7 @@ def choose(only: Sequence[str] | None) -> dict[str, Contest]:
     Raises:
         FewShotError: a name is unknown.
     """
-    known = {**maml.contests()}
+    known = {**training.contests(), **maml.contests()}
     if only is None:
         return known
     for name in only:

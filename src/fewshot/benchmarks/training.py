@@ -1,0 +1,318 @@
+"""Training, evaluation, episode making and bank building: ours, and the ways of others."""
+
+import contextlib
+import os
+import queue
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from fewshot.benchmarks.contest import Contest, Entrant, Work
+from fewshot.benchmarks.references import PngEpisodes, textbook_conv4, textbook_protonet
+from fewshot.config import compose
+from fewshot.data.bank import ImageBank, open_bank
+from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.data.episodes import Episode, EpisodeDataset, MetaBatchSampler
+from fewshot.data.images import normalise
+from fewshot.data.miniimagenet import miniimagenet
+from fewshot.methods.base import FewShotMethod
+from fewshot.training import make_method, make_trainer
+
+OMNIGLOT = {"size": 28, "channels": 1, "classes": 1200, "images": 20, "way": 60, "shot": 1, "query": 5, "steps": 10}
+MINIIMAGENET = {"size": 84, "channels": 3, "classes": 100, "images": 40, "way": 20, "shot": 5, "query": 15, "steps": 1}
+EVALUATION = {**OMNIGLOT, "way": 5, "query": 15}
+LEARNING_RATE = 1e-3
+
+
+def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
+    """``method=protonet`` as ``src/train.py`` trains it, some steps at a time; the training goes on in between."""
+    steps, asked, told = shape["steps"], queue.SimpleQueue[None](), queue.SimpleQueue[Any]()
+
+    class Gate(pl.Callback):
+        losses: ClassVar[list[torch.Tensor]] = []
+
+        def on_train_start(self, *_: Any) -> None:
+            asked.get()
+
+        def on_train_batch_end(self, _: Any, __: Any, outputs: Any, *___: Any) -> None:
+            self.losses.append(outputs["loss"])
+            if len(self.losses) == steps:
+                told.put(torch.stack(self.losses).numpy())
+                self.losses.clear()
+                asked.get()
+
+    config = _config(shape, episodes=10**6)
+    data, method = _data(config, shape), _method(config, shape)
+    trainer = make_trainer(config, data, Gate())
+
+    def fit() -> None:
+        try:
+            _quietly(lambda: trainer.fit(method, data))
+        except Exception as error:
+            told.put(error)
+
+    def work() -> NDArray[Any]:
+        asked.put(None)
+        found = told.get()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return work, fit
+
+
+def bare_loop(shape: dict[str, Any]) -> Work:
+    """The same model in the shortest loop, on episodes that lie ready as normalised tensors."""
+    config = _config(shape, episodes=10**6)
+    method = _method(config, shape).train()
+    bank, dataset = _noise(shape), _episodes(shape)
+    episodes = []
+    for numbers in MetaBatchSampler(shape["steps"], 1):
+        episode = dataset[numbers[0]]
+        support, query = (normalise(bank.images[of], "range") for of in (episode.support, episode.query))
+        episodes.append(episode._replace(support=support, query=query))
+    return _loop(method, method.parameters(), cycle(episodes), shape["steps"])
+
+
+def textbook(shape: dict[str, Any]) -> Work:
+    """A DataLoader whose workers open a file for every image, and Conv4 as it is usually written."""
+    model = textbook_conv4(shape["channels"], shape["size"])
+    _equal_weights(model, shape)
+    return _loop(textbook_protonet(model), model.parameters(), iter(_png_loader(shape, 10**5)), shape["steps"])
+
+
+def _loop(
+    solve: Callable[[Episode], torch.Tensor],
+    parameters: Iterable[torch.nn.Parameter],
+    episodes: Iterator[Episode],
+    steps: int,
+) -> Work:
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+
+    def work() -> NDArray[Any]:
+        losses = []
+        for episode in islice(episodes, steps):
+            loss = cross_entropy(solve(episode), episode.query_labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).numpy()
+
+    return work
+
+
+def evaluate(shape: dict[str, Any], episodes: int) -> Work:
+    """The test of ``src/train.py``."""
+    config = _config(shape, episodes=1, test=episodes)
+    data, method = _data(config, shape), _method(config, shape)
+    trainer = make_trainer(config, data)
+
+    def work() -> NDArray[Any]:
+        _quietly(lambda: trainer.test(method, data, verbose=False))
+        return np.array([method.estimates["test"].accuracy])
+
+    return work
+
+
+def textbook_evaluate(shape: dict[str, Any], episodes: int) -> Work:
+    """Every image of every episode opened and embedded anew."""
+    model = textbook_conv4(shape["channels"], shape["size"])
+    _equal_weights(model, shape)
+    solve = textbook_protonet(model.eval())
+
+    def work() -> NDArray[Any]:
+        right = total = 0
+        with torch.no_grad():
+            for episode in _png_loader(shape, episodes, "test"):
+                right += int((solve(episode).argmax(1) == episode.query_labels).sum())
+                total += len(episode.query_labels)
+        return np.array([right / total])
+
+    return work
+
+
+def make_episodes(shape: dict[str, Any], episodes: int) -> Work:
+    """The loader of the data module, and the gather after it."""
+    config = _config(shape, episodes=episodes)
+    data = _data(config, shape)
+    data.setup()
+    data.trainer = make_trainer(config, data)
+    data.trainer.strategy.connect(_method(config, shape))
+
+    def work() -> NDArray[Any]:
+        sums = [data.on_after_batch_transfer(batch, 0).query.sum() for batch in data.train_dataloader()]
+        return torch.stack(sums).numpy()
+
+    return work
+
+
+def textbook_make_episodes(shape: dict[str, Any], episodes: int) -> Work:
+    """A DataLoader whose workers open an image file for every image."""
+    return lambda: torch.stack([episode.query.sum() for episode in _png_loader(shape, episodes)]).numpy()
+
+
+def build_bank(images: int) -> Work:
+    """A bank of class folders of JPEG files, built anew."""
+    folder = _jpegs(images)
+
+    def work() -> NDArray[Any]:
+        with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(None):
+            bank = open_bank("bench", miniimagenet(str(folder), size=84), {}, cache)
+            return bank.images.sum(dim=(1, 2, 3)).numpy()
+
+    return work
+
+
+def textbook_build(images: int) -> Work:
+    """The same files opened one after another into one array."""
+    folder = _jpegs(images) / "miniimagenet"
+
+    def work() -> NDArray[Any]:
+        files = [file for split in ("train", "val", "test") for file in sorted((folder / split).rglob("*.jpg"))]
+        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]).sum((1, 2, 3), dtype=np.int64)
+
+    return work
+
+
+def contests() -> dict[str, Contest]:
+    """Prototypical networks on Omniglot's and miniImageNet's shapes; noise for images."""
+    title = "{} steps of prototypical networks, {}-way {}-shot {} queries, {}x{}x{}"
+    keys = ("steps", "way", "shot", "query", "channels", "size", "size")
+    found = {}
+    for name, shape in (("protonet_omniglot", OMNIGLOT), ("protonet_miniimagenet", MINIIMAGENET)):
+        settings: dict[str, Any] = {"shape": shape}
+        entrants = [
+            Entrant("ours, through Lightning", through_lightning, settings, keep_memory=True),
+            Entrant("ours, bare loop", bare_loop, settings, keep_memory=True),
+            Entrant("textbook", textbook, settings),
+        ]
+        steps = (shape["steps"], "steps")
+        found[name] = Contest(title.format(*(shape[key] for key in keys)), entrants, steps, tolerance=5e-3, pause=1.0)
+    episodes = {"shape": OMNIGLOT, "episodes": 100}
+    found["episodes"] = Contest(
+        "Making 100 training episodes, 60-way 1-shot 5 queries, 1x28x28",
+        [
+            Entrant("ours", make_episodes, episodes, keep_memory=True),
+            Entrant("textbook", textbook_make_episodes, episodes),
+        ],
+        (100, "episodes"),
+    )
+    for number in (1000, 10000):
+        settings = {"shape": EVALUATION, "episodes": number}
+        found[f"evaluation_{number}"] = Contest(
+            f"Test of prototypical networks, {number:,} episodes, 5-way 1-shot 15 queries, 1x28x28",
+            [
+                Entrant("ours, through Lightning", evaluate, settings, keep_memory=True),
+                Entrant("textbook", textbook_evaluate, settings),
+            ],
+            (number, "episodes"),
+            tolerance=2e-3,
+            rounds=1 if number > 1000 else None,
+        )
+    found["bank"] = Contest(
+        "Reading 2,000 JPEG files of 84x84",
+        [
+            Entrant("ours: image bank, built", build_bank, {"images": 2000}),
+            Entrant("textbook: into one array", textbook_build, {"images": 2000}),
+        ],
+        (2000, "images"),
+    )
+    return found
+
+
+def _config(shape: dict[str, Any], episodes: int, test: int = 2) -> DictConfig:
+    run_dir = tempfile.mkdtemp()
+    make = [f"{key}={shape[key]}" for key in ("way", "shot", "query")]
+    return compose(
+        *make,
+        *(f"train.{of}" for of in make),
+        f"train.episodes={episodes}",
+        f"val.every={episodes}",
+        f"test.episodes={test}",
+        f"dataset.size={shape['size']}",
+        f"dataset.channels={shape['channels']}",
+        "hardware=cpu",
+        f"method.learning_rate={LEARNING_RATE}",
+        "method.halve_every=null",
+        f"run_dir={run_dir}",
+    )
+
+
+def _data(config: DictConfig, shape: dict[str, Any]) -> EpisodeDataModule:
+    keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed")
+    data = EpisodeDataModule(config.dataset, **{key: config[key] for key in keys}, cache_dir=config.cache_dir)
+    data._bank = _noise(shape)
+    return data
+
+
+def _method(config: DictConfig, shape: dict[str, Any]) -> FewShotMethod:
+    method = make_method(config)
+    _equal_weights(method, shape)
+    return method
+
+
+def _equal_weights(model: torch.nn.Module, shape: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    source = textbook_conv4(shape["channels"], shape["size"])
+    for parameter, value in zip(model.parameters(), source.parameters(), strict=True):
+        parameter.data.copy_(value.data)
+
+
+def _noise(shape: dict[str, Any]) -> ImageBank:
+    """A bank of noise, always the same."""
+    count = shape["classes"] * shape["images"]
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (count, shape["size"], shape["size"], shape["channels"]), dtype=np.uint8
+    )
+    offsets = np.arange(0, count + 1, shape["images"])
+    held_out = shape["classes"] // 5
+    splits = ["train"] * (shape["classes"] - 2 * held_out) + ["val"] * held_out + ["test"] * held_out
+    return ImageBank(torch.from_numpy(pixels), offsets, tuple(map(str, range(shape["classes"]))), tuple(splits))
+
+
+def _episodes(shape: dict[str, Any], split: str = "train") -> EpisodeDataset:
+    return EpisodeDataset(_noise(shape), split, shape["way"], shape["shot"], shape["query"], seed=0)
+
+
+def _png_loader(shape: dict[str, Any], episodes: int, split: str = "train") -> DataLoader[Episode]:
+    """The same episodes, out of a file for each image."""
+    folder = Path(tempfile.gettempdir()) / f"images{shape['size']}"
+    bank = _noise(shape)
+    if not folder.exists():
+        folder.mkdir()
+        for number, pixels in enumerate(bank.images.numpy()):
+            Image.fromarray(pixels.squeeze()).save(folder / f"{number}.png", compress_level=1)
+    dataset = PngEpisodes(_episodes(shape, split), folder)
+    sampler = [numbers[0] for numbers in MetaBatchSampler(episodes, 1)]
+    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=2)
+
+
+def _jpegs(images: int) -> Path:
+    """Class folders of noise."""
+    folder = Path(tempfile.gettempdir()) / "jpegs"
+    if not folder.exists():
+        random = np.random.default_rng(0)
+        for number in range(images):
+            split = "train" if number < images - 40 else "val" if number < images - 20 else "test"
+            of_class = folder / "miniimagenet" / split / f"{split}{number // 20:05d}"
+            of_class.mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 256, (84, 84, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(of_class / f"{number:05d}.jpg")
+    return folder
+
+
+def _quietly(act: Any) -> None:
+    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
+        act()

@@ -1,0 +1,38 @@
+import threading
+
+import numpy as np
+import pytest
+
+from fewshot.benchmarks import training
+
+SHAPE = {"size": 16, "channels": 1, "classes": 20, "images": 6, "way": 3, "shot": 1, "query": 2, "steps": 3}
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def test_all_ways_of_training_have_the_same_losses_step_after_step():
+    lightning, fit = training.through_lightning(SHAPE)
+    threading.Thread(target=fit, daemon=True).start()
+    works = [lightning, training.bare_loop(SHAPE), training.textbook(SHAPE)]
+    first, *others = [work() for work in works]
+    assert first.shape == (3,) and len(set(first.tolist())) == 3
+    for losses in others:
+        np.testing.assert_allclose(losses, first, rtol=1e-3)
+    np.testing.assert_allclose(lightning(), works[2](), rtol=1e-2)  # the next three
+
+
+def test_all_ways_of_testing_have_the_same_accuracy():
+    assert training.evaluate(SHAPE, 30)() == pytest.approx(training.textbook_evaluate(SHAPE, 30)(), abs=0.01)
+
+
+def test_all_ways_of_making_episodes_make_the_same():
+    found, expected = training.make_episodes(SHAPE, 7)(), training.textbook_make_episodes(SHAPE, 7)()
+    assert found.shape == (7,)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_bank_holds_what_the_files_do():
+    np.testing.assert_array_equal(training.build_bank(100)(), training.textbook_build(100)())
