@@ -149,6 +149,17 @@ def test_a_sweep_runs_every_combination(cli, tmp_path):
     assert found == {(1, "l2"), (1, "cosine"), (2, "l2"), (2, "cosine")}
 
 
+def test_the_study_of_distances_runs_and_is_drawn(cli, tmp_path):
+    runs, study = tmp_path / "runs", "+experiment/matching_distance=glob(*)"
+    done = cli("-m", study, *TINY, "dataset=glyphs", f"hydra.sweep.dir={runs}")
+    assert done.returncode == 0, done.stderr
+    found = [results_of(runs / str(number))["config"]["distance"] for number in range(7)]
+    assert sorted(of["scale"] for of in found if "scale" in of) == [5, 10, 10, 20, 40]
+    drawn = cli("figure=distance_study", f"runs={runs}", f"out={tmp_path}", script="figure.py")
+    assert drawn.returncode == 0, drawn.stderr
+    assert len((tmp_path / "distance_study.md").read_text().splitlines()) == 2 + 7
+
+
 def test_train_keys_default_to_those_of_the_test_unless_the_method_says_otherwise():
     config = compose("way=7", "shot=3", "query=2", "run_dir=x")
     assert (config.train.way, config.train.shot, config.train.query) == (20, 3, 5)

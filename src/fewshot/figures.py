@@ -82,10 +82,12 @@ def distance_study(runs: str, out: Path) -> list[Path]:
     for path in sorted(Path(runs).expanduser().rglob("results.json")):
         results = json.loads(path.read_text())
         groups[results["way"]][_distance(results)].append(results)
+    for runs_of in (runs_of for lines in groups.values() for runs_of in lines.values()):
+        runs_of.sort(key=lambda results: results["seed"])
     if not groups:
         raise FewShotError(f"no results.json lies below {runs}; run the study first, or name its folder with runs=PATH")
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.5 * len(groups), 4), layout="constrained")
+        figure = Figure(figsize=(4.5 * len(groups) + 2.5, 4), layout="constrained")
         panels = figure.subplots(1, len(groups), squeeze=False)[0]
         for axes, (way, lines) in zip(panels, sorted(groups.items()), strict=True):
             for (label, seeds), colour, marker, line in zip(
@@ -97,7 +99,7 @@ def distance_study(runs: str, out: Path) -> list[Path]:
                 axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             axes.set(title=f"{way}-way {seeds[0]['shot']}-shot", xlabel="training episodes")
         panels[0].set_ylabel("validation accuracy, %")
-        panels[0].legend(loc="lower right")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     table = out / "distance_study.md"
     table.write_text(_table(groups))
     return [_save(figure, out / "distance_study.png"), table]
