@@ -79,11 +79,9 @@ def distance_study(runs: str, out: Path) -> list[Path]:
         FewShotError: there are no results.
     """
     groups: dict[int, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(Path(runs).expanduser().rglob("results.json")):
-        results = json.loads(path.read_text())
+    found = [json.loads(path.read_text()) for path in sorted(Path(runs).expanduser().rglob("results.json"))]
+    for results in sorted(found, key=lambda results: results["seed"]):
         groups[results["way"]][_distance(results)].append(results)
-    for runs_of in (runs_of for lines in groups.values() for runs_of in lines.values()):
-        runs_of.sort(key=lambda results: results["seed"])
     if not groups:
         raise FewShotError(f"no results.json lies below {runs}; run the study first, or name its folder with runs=PATH")
     with mpl.rc_context(STYLE):

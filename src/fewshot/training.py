@@ -46,11 +46,7 @@ def train(config: DictConfig) -> float:
     check(config)
     keep_freed_memory()
     run_dir = Path(config.run_dir)
-    data = EpisodeDataModule(
-        config.dataset,
-        **{key: config[key] for key in ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed")},
-        cache_dir=config.cache_dir,
-    )
+    data = make_data(config)
     data.prepare_data()
     data.setup()
     _list_classes(data.bank, run_dir)
@@ -79,6 +75,12 @@ def train(config: DictConfig) -> float:
     }
     _report(results, run_dir)
     return validation
+
+
+def make_data(config: DictConfig) -> EpisodeDataModule:
+    """The data module, its images not read yet."""
+    keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "cache_dir")
+    return EpisodeDataModule(config.dataset, **{key: config[key] for key in keys})
 
 
 def make_method(config: DictConfig) -> FewShotMethod:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fewshot.benchmarks.contest import Contest, Entrant, Work
-from fewshot.benchmarks.references import article_meta_step, clone_and_adapt, textbook_conv4
+from fewshot.benchmarks.references import article_meta_step, clone_and_adapt, copy_weights, textbook_conv4
 from fewshot.data.episodes import Episode
 from fewshot.encoders.conv4 import Conv4
 from fewshot.methods.maml import MAML
@@ -69,9 +69,7 @@ def make_maml(order: int, batching: str, task: Mapping[str, Any], recompute: boo
         vmap_tasks=8,
         recompute=recompute,
     )
-    torch.manual_seed(0)
-    for parameter, value in zip(method.parameters(), _textbook(task).parameters(), strict=True):
-        parameter.data.copy_(value.data)
+    copy_weights(_textbook(task), method)
     return method
 
 

@@ -25,6 +25,12 @@ def textbook_conv4(channels: int, size: int, way: int | None = None, **norm: boo
     return nn.Sequential(*blocks, nn.Flatten(), *head)
 
 
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the parameters of ``source``, which has as many, of the same shapes and in the same order."""
+    for parameter, value in zip(target.parameters(), source.parameters(), strict=True):
+        parameter.data.copy_(value.data)
+
+
 class PngEpisodes(Dataset[Episode]):
     """The same episodes as ``episodes``, but every image is opened from its file, and made a tensor, one by one.
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from fewshot.benchmarks.contest import Contest, Entrant, Work
-from fewshot.benchmarks.references import PngEpisodes, textbook_conv4, textbook_protonet
+from fewshot.benchmarks.references import PngEpisodes, copy_weights, textbook_conv4, textbook_protonet
 from fewshot.config import compose
 from fewshot.data.bank import ImageBank, open_bank
 from fewshot.data.datamodule import EpisodeDataModule
@@ -27,7 +27,7 @@ from fewshot.data.episodes import Episode, EpisodeDataset, MetaBatchSampler
 from fewshot.data.images import normalise
 from fewshot.data.miniimagenet import miniimagenet
 from fewshot.methods.base import FewShotMethod
-from fewshot.training import make_method, make_trainer
+from fewshot.training import make_data, make_method, make_trainer
 
 OMNIGLOT = {"size": 28, "channels": 1, "classes": 1200, "images": 20, "way": 60, "shot": 1, "query": 5, "steps": 10}
 MINIIMAGENET = {"size": 84, "channels": 3, "classes": 100, "images": 40, "way": 20, "shot": 5, "query": 15, "steps": 1}
@@ -87,8 +87,7 @@ def bare_loop(shape: dict[str, Any]) -> Work:
 
 def textbook(shape: dict[str, Any]) -> Work:
     """A DataLoader whose workers open a file for every image, and Conv4 as it is usually written."""
-    model = textbook_conv4(shape["channels"], shape["size"])
-    _equal_weights(model, shape)
+    model = _textbook(shape)
     return _loop(textbook_protonet(model), model.parameters(), iter(_png_loader(shape, 10**5)), shape["steps"])
 
 
@@ -128,14 +127,13 @@ def evaluate(shape: dict[str, Any], episodes: int) -> Work:
 
 def textbook_evaluate(shape: dict[str, Any], episodes: int) -> Work:
     """Every image of every episode opened and embedded anew."""
-    model = textbook_conv4(shape["channels"], shape["size"])
-    _equal_weights(model, shape)
-    solve = textbook_protonet(model.eval())
+    model = _textbook(shape)
+    solve, loader = textbook_protonet(model.eval()), _png_loader(shape, episodes, "test")
 
     def work() -> NDArray[Any]:
         right = total = 0
         with torch.no_grad():
-            for episode in _png_loader(shape, episodes, "test"):
+            for episode in loader:
                 right += int((solve(episode).argmax(1) == episode.query_labels).sum())
                 total += len(episode.query_labels)
         return np.array([right / total])
@@ -160,7 +158,8 @@ def make_episodes(shape: dict[str, Any], episodes: int) -> Work:
 
 def textbook_make_episodes(shape: dict[str, Any], episodes: int) -> Work:
     """A DataLoader whose workers open an image file for every image."""
-    return lambda: torch.stack([episode.query.sum() for episode in _png_loader(shape, episodes)]).numpy()
+    loader = _png_loader(shape, episodes)
+    return lambda: torch.stack([episode.query.sum() for episode in loader]).numpy()
 
 
 def build_bank(images: int) -> Work:
@@ -251,23 +250,20 @@ def _config(shape: dict[str, Any], episodes: int, test: int = 2) -> DictConfig:
 
 
 def _data(config: DictConfig, shape: dict[str, Any]) -> EpisodeDataModule:
-    keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed")
-    data = EpisodeDataModule(config.dataset, **{key: config[key] for key in keys}, cache_dir=config.cache_dir)
+    data = make_data(config)
     data._bank = _noise(shape)
     return data
 
 
 def _method(config: DictConfig, shape: dict[str, Any]) -> FewShotMethod:
     method = make_method(config)
-    _equal_weights(method, shape)
+    copy_weights(_textbook(shape), method)
     return method
 
 
-def _equal_weights(model: torch.nn.Module, shape: dict[str, Any]) -> None:
+def _textbook(shape: dict[str, Any]) -> torch.nn.Sequential:
     torch.manual_seed(0)
-    source = textbook_conv4(shape["channels"], shape["size"])
-    for parameter, value in zip(model.parameters(), source.parameters(), strict=True):
-        parameter.data.copy_(value.data)
+    return textbook_conv4(shape["channels"], shape["size"])
 
 
 def _noise(shape: dict[str, Any]) -> ImageBank:
