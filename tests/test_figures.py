@@ -8,7 +8,14 @@ from PIL import Image
 
 from fewshot.distances import cosine
 from fewshot.errors import FewShotError
-from fewshot.figures import attention_bound, autograd_graph, distance_study, is_double_backward, maml_graph
+from fewshot.figures import (
+    attention_bound,
+    autograd_graph,
+    distance_study,
+    is_double_backward,
+    maml_graph,
+    time_profile,
+)
 
 
 def write_run(folder, way, distance, seed, accuracy, scale=10.0, learn=False):
@@ -89,6 +96,17 @@ def test_the_graphs_of_maml_are_drawn_with_their_nodes_counted(tmp_path, monkeyp
     first, second = (int(title.split()[-2]) for title in titles[:2])
     assert titles[0].startswith("first order") and titles[1].startswith("second order")
     assert second > 1.5 * first
+
+
+def test_the_time_of_a_step_is_drawn_beside_the_peak(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Axes, "text", lambda *given, **_: told.append(given[-1]))
+    layer, images = torch.nn.Conv2d(1, 2, 3), torch.randn(2, 1, 8, 8)
+    for name in ("bare_loop", "ours"):
+        monkeypatch.setattr(f"fewshot.figures.{name}", lambda *_: lambda: layer(images).sum().backward())
+    (picture,) = time_profile(1, tmp_path)
+    assert Image.open(picture).width > 1000
+    assert len(told) == 3 and all(text.endswith("% of the peak") for text in told)
 
 
 def test_the_graph_is_walked_whole():

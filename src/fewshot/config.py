@@ -6,6 +6,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -105,8 +106,13 @@ def compose(*overrides: str, name: str = "train") -> DictConfig:
         overrides: as on the command line: "dataset=omniglot", "way=20". ``run_dir`` has no default here.
         name: the file in ``conf``.
     """
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose(name, list(overrides), return_hydra_config=True)
+    outer = GlobalHydra.get_state()  # of a program with a configuration of its own
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            config = hydra.compose(name, list(overrides), return_hydra_config=True)
+    finally:
+        GlobalHydra.set_state(outer)
     HydraConfig.instance().set_config(config)  # for the interpolations that name it
     keys = [str(key) for key in config if key != "hydra"]
     return DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))

@@ -119,7 +119,8 @@ def contests() -> dict[str, Contest]:
     return {
         "maml_second_order": Contest(f"MAML, a second-order meta-step: {small}", second),
         "maml_first_order": Contest(f"MAML, a first-order meta-step: {small}", first),
-        "maml_memory": Contest(f"MAML, a second-order meta-step: {large}", memory),
+        # In float32, rounding grows to 2% on its way through five steps and back; in float64 they agree to 1e-13.
+        "maml_memory": Contest(f"MAML, a second-order meta-step: {large}", memory, tolerance=5e-2, rounds=3),
     }
 
 

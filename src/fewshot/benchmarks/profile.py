@@ -1,0 +1,98 @@
+"""Where the time of a training step goes, and how far the step is from what this processor's convolutions allow."""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+# Kinds of work, by parts of the names that PyTorch's profiler gives to operations and to what calls them.
+KINDS = {
+    "convolution": ("conv",),
+    "batch norm": ("batch_norm", "batchnorm"),
+    "pooling": ("max_pool", "maxpool"),
+    "ReLU": ("relu", "threshold"),
+    "Adam": ("optimizer",),
+    "distance and loss": ("mm", "softmax", "nll_loss", "nllloss", "linear"),
+}
+OTHER = "all else"
+KINDS_AND_ELSE = (*KINDS, OTHER)
+
+
+class Profile(NamedTuple):
+    """Of one step.
+
+    Attributes:
+        seconds: the median.
+        shares: of the seconds, by kind of work; they add up to 1.
+        flops: of its convolutions and matrix products, a multiplication and an addition being two.
+    """
+
+    seconds: float
+    shares: dict[str, float]
+    flops: int
+
+
+def profile_step(work: Callable[[], Any], rounds: int) -> Profile:
+    """Time a step, count its arithmetic, and share its time out among the kinds of work.
+
+    Args:
+        work: the step; all of it in this thread.
+        rounds: how often it is timed.
+    """
+    work()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        work()
+    seconds = _median(work, rounds)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        work()
+    spent: Counter[str] = Counter()
+    for event in profiler.events() or ():
+        spent[_kind(event)] += event.self_cpu_time_total
+    total = sum(spent.values())
+    return Profile(seconds, {kind: spent[kind] / total for kind in KINDS_AND_ELSE}, counter.get_total_flops())
+
+
+def _kind(event: Any) -> str:
+    """Of the innermost call around an operation that tells."""
+    while event is not None:
+        name = event.name.lower()
+        for kind, parts in KINDS.items():
+            if any(part in name for part in parts):
+                return kind
+        event = event.cpu_parent
+    return OTHER
+
+
+def convolution_peak(rounds: int) -> float:
+    """The most floating-point operations a second that a 3x3 convolution of 64 filters does on this processor.
+
+    Args:
+        rounds: how often each of several sizes of image is timed; the best median counts.
+    """
+    weight = torch.randn(64, 64, 3, 3).to(memory_format=torch.channels_last)
+    best = 0.0
+    for size in (14, 28, 42, 56):
+        images = torch.randn(64, 64, size, size).to(memory_format=torch.channels_last)
+
+        def convolve(images: torch.Tensor = images) -> None:
+            with torch.no_grad():
+                torch.conv2d(images, weight, padding=1)
+
+        convolve()
+        best = max(best, 2 * images.numel() * weight[0].numel() / _median(convolve, rounds))
+    return best
+
+
+def _median(work: Callable[[], Any], rounds: int) -> float:
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

@@ -1,0 +1,34 @@
+import pytest
+import torch
+from torch import nn
+
+from fewshot.benchmarks.profile import KINDS_AND_ELSE, OTHER, convolution_peak, profile_step
+
+
+@pytest.fixture
+def step():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten())
+    optimizer, images = torch.optim.Adam(model.parameters()), torch.randn(5, 2, 8, 8)
+
+    def work() -> None:
+        model(images).square().sum().backward()
+        optimizer.step()
+
+    return work
+
+
+def test_the_time_of_a_step_is_shared_out_whole_and_its_arithmetic_counted(step):
+    found = profile_step(step, rounds=3)
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert list(found.shares) == list(KINDS_AND_ELSE)
+    for kind in ("convolution", "batch norm", "pooling", "ReLU", "Adam"):
+        assert 0 < found.shares[kind] < 1
+    assert found.shares["distance and loss"] == 0
+    assert found.shares[OTHER] < 0.5
+    forward = 2 * (5 * 8 * 8) * 4 * (2 * 3 * 3)
+    assert found.flops == 2 * forward  # and the gradient of the weights: the images need none
+    assert found.seconds > 0
+
+
+def test_the_peak_is_one_that_a_processor_has():
+    assert 1e8 < convolution_peak(rounds=1) < 1e15
