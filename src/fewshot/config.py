@@ -106,13 +106,12 @@ def compose(*overrides: str, name: str = "train") -> DictConfig:
         overrides: as on the command line: "dataset=omniglot", "way=20". ``run_dir`` has no default here.
         name: the file in ``conf``.
     """
-    outer = GlobalHydra.get_state()  # of a program with a configuration of its own
-    GlobalHydra.instance().clear()
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a program may have its own
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             config = hydra.compose(name, list(overrides), return_hydra_config=True)
     finally:
-        GlobalHydra.set_state(outer)
+        GlobalHydra.instance().hydra = outer
     HydraConfig.instance().set_config(config)  # for the interpolations that name it
     keys = [str(key) for key in config if key != "hydra"]
     return DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))

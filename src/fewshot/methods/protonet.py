@@ -1,7 +1,6 @@
 """Prototypical networks (Snell, Swersky & Zemel, 2017, arXiv 1703.05175)."""
 
 import torch
-from torch.nn.functional import one_hot
 
 from fewshot.data.episodes import Episode
 from fewshot.methods.base import MetricMethod
@@ -33,5 +32,6 @@ def prototypes(support: torch.Tensor, labels: torch.Tensor, way: int) -> torch.T
     Returns:
         ``[way, features]``.
     """
-    members = one_hot(labels, way).to(support.dtype)
+    # As one_hot, without its look at the labels, for which the host waits on some devices.
+    members = (labels[:, None] == torch.arange(way, device=labels.device)).to(support.dtype)
     return (members / members.sum(0)).T @ support
