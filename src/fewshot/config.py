@@ -66,7 +66,7 @@ class TrainConfig(Task):
     cache_dir: str = MISSING
     run_dir: str | None = None
     log_every: int = MISSING
-    choices: dict[str, str] = MISSING
+    choices: dict[str, str | None] = MISSING
 
 
 AT_LEAST = {
@@ -117,5 +117,16 @@ def compose(*overrides: str, name: str = "train") -> DictConfig:
     return DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
 
 
+def _experiment() -> str | None:
+    """The file below conf/experiment, chosen as experiment=FOLDER/NAME or as +experiment/FOLDER=NAME."""
+    for group, option in HydraConfig.get().runtime.choices.items():
+        if option is not None and f"{group}/".startswith("experiment/"):
+            return f"{group}/{option}".removeprefix("experiment/")
+    return None
+
+
 ConfigStore.instance().store("train_schema", TrainConfig)
+OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
+# What a key of an experiment is at each budget: ${by_budget:{paper:1000,cpu:10}}.
+OmegaConf.register_new_resolver("by_budget", lambda values, *, _root_: values[_root_.choices.budget], replace=True)
 OmegaConf.register_new_resolver("fewshot_root", lambda path: str(ROOT / path), replace=True)
