@@ -20,8 +20,8 @@ from fewshot.training import train
 
 TINY = ["train.episodes=6", "train.way=3", "val.every=4", "val.episodes=3", "test.episodes=5"]
 KEYS = (
-    "dataset method distance encoder way shot query accuracy ci95 episodes seed train_seconds "
-    "train_episodes_per_second versions commit overrides"
+    "dataset method distance encoder experiment budget way shot query accuracy ci95 episodes seed train_seconds "
+    "train_episodes_per_second machine versions commit overrides"
 )
 
 
@@ -114,6 +114,7 @@ def test_every_method_trains_and_tests(tiny, tmp_path, choice):
     train(tiny(*choice))
     results = results_of(tmp_path / "run")
     assert results["method"] == choice[0].removeprefix("method=") and results["accuracy"] > 0
+    assert (results["distance"] is None) == (results["method"] == "maml")
     weights = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     if "distance.learn=true" in choice:
         assert weights["distance.log_scale"].exp().item() != pytest.approx(10)
@@ -147,6 +148,16 @@ def test_a_sweep_runs_every_combination(cli, tmp_path):
     assert done.returncode == 0, done.stderr
     found = {(r["shot"], r["distance"]) for r in (results_of(tmp_path / str(number)) for number in range(4))}
     assert found == {(1, "l2"), (1, "cosine"), (2, "l2"), (2, "cosine")}
+
+
+def test_a_job_that_fails_is_named_at_the_end_of_a_sweep_and_the_others_run(cli, tmp_path):
+    done = cli("-m", *TINY, "way=9999,5,1", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 1
+    assert (tmp_path / "1" / "results.json").exists() and not (tmp_path / "0" / "results.json").exists()
+    first, *failed = done.stderr.splitlines()[-3:]
+    assert first == "error: 2 of the jobs failed"
+    assert "way=9999: way=9999 is more than" in failed[0] and "way=1: way=1 must be at least 2" in failed[1]
+    assert "Traceback" not in done.stderr + done.stdout
 
 
 def test_the_study_of_distances_runs_and_is_drawn(cli, tmp_path):
@@ -183,6 +194,7 @@ BAD = {
     ("way=five",): "way=five",
     ("wya=5",): "'wya'",
     ("dataset=cifar",): "'dataset/cifar'",
+    ("experiment=omniglot/protonet_5way_1shot", "budget=gpu"): "'budget/gpu'",
     ("way=1", "train.episodes=0"): "way=1 must be at least 2; train.episodes=0 must be at least 1",
     ("way=9999",): "way=9999 is more than",
     ("shot=15",): "shot=15 and query=15 need 30 images of each class",

@@ -24,7 +24,7 @@ from fewshot.callbacks import ProgressBar, Record
 from fewshot.config import ROOT, check
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.hardware import keep_freed_memory
+from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "pillow")
@@ -61,12 +61,14 @@ def train(config: DictConfig) -> float:
     validation = max(estimate["accuracy"] for estimate in validations)
     results = {
         **config.choices,
+        "distance": config.choices.distance if "distance" in config.method else None,  # MAML has none
         **{key: config[key] for key in ("way", "shot", "query")},
         **method.estimates["test"]._asdict(),
         "val_accuracy": validation,
         "seed": config.seed,
         "train_seconds": seconds,
         "train_episodes_per_second": config.train.episodes / seconds,
+        "machine": machine(trainer.strategy.root_device),
         "versions": {"python": python_version(), **{package: version(package) for package in PACKAGES}},
         "commit": _commit(),
         "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
@@ -132,7 +134,7 @@ def _report(results: dict[str, Any], run_dir: Path) -> None:
     partial.replace(run_dir / "results.json")
 
     table = Table(title=f"{results['way']}-way {results['shot']}-shot accuracy on test classes, with its 95% interval")
-    shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder")} | {
+    shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder") if results[key]} | {
         "accuracy": f"{results['accuracy']:.2%} ± {results['ci95']:.2%}",
         "episodes": f"{results['episodes']:,}",
     }
