@@ -1,6 +1,5 @@
 import csv
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -36,8 +35,8 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def write_report(runs: object, out: Path, readme: Path | None = None) -> list[Path]:
-    return report(runs, CONFIG.tables, CONFIG.sources, str(out), readme and str(readme))
+def write_report(runs: Path, out: Path, readme: Path | None = None) -> list[Path]:
+    return report(str(runs), CONFIG.tables, CONFIG.sources, str(out), str(readme) if readme else None)
 
 
 def test_results_are_found_at_any_depth_once_and_what_is_no_result_is_named_and_skipped(tmp_path, capsys):
@@ -109,7 +108,7 @@ def test_the_report_sets_ours_beside_the_published_and_leaves_empty_what_did_not
     write(tmp_path / "runs" / "x", result(seed=0, accuracy=0.99))
     write(tmp_path / "runs" / "y", result(seed=3, accuracy=0.98))
     write(tmp_path / "runs" / "z", result("miniimagenet/protonet_5way_5shot", accuracy=0.6, machine=None))
-    text, table, picture = write_report(str(tmp_path / "runs"), tmp_path / "new" / "out")
+    text, table, picture = write_report(tmp_path / "runs", tmp_path / "new" / "out")
     rows = [row for row in text.read_text().splitlines() if row.startswith("| ") and "method" not in row]
     ours = "98.50 ± 0.20 | 2 (98.00 to 99.00) | 1,000 | cpu | 4,000 | 10 min | 1"
     assert rows[1] == f"| Prototypical networks | 5-way 1-shot | 98.8 | 98.2 | {ours} |"
@@ -130,7 +129,7 @@ def test_the_readme_has_the_cells_that_ran_and_nothing_else_of_it_changes(tmp_pa
     page.parent.mkdir()
     page.write_text(f"before\n{OPENING}\nold | text\n{CLOSING}\nafter\n")
     for _ in range(2):  # the second time there is nothing to do
-        write_report([str(tmp_path / "runs")], tmp_path / "out", page)
+        write_report(tmp_path / "runs", tmp_path / "out", page)
         text = page.read_text()
         assert text.startswith(f"before\n{OPENING}\n") and text.endswith(f"{CLOSING}\nafter\n")
         assert "old" not in text and text.count("100.00 ± 0.20") == 1
@@ -149,7 +148,7 @@ def test_the_readme_of_this_project_tells_the_committed_results(tmp_path):
         assert not between
         return
     copy = shutil.copy(page, tmp_path / "README.md")
-    write_report(str(runs), tmp_path, copy)
+    write_report(runs, tmp_path, copy)
     told = Path(copy).read_text().partition(OPENING)[2].partition(CLOSING)[0].strip()
     assert told.replace("](report.png)", "](notebooks/results/reproduction/report.png)") == between
 
@@ -183,4 +182,3 @@ def test_only_leading_arguments_go_without_a_key(tmp_path, monkeypatch):
         arguments = ["program", *given]
         command_line.name_leading("runs", arguments)
         assert arguments[1:] == named
-    assert os.listdir() == ["a=b"]

@@ -4,7 +4,7 @@ import csv
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from statistics import mean
@@ -20,11 +20,22 @@ from fewshot.results import Result, by_settings, read_results
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
 # Overrides that change neither what a cell is nor its result's worth; any other is told beside the budget.
-HARMLESS = "experiment budget seed resume run_dir data_dir cache_dir log_every checkpoint_every hydra hardware".split()
-COLUMNS = (
-    "dataset method way shot published article ours ci95 lowest highest seeds episodes budget train_episodes "
-    "train_seconds machine experiment"
-).split()
+HARMLESS = re.compile(
+    r"[+~]*(experiment(/\w+)?|budget|seed|hardware|resume|(checkpoint|log)_every|(run|data|cache)_dir|hydra\..*)="
+)
+KNOWN = ("dataset", "method", "way", "shot", "published", "article")
+OURS = (
+    "ours",
+    "ci95",
+    "lowest",
+    "highest",
+    "seeds",
+    "episodes",
+    "budget",
+    "train_episodes",
+    "train_seconds",
+    "machine",
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,11 @@ class Line:
         return [100 * run["accuracy"] for run in self.runs]
 
     @property
+    def ours(self) -> float | None:
+        """Their mean; None: not run."""
+        return mean(self.accuracies) if self.runs else None
+
+    @property
     def ci95(self) -> float:
         """Half the width of the widest 95% interval of a seed, in percentage points.
 
@@ -65,14 +81,20 @@ class Line:
         return max(100 * run["ci95"] for run in self.runs)
 
     @property
+    def train_episodes(self) -> int:
+        """Of each training."""
+        return int(self.runs[0]["config"]["train"]["episodes"])
+
+    @property
+    def train_seconds(self) -> float:
+        """Of one training, the mean."""
+        return mean(run["train_seconds"] for run in self.runs)
+
+    @property
     def budget(self) -> str:
         """The budget of the experiment, and the overrides that make it another one."""
-        told = [self.runs[0].get("budget")]
-        for override in map(str, self.runs[0]["overrides"]):
-            key = override.lstrip("+~").partition("=")[0]
-            if key not in HARMLESS and not key.startswith(("experiment/", "hydra.")):
-                told.append(override)
-        return ", ".join(of for of in told if of)
+        changes = [override for override in map(str, self.runs[0]["overrides"]) if not HARMLESS.match(override)]
+        return ", ".join(filter(None, [self.runs[0].get("budget"), *changes]))
 
     @property
     def machine(self) -> str:
@@ -133,13 +155,13 @@ def collect(results: Sequence[Result], tables: Mapping[str, Any]) -> list[Line]:
     lines = []
     for dataset, table in tables.items():
         for name, method in table.methods.items():
-            for position, cell in enumerate(table.cells):
-                way, shot = map(int, re.findall(r"\d+", cell))
-                experiment = f"{dataset}/{name}_{cell}"
-                told = [figures[position] if figures else None for figures in (method.published, method.article)]
+            for position, task in enumerate(table.cells):
+                way, shot = map(int, re.findall(r"\d+", task))
+                experiment = f"{dataset}/{name}_{task}"
+                published, article = (told[position] if told else None for told in (method.published, method.article))
+                cell = Line(table.title, method.title, way, shot, experiment, published, article)
                 of_cell = [group for group in groups if group[0].get("experiment") == experiment]
-                for group in of_cell or [[]]:
-                    lines.append(Line(table.title, method.title, way, shot, experiment, *told, group))
+                lines += [replace(cell, runs=group) for group in of_cell] or [cell]
                 groups = [group for group in groups if group not in of_cell]
     for group in groups:
         run = group[0]
@@ -184,7 +206,7 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], picture: str) ->
         f"*Article*: {sources['article']}.",
         "",
         *(f"Machine {number}: {machine}.\n" for number, machine in enumerate(machines, 1)),
-        f"![Error of each cell: published, of the article, and ours]({picture})",
+        f"![Accuracy of each cell: published, of the article, and ours]({picture})",
         "",
     ]
     return "\n".join(text)
@@ -193,29 +215,27 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], picture: str) ->
 def as_csv(lines: Sequence[Line]) -> str:
     """The report as comma-separated values; accuracies in %, their intervals in percentage points."""
     text = StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table = csv.DictWriter(text, [*KNOWN, *OURS, "experiment"], lineterminator="\n")
     table.writeheader()
     for line in lines:
-        row = {key: getattr(line, key) for key in ("dataset", "method", "way", "shot", "published", "article")}
-        row["experiment"] = line.experiment
+        row = {key: getattr(line, key) for key in (*KNOWN, "experiment")}
         if line.runs:
-            row |= {"ours": mean(line.accuracies), "ci95": line.ci95, "budget": line.budget, "machine": line.machine}
+            row |= {key: getattr(line, key) for key in ("ours", "ci95", "budget", "machine")}
             row |= {"lowest": min(line.accuracies), "highest": max(line.accuracies)}
             row |= {"seeds": " ".join(str(run["seed"]) for run in line.runs), "episodes": line.runs[0]["episodes"]}
-            row["train_episodes"] = line.runs[0]["config"]["train"]["episodes"]
-            row["train_seconds"] = round(mean(run["train_seconds"] for run in line.runs))
+            row |= {"train_episodes": line.train_episodes, "train_seconds": round(line.train_seconds)}
         table.writerow(row)
     return text.getvalue()
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Draw the errors of each cell side by side, a panel a data set; cells that did not run show what others tell."""
+    """Draw the accuracies of each cell side by side, a panel a data set; cells that did not run show what others tell."""
     cells = [line for line in lines if line.published or line.article or line.runs]
     datasets = list(dict.fromkeys(line.dataset for line in cells))
     shown = [[line for line in cells if line.dataset == dataset] for dataset in datasets]
     with mpl.rc_context(STYLE):
         tallest = max(map(len, shown))
-        figure = Figure(figsize=(7 * len(shown), 0.27 * tallest + 1.6), layout="constrained")
+        figure = Figure(figsize=(7.5 * len(shown), 0.29 * tallest + 1.6), layout="constrained")
         for axes, of_dataset in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             _draw_panel(axes, of_dataset)
         handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -224,31 +244,31 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 
 def _draw_panel(axes: Axes, lines: Sequence[Line]) -> None:
-    rows = range(len(lines))
-    for label, marker, colour, filled, errors in (
-        ("published", "s", COLOURS[4], False, [None if of.published is None else 100 - of.published for of in lines]),
-        ("article", "^", COLOURS[1], False, [None if of.article is None else 100 - of.article for of in lines]),
-        ("ours, with the 95% interval", "o", COLOURS[0], True, [100 - mean(of.accuracies) if of.runs else None for of in lines]),
+    for name, marker, colour, shift in (
+        ("published", "s", COLOURS[4], -0.2),
+        ("article", "^", COLOURS[1], 0.0),
+        ("ours", "o", COLOURS[0], 0.2),
     ):
-        told = [(max(error, 0.01), row) for error, row in zip(errors, rows, strict=True) if error is not None]
-        widths = [lines[row].ci95 for _, row in told] if filled else None
+        told = [(row + shift, line) for row, line in enumerate(lines) if getattr(line, name) is not None]
         axes.errorbar(
-            [error for error, _ in told],
-            [row for _, row in told],
-            xerr=widths,
+            [max(100 - getattr(line, name), 0.01) for _, line in told],  # no error at all has no place on the axis
+            [row for row, _ in told],
+            xerr=[line.ci95 for _, line in told] if name == "ours" else None,
             fmt=marker,
             color=colour,
-            markerfacecolor=colour if filled else "none",
-            markersize=6,
+            markerfacecolor=colour if name == "ours" else "none",
+            markersize=5,
             capsize=2,
-            label=label,
+            label="ours, with the 95% interval" if name == "ours" else name,
         )
-    axes.set(xscale="log", xlabel="test error, % (to the right is better)", title=lines[0].dataset)
+    axes.set(xscale="log", xlabel="test accuracy, % (the scale is that of the error)", title=lines[0].dataset)
     axes.invert_xaxis()
-    axes.set_yticks(rows, [f"{of.method}, {of.way}-way {of.shot}-shot" for of in lines])
+    most, least = axes.get_xlim()
+    ticks = [error for error in (70, 60, 50, 45, 40, 35, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.02) if least < error < most]
+    axes.set_xticks(ticks, [f"{100 - error:g}" for error in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(lines)), [f"{of.method}, {of.way}-way {of.shot}-shot" for of in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
 
 
 def refresh(page: Path, text: str) -> None:
@@ -267,16 +287,14 @@ def refresh(page: Path, text: str) -> None:
 def _ours(line: Line, machines: Sequence[str]) -> list[str]:
     if not line.runs:
         return [""] * 7
-    seeds = str(len(line.runs))
-    if len(line.runs) > 1:
-        seeds += f" ({min(line.accuracies):.2f} to {max(line.accuracies):.2f})"
+    spread = f" ({min(line.accuracies):.2f} to {max(line.accuracies):.2f})" if len(line.runs) > 1 else ""
     return [
-        f"{mean(line.accuracies):.2f} ± {line.ci95:.2f}",
-        seeds,
+        f"{line.ours:.2f} ± {line.ci95:.2f}",
+        f"{len(line.runs)}{spread}",
         f"{line.runs[0]['episodes']:,}",
         line.budget,
-        f"{line.runs[0]['config']['train']['episodes']:,}",
-        _duration(mean(run["train_seconds"] for run in line.runs)),
+        f"{line.train_episodes:,}",
+        _duration(line.train_seconds),
         str(machines.index(line.machine) + 1) if line.machine else "",
     ]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,18 +78,19 @@ def by_settings(results: Sequence[Result]) -> list[list[Result]]:
     """
     groups: dict[str, dict[int, Result]] = {}
     for result in results:
-        config = result["config"]
-        settings = {key: config.get(key) for key in DECISIVE} | {key: result.get(key) for key in ("experiment", "budget")}
-        if isinstance(settings["dataset"], dict):
-            source = settings["dataset"].get("source")
-            place = {"source": {**source, "data_dir": None}} if isinstance(source, dict) else {}
-            settings["dataset"] = {**settings["dataset"], **place}
-        group = groups.setdefault(json.dumps(settings, sort_keys=True), {})
+        group = groups.setdefault(_settings(result), {})
         if result["seed"] in group:
             told = result.get("experiment") or f"{result['dataset']} {result['method']}"
             print(f"counted once: {told}, seed {result['seed']}, at the same settings", file=sys.stderr)
         group.setdefault(result["seed"], result)
     return [[group[seed] for seed in sorted(group)] for group in groups.values()]
+
+
+def _settings(result: Result) -> str:
+    settings = {key: result["config"].get(key) for key in DECISIVE} | {"budget": result.get("budget")}
+    settings["experiment"] = result.get("experiment")
+    # Where the data lay decides nothing.
+    return re.sub(r'"data_dir": "[^"]*"', "", json.dumps(settings, sort_keys=True))
 
 
 def _wrong(result: Any) -> str | None:
@@ -102,8 +104,8 @@ def _wrong(result: Any) -> str | None:
     train = result["config"].get("train")
     if not isinstance(train, dict) or not _is(train.get("episodes"), int):
         return "its config has no sound train.episodes"
-    curve = ({"trained_episodes": int, "accuracy": float}, result["validations"])
-    if not all(isinstance(of, dict) and all(_is(of.get(key), kind) for key, kind in curve[0].items()) for of in curve[1]):
+    curve = [of if isinstance(of, dict) else {} for of in result["validations"]]
+    if not all(_is(of.get("trained_episodes"), int) and _is(of.get("accuracy"), float) for of in curve):
         return "it has no sound validations"
     return None if 0 <= result["accuracy"] <= 1 else f"its accuracy is {result['accuracy']}"
 
