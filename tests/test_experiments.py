@@ -2,6 +2,7 @@ import re
 from functools import cache
 
 import pytest
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from fewshot.config import CONF, check, compose
@@ -92,6 +93,11 @@ def test_the_report_has_a_place_for_every_cell_and_figures_for_every_place():
 def test_the_command_line_says_otherwise_than_an_experiment():
     config = of("omniglot/maml_2nd_5way_1shot", "budget=cpu", "train.episodes=7", "dataset=glyphs")
     assert (config.train.episodes, config.choices.dataset) == (7, "glyphs")
+
+
+def test_a_budget_that_is_none_is_refused():
+    with pytest.raises(MissingConfigException, match="(?s)'budget/gpu'.*cpu.*paper"):
+        of("omniglot/protonet_5way_1shot", "budget=gpu")
 
 
 def test_an_experiment_has_a_name_however_it_is_chosen_and_a_plain_run_has_none():

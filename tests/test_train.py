@@ -194,7 +194,6 @@ BAD = {
     ("way=five",): "way=five",
     ("wya=5",): "'wya'",
     ("dataset=cifar",): "'dataset/cifar'",
-    ("experiment=omniglot/protonet_5way_1shot", "budget=gpu"): "'budget/gpu'",
     ("way=1", "train.episodes=0"): "way=1 must be at least 2; train.episodes=0 must be at least 1",
     ("way=9999",): "way=9999 is more than",
     ("shot=15",): "shot=15 and query=15 need 30 images of each class",
