@@ -96,7 +96,7 @@ def test_the_command_line_says_otherwise_than_an_experiment():
 
 
 def test_a_budget_that_is_none_is_refused():
-    with pytest.raises(MissingConfigException, match="(?s)'budget/gpu'.*cpu.*paper"):
+    with pytest.raises(MissingConfigException, match=r"(?s)'budget/gpu'.*cpu.*paper"):
         of("omniglot/protonet_5way_1shot", "budget=gpu")
 
 

@@ -74,15 +74,17 @@ def test_a_cell_has_a_line_for_each_of_its_settings_and_one_where_it_did_not_run
         result(budget="paper"),
         result("omniglot/maml_2nd_20way_5shot", accuracy=0.96, distance=None),
         result(None, overrides=["way=2"], budget=None),
+        result(dataset="glyphs", seed=7, config={"train": {"episodes": 4000}, "dataset": {}}),
     ]
     lines = collect(found, CONFIG.tables)
     ran = [line for line in lines if line.runs]
-    assert [len(line.runs) for line in ran] == [2, 1, 1, 1]
+    assert [len(line.runs) for line in ran] == [2, 1, 1, 1, 1]
     assert [run["seed"] for run in ran[0].runs] == [0, 1]
     assert (ran[0].published, ran[0].article, ran[0].accuracies, ran[0].ci95) == (98.8, 98.2, [99, 98], 0.3)
     assert (ran[2].method, ran[2].way, ran[2].published, ran[2].article) == ("MAML, 2nd order", 20, 98.9, 95.9)
     assert (ran[3].dataset, ran[3].method, ran[3].published) == ("Other runs on glyphs", "protonet l2", None)
-    assert len(lines) == 24 + 18 + 1 + 1  # both tables, a second setting, the run of no cell
+    assert (ran[4].dataset, ran[4].experiment, ran[4].published) == ("Other runs on glyphs", CELL, None)
+    assert len(lines) == 24 + 18 + 1 + 2  # both tables, a second setting, the runs of no cell
     assert capsys.readouterr().err.startswith("counted once: omniglot/protonet_5way_1shot, seed 0")
 
 

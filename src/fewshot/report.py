@@ -160,7 +160,8 @@ def collect(results: Sequence[Result], tables: Mapping[str, Any]) -> list[Line]:
                 experiment = f"{dataset}/{name}_{task}"
                 published, article = (told[position] if told else None for told in (method.published, method.article))
                 cell = Line(table.title, method.title, way, shot, experiment, published, article)
-                of_cell = [group for group in groups if group[0].get("experiment") == experiment]
+                key = (experiment, dataset, way, shot)  # overrides may have made something else of it
+                of_cell = [group for group in groups if _key(group[0]) == key]
                 lines += [replace(cell, runs=group) for group in of_cell] or [cell]
                 groups = [group for group in groups if group not in of_cell]
     for group in groups:
@@ -229,7 +230,7 @@ def as_csv(lines: Sequence[Line]) -> str:
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Draw the accuracies of each cell side by side, a panel a data set; cells that did not run show what others tell."""
+    """Draw the accuracies of each cell side by side, a panel a data set; where we did not run, what others tell."""
     cells = [line for line in lines if line.published or line.article or line.runs]
     datasets = list(dict.fromkeys(line.dataset for line in cells))
     shown = [[line for line in cells if line.dataset == dataset] for dataset in datasets]
@@ -282,6 +283,10 @@ def refresh(page: Path, text: str) -> None:
     if not (opening and closing):
         raise FewShotError(f"{page} has no lines {OPENING} and {CLOSING} for the tables to stand between; add them")
     page.write_text(f"{before}{OPENING}\n{text}{CLOSING}{after}")
+
+
+def _key(run: Result) -> tuple[Any, ...]:
+    return run.get("experiment"), run["dataset"], run["way"], run["shot"]
 
 
 def _ours(line: Line, machines: Sequence[str]) -> list[str]:
