@@ -48,7 +48,7 @@ def test_results_are_found_at_any_depth_once_and_what_is_no_result_is_named_and_
         "foreign": {"accuracy": 0.9},
         "list": [1],
         "over": result(accuracy=98.0),
-        "nan": result(accuracy=float("nan")),
+        "nan": result(ci95=float("nan")),
         "typed": result() | {"seed": "0"},
         "train": result() | {"config": {}},
         "curve": result() | {"validations": [{"accuracy": 0.9}]},

@@ -24,18 +24,8 @@ HARMLESS = re.compile(
     r"[+~]*(experiment(/\w+)?|budget|seed|hardware|resume|(checkpoint|log)_every|(run|data|cache)_dir|hydra\..*)="
 )
 KNOWN = ("dataset", "method", "way", "shot", "published", "article")
-OURS = (
-    "ours",
-    "ci95",
-    "lowest",
-    "highest",
-    "seeds",
-    "episodes",
-    "budget",
-    "train_episodes",
-    "train_seconds",
-    "machine",
-)
+OURS = ("ours", "ci95", "lowest", "highest", "seeds", "episodes")
+HOW = ("budget", "train_episodes", "train_seconds", "machine")
 
 
 @dataclass(frozen=True)
@@ -200,7 +190,9 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], picture: str) ->
         "Accuracy in % on test classes. *Ours* comes from the weights that were best on validation classes: the mean "
         "over the seeds, ± the 95% interval over test episodes of one training, the widest of them where there are "
         "several seeds (all are tested on the same episodes); beside their number the lowest and the highest. "
-        "Training time is that of one training, validation and test left out.",
+        "*Budget* says how far the training went: `paper`, as published, or `cpu`, what two cores do in under an hour, "
+        "as the file of the experiment tells. For MAML a training episode is a task. Training time is that of one "
+        "training, validation and test left out.",
         "",
         f"*Published*: {sources['published']}.",
         "",
@@ -216,7 +208,7 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], picture: str) ->
 def as_csv(lines: Sequence[Line]) -> str:
     """The report as comma-separated values; accuracies in %, their intervals in percentage points."""
     text = StringIO()
-    table = csv.DictWriter(text, [*KNOWN, *OURS, "experiment"], lineterminator="\n")
+    table = csv.DictWriter(text, [*KNOWN, *OURS, *HOW, "experiment"], lineterminator="\n")
     table.writeheader()
     for line in lines:
         row = {key: getattr(line, key) for key in (*KNOWN, "experiment")}
@@ -297,7 +289,7 @@ def _ours(line: Line, machines: Sequence[str]) -> list[str]:
         f"{line.ours:.2f} ± {line.ci95:.2f}",
         f"{len(line.runs)}{spread}",
         f"{line.runs[0]['episodes']:,}",
-        line.budget,
+        line.budget.replace("|", "\\|"),
         f"{line.train_episodes:,}",
         _duration(line.train_seconds),
         str(machines.index(line.machine) + 1) if line.machine else "",

@@ -51,8 +51,6 @@ def read_results(runs: str | Sequence[str]) -> list[Result]:
         if not place.exists():
             _skip(place, "there is no such file or folder")
         for path in [place] if place.is_file() else sorted(place.rglob("results.json")):
-            if path.resolve() in found:
-                continue
             try:
                 result = json.loads(path.read_text())
             except OSError as error:
