@@ -47,6 +47,7 @@ def test_results_are_found_at_any_depth_once_and_what_is_no_result_is_named_and_
         "bytes": "",
         "foreign": {"accuracy": 0.9},
         "list": [1],
+        "deep": "[" * 100_000,
         "over": result(accuracy=98.0),
         "nan": result(ci95=float("nan")),
         "typed": result() | {"seed": "0"},
@@ -59,7 +60,7 @@ def test_results_are_found_at_any_depth_once_and_what_is_no_result_is_named_and_
     found = read_results([str(tmp_path), str(deep / "results.json"), str(tmp_path / "none")])
     assert sorted(of["seed"] for of in found) == [0, 1]
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 11 and all(line.startswith(f"skipped {tmp_path}") for line in told)
+    assert len(told) == 12 and all(line.startswith(f"skipped {tmp_path}") for line in told)
     assert "no sound seed" in "".join(line for line in told if "/typed/" in line)
     assert "accuracy is 98.0" in "".join(line for line in told if "/over/" in line)
     with pytest.raises(FewShotError, match=rf"no results\.json .*{tmp_path}/b"):

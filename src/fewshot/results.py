@@ -55,7 +55,7 @@ def read_results(runs: str | Sequence[str]) -> list[Result]:
                 result = json.loads(path.read_text())
             except OSError as error:
                 _skip(path, str(error.strerror))
-            except ValueError as error:  # no JSON, or no text
+            except (ValueError, RecursionError) as error:  # no JSON, or no text
                 _skip(path, f"it is broken: {error}")
             else:
                 wrong = _wrong(result)
