@@ -16,6 +16,7 @@ from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeNumber
 from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
+from fewshot.results import read_results
 from fewshot.training import train
 
 TINY = ["train.episodes=6", "train.way=3", "val.every=4", "val.episodes=3", "test.episodes=5"]
@@ -169,6 +170,17 @@ def test_the_study_of_distances_runs_and_is_drawn(cli, tmp_path):
     drawn = cli("figure=distance_study", f"runs={runs}", f"out={tmp_path}", script="figure.py")
     assert drawn.returncode == 0, drawn.stderr
     assert len((tmp_path / "distance_study.md").read_text().splitlines()) == 2 + 7
+
+
+def test_the_cells_of_a_sweep_are_reported(cli, tmp_path):
+    cells, subdir = "+experiment/omniglot=glob(protonet_5way_*)", "hydra.sweep.subdir=${choices.experiment}/${seed}"
+    done = cli("-m", cells, "budget=cpu", *TINY, "val.every=6", f"hydra.sweep.dir={tmp_path}", subdir, "dataset=glyphs")
+    assert done.returncode == 0, done.stderr
+    for shot in (1, 5):
+        results = results_of(tmp_path / "omniglot" / f"protonet_5way_{shot}shot" / "0")
+        assert (results["experiment"], results["budget"]) == (f"omniglot/protonet_5way_{shot}shot", "cpu")
+        assert (results["shot"], results["machine"]["threads"]) == (shot, torch.get_num_threads())
+    assert [result["shot"] for result in read_results(str(tmp_path))] == [1, 5]
 
 
 def test_train_keys_default_to_those_of_the_test_unless_the_method_says_otherwise():
