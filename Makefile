@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 
-.PHONY: train test lint bench
+.PHONY: train test lint bench reproduce report
 train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
 	$(VENV)/bin/python src/train.py
 
@@ -16,6 +16,15 @@ lint: $(VENV)/installed-dev  ## check style and types
 
 bench: $(VENV)/installed  ## time this project beside the ways others do the same; let nothing else run
 	$(VENV)/bin/python src/bench.py
+
+# Called again after an interruption, it goes on where it was; a cell that fails does not keep the others from running.
+reproduce: $(VENV)/installed  ## train and test every Omniglot cell of the articles' tables, an hour each at most
+	$(VENV)/bin/python src/train.py -m '+experiment/omniglot=glob(*)' budget=cpu resume=auto \
+	    hydra.sweep.dir=outputs/reproduce 'hydra.sweep.subdir=$${choices.experiment}/$${seed}'; status=$$?; \
+	    $(VENV)/bin/python src/report.py outputs/reproduce && exit $$status
+
+report: $(VENV)/installed  ## set the committed results beside the published ones, here and in the README
+	$(VENV)/bin/python src/report.py notebooks/results/reproduction out=notebooks/results/reproduction readme=README.md
 
 # The stamps are older than pyproject.toml only when it changed since: a second call installs nothing.
 $(VENV)/installed: pyproject.toml

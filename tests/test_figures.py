@@ -6,6 +6,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
+from fewshot.config import ROOT
 from fewshot.distances import cosine
 from fewshot.errors import FewShotError
 from fewshot.figures import (
@@ -20,12 +21,14 @@ from fewshot.figures import (
 
 def write_run(folder, way, distance, seed, accuracy, scale=10.0, learn=False):
     folder.mkdir(parents=True)
+    settings = {"name": distance, "scale": scale, "learn": learn}
     results = {
+        **{"dataset": "omniglot", "method": "matching", "train_seconds": 1.0, "episodes": 10, "overrides": []},
         **{"way": way, "shot": 1, "distance": distance, "seed": seed, "accuracy": accuracy, "ci95": 0.002},
         "validations": [
             {"trained_episodes": step, "accuracy": accuracy - 0.1 / step, "ci95": 0.01} for step in (1, 2, 3)
         ],
-        "config": {"distance": {"scale": scale, "learn": learn}, "train": {"episodes": 3}},
+        "config": {"distance": settings, "method": {"distance": settings}, "train": {"episodes": 3}},
     }
     (folder / "results.json").write_text(json.dumps(results))
 
@@ -41,6 +44,8 @@ def test_the_study_gathers_runs_by_way_and_distance_with_the_seeds_side_by_side(
         ]
     ):
         write_run(tmp_path / "runs" / "deep" / str(number), *run)
+    write_run(tmp_path / "runs" / "maml", 5, None, 0, 0.96)  # no distance to compare
+    (tmp_path / "runs" / "results.json").write_text('{"accuracy": 1}')  # of another program
     picture, table = distance_study(str(tmp_path / "runs"), tmp_path)
     assert table.read_text().splitlines()[2:] == [
         "| 5 | l2 | 3 | 98.00 ± 0.20, 99.00 ± 0.20 |",
@@ -51,8 +56,17 @@ def test_the_study_gathers_runs_by_way_and_distance_with_the_seeds_side_by_side(
     assert Image.open(picture).width > 1000
 
 
+def test_the_committed_study_is_what_its_results_say(tmp_path):
+    results = ROOT / "notebooks" / "results"
+    _, table = distance_study(str(results / "distance_study"), tmp_path)
+    assert table.read_text() == (results / "distance_study.md").read_text()
+
+
 def test_where_there_are_no_results_it_says_so(tmp_path):
     with pytest.raises(FewShotError, match=r"no results\.json .* runs=PATH"):
+        distance_study(str(tmp_path), tmp_path)
+    write_run(tmp_path / "maml", 5, None, 0, 0.96)
+    with pytest.raises(FewShotError, match=r"by a distance.* runs=PATH"):
         distance_study(str(tmp_path), tmp_path)
 
 

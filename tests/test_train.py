@@ -14,12 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from fewshot.config import ROOT, compose
 from fewshot.data.episodes import EpisodeNumber
 from fewshot.data.images import normalise
+from fewshot.results import read_results
 from fewshot.training import make_data, train
 
 TINY = ["train.episodes=6", "train.way=3", "val.every=4", "val.episodes=3", "test.episodes=5"]
 KEYS = (
-    "dataset method distance encoder way shot query accuracy ci95 episodes seed train_seconds "
-    "train_episodes_per_second versions commit overrides"
+    "dataset method distance encoder experiment budget way shot query accuracy ci95 episodes seed train_seconds "
+    "train_episodes_per_second machine versions commit overrides"
 )
 
 
@@ -112,6 +113,7 @@ def test_every_method_trains_and_tests(tiny, tmp_path, choice):
     train(tiny(*choice))
     results = results_of(tmp_path / "run")
     assert results["method"] == choice[0].removeprefix("method=") and results["accuracy"] > 0
+    assert (results["distance"] is None) == (results["method"] == "maml")
     weights = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     if "distance.learn=true" in choice:
         assert weights["distance.log_scale"].exp().item() != pytest.approx(10)
@@ -143,6 +145,16 @@ def test_a_sweep_runs_every_combination(cli, tmp_path):
     assert found == {(1, "l2"), (1, "cosine"), (2, "l2"), (2, "cosine")}
 
 
+def test_a_job_that_fails_is_named_at_the_end_of_a_sweep_and_the_others_run(cli, tmp_path):
+    done = cli("-m", *TINY, "way=9999,5,1", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 1
+    assert (tmp_path / "1" / "results.json").exists() and not (tmp_path / "0" / "results.json").exists()
+    first, *failed = done.stderr.splitlines()[-3:]
+    assert first == "error: 2 of the jobs failed"
+    assert "way=9999: way=9999 is more than" in failed[0] and "way=1: way=1 must be at least 2" in failed[1]
+    assert "Traceback" not in done.stderr + done.stdout
+
+
 def test_the_study_of_distances_runs_and_is_drawn(cli, tmp_path):
     runs, study = tmp_path / "runs", "+experiment/matching_distance=glob(*)"
     done = cli("-m", study, *TINY, "dataset=glyphs", f"hydra.sweep.dir={runs}")
@@ -152,6 +164,17 @@ def test_the_study_of_distances_runs_and_is_drawn(cli, tmp_path):
     drawn = cli("figure=distance_study", f"runs={runs}", f"out={tmp_path}", script="figure.py")
     assert drawn.returncode == 0, drawn.stderr
     assert len((tmp_path / "distance_study.md").read_text().splitlines()) == 2 + 7
+
+
+def test_the_cells_of_a_sweep_are_reported(cli, tmp_path):
+    cells, subdir = "+experiment/omniglot=glob(protonet_5way_*)", "hydra.sweep.subdir=${choices.experiment}/${seed}"
+    done = cli("-m", cells, "budget=cpu", *TINY, "val.every=6", f"hydra.sweep.dir={tmp_path}", subdir, "dataset=glyphs")
+    assert done.returncode == 0, done.stderr
+    for shot in (1, 5):
+        results = results_of(tmp_path / "omniglot" / f"protonet_5way_{shot}shot" / "0")
+        assert (results["experiment"], results["budget"]) == (f"omniglot/protonet_5way_{shot}shot", "cpu")
+        assert (results["shot"], results["machine"]["threads"]) == (shot, torch.get_num_threads())
+    assert [result["shot"] for result in read_results(str(tmp_path))] == [1, 5]
 
 
 def test_train_keys_default_to_those_of_the_test_unless_the_method_says_otherwise():

@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +25,25 @@ from fewshot.errors import Interrupted, mistake
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
 # What Hydra and OmegaConf add to a message for those who write configuration files.
 ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
+
+_failed: list[str] = []  # jobs of a sweep, and why
+
+
+def name_leading(key: str, arguments: list[str]) -> None:
+    """Let the first arguments go without a key: ``PROGRAM A B other=1`` means ``PROGRAM key=[A,B] other=1``.
+
+    Args:
+        key: of a list of paths.
+        arguments: ``sys.argv``, changed in place. An argument with "=" is a path only where one of that name exists.
+    """
+    stop = 1
+    while stop < len(arguments) and not arguments[stop].startswith("-"):
+        if "=" in arguments[stop] and not Path(arguments[stop]).exists():
+            break
+        stop += 1
+    if stop > 1:
+        paths = (QuotedString(path, Quote.single).with_quotes() for path in arguments[1:stop])
+        arguments[1:stop] = [f"{key}=[{','.join(paths)}]"]
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -40,17 +61,32 @@ def run(main: Callable[[], Any]) -> None:
 def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Decorate the function that ``hydra.main`` runs, so that its mistakes end in the same way.
 
-    In a sweep they are raised, since the other jobs are to go on.
+    In a sweep they are told and raised: the other jobs go on, and those that failed are named at the end.
     """
 
     @wraps(function)
     def guarded(config: DictConfig) -> Any:
-        if TRACEBACK or HydraConfig.get().mode == RunMode.MULTIRUN:
+        if TRACEBACK:
             return function(config)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return _note_failure(lambda: function(config))
         os.environ.pop("HYDRA_FULL_ERROR", None)  # processes started from here decide for themselves
         return _guard(lambda: function(config))
 
     return guarded
+
+
+def _note_failure(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            traceback.print_exc()
+            message = repr(error)
+        _failed.append(f"{' '.join(HydraConfig.get().overrides.task)}: {message}")
+        print(f"failed: {_failed[-1]}", file=sys.stderr, flush=True)
+        raise
 
 
 def _guard(function: Callable[[], Any]) -> Any:
@@ -63,6 +99,8 @@ def _guard(function: Callable[[], Any]) -> Any:
             _exit_interrupted(exit_.__context__)
         raise
     except Exception as error:
+        if _failed:  # Hydra hands on the first one's error when all jobs are through
+            _exit("\n".join([f"{len(_failed)} of the jobs failed", *_failed]), 1)
         message = _explain(error)
         if message is None:
             raise  # a bug, which its traceback tells best
@@ -146,7 +184,11 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 def _options(group: str) -> dict[str, Path]:
     """The files of a group of choices, by the name that chooses them."""
     folder = CONF / group
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.yaml"))
+        if path.parent.name != "base"  # what several options share
+    }
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:

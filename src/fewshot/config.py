@@ -73,7 +73,7 @@ class TrainConfig(Task):
     resume: str | None = None
     checkpoint_every: int = MISSING
     log_every: int = MISSING
-    choices: dict[str, str] = MISSING
+    choices: dict[str, str | None] = MISSING
 
 
 AT_LEAST = {
@@ -215,7 +215,18 @@ def compose_unresolved(*overrides: str, name: str = "train") -> DictConfig:
         GlobalHydra.instance().hydra = outer
 
 
+def _experiment() -> str | None:
+    """The file below conf/experiment, chosen as experiment=FOLDER/NAME or as +experiment/FOLDER=NAME."""
+    for group, option in HydraConfig.get().runtime.choices.items():
+        if option is not None and f"{group}/".startswith("experiment/"):
+            return f"{group}/{option}".removeprefix("experiment/")
+    return None
+
+
 ConfigStore.instance().store("train_schema", TrainConfig)
+OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
+# What a key of an experiment is at each budget: ${by_budget:{paper:1000,cpu:10}}.
+OmegaConf.register_new_resolver("by_budget", lambda values, *, _root_: values[_root_.choices.budget], replace=True)
 OmegaConf.register_new_resolver("fewshot_root", lambda path: str(ROOT / path), replace=True)
 OmegaConf.register_new_resolver("fewshot_run_dir", lambda resume, new: new if resume in (None, "auto") else resume)
 # A resumed run keeps the record of how it was started.

@@ -1,6 +1,5 @@
 """The project's figures, in one style; ``src/figure.py`` draws each."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from graphlib import TopologicalSorter
@@ -21,6 +20,7 @@ from fewshot.benchmarks.training import MINIIMAGENET, OMNIGLOT, bare_loop
 from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory
 from fewshot.methods.maml import total_cross_entropy
+from fewshot.results import Result, by_settings, read_results
 
 # Told apart in grey by line style and marker, and by the colour-blind (Okabe & Ito's palette).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -79,20 +79,20 @@ def distance_study(runs: str, out: Path) -> list[Path]:
         The files written: a figure and a Markdown table.
 
     Raises:
-        FewShotError: there are no results.
+        FewShotError: there are no results of methods with a distance.
     """
-    groups: dict[int, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    found = [json.loads(path.read_text()) for path in sorted(Path(runs).expanduser().rglob("results.json"))]
-    for results in sorted(found, key=lambda results: results["seed"]):
-        groups[results["way"]][_distance(results)].append(results)
+    groups: dict[int, list[tuple[str, list[Result]]]] = defaultdict(list)
+    for seeds in by_settings(read_results(runs)):
+        if seeds[0].get("distance") is not None:
+            groups[seeds[0]["way"]].append((_distance(seeds[0]), seeds))
     if not groups:
-        raise FewShotError(f"no results.json lies below {runs}; run the study first, or name its folder with runs=PATH")
+        raise FewShotError(f"no run below {runs} compares by a distance; name the folder of the study: runs=PATH")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.5 * len(groups) + 2.5, 4), layout="constrained")
         panels = figure.subplots(1, len(groups), squeeze=False)[0]
         for axes, (way, lines) in zip(panels, sorted(groups.items()), strict=True):
             for (label, seeds), colour, marker, line in zip(
-                sorted(lines.items(), key=_order), cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False
+                sorted(lines, key=_order), cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False
             ):
                 steps = [validation["trained_episodes"] for validation in seeds[0]["validations"]]
                 curves = np.array([[100 * v["accuracy"] for v in of["validations"]] for of in seeds])
@@ -269,9 +269,9 @@ def is_double_backward(name: str) -> bool:
     return "Backward" in name.rstrip("0123456789").removesuffix("Backward")
 
 
-def _distance(results: Mapping[str, Any]) -> str:
-    distance = results["config"]["distance"]
-    if results["distance"] != "scaled_cosine":
+def _distance(results: Result) -> str:
+    distance = results["config"].get("distance")
+    if results["distance"] != "scaled_cosine" or not isinstance(distance, Mapping):
         return str(results["distance"])
     return f"cosine × {distance['scale']:g}" + (", learnt from there" if distance["learn"] else "")
 
@@ -280,10 +280,10 @@ def _order(entry: tuple[str, Any]) -> tuple[bool, int, str]:
     return entry[0] != "l2", len(entry[0]), entry[0]
 
 
-def _table(groups: Mapping[int, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
+def _table(groups: Mapping[int, Sequence[tuple[str, Sequence[Result]]]]) -> str:
     rows = ["| way | distance | training episodes | test accuracy of each seed, % |", "| --- | --- | --- | --- |"]
     for way, lines in sorted(groups.items()):
-        for label, seeds in sorted(lines.items(), key=_order):
+        for label, seeds in sorted(lines, key=_order):
             cells = ", ".join(f"{100 * of['accuracy']:.2f} ± {100 * of['ci95']:.2f}" for of in seeds)
             rows.append(f"| {way} | {label} | {seeds[0]['config']['train']['episodes']:,} | {cells} |")
     return "\n".join(rows) + "\n"

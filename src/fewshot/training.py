@@ -24,7 +24,7 @@ from fewshot.config import ROOT, check
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError
-from fewshot.hardware import keep_freed_memory
+from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
 from fewshot.runs import (
     best_checkpoint,
@@ -96,10 +96,12 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
     validation = max(estimate["accuracy"] for estimate in validations)
     results = {
         **config.choices,
+        "distance": config.choices.distance if "distance" in config.method else None,  # MAML has none
         **{key: config[key] for key in ("way", "shot", "query")},
         **method.estimates["test"]._asdict(),
         "val_accuracy": validation,
         "seed": config.seed,
+        "machine": machine(trainer.strategy.root_device),
         "train_seconds": seconds,
         "train_episodes_per_second": config.train.episodes / seconds,
         "skipped_steps": skipped,
@@ -178,7 +180,7 @@ def _report(results: dict[str, Any], run_dir: Path) -> None:
 
 def _tell(results: dict[str, Any], run_dir: Path) -> None:
     table = Table(title=f"{results['way']}-way {results['shot']}-shot accuracy on test classes, with its 95% interval")
-    shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder")} | {
+    shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder") if results[key]} | {
         "accuracy": f"{results['accuracy']:.2%} ± {results['ci95']:.2%}",
         "episodes": f"{results['episodes']:,}",
     }

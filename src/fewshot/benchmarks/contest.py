@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from platform import processor, python_version
+from platform import python_version
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fewshot.errors import FewShotError
-from fewshot.hardware import keep_freed_memory
+from fewshot.hardware import keep_freed_memory, machine
 
 # Does the work once, and returns the numbers that the others must find too.
 Work = Callable[[], NDArray[Any]]
@@ -159,7 +159,7 @@ def bench(contests: Mapping[str, Contest], rounds: int, out: Path) -> None:
         out: a JSON file, rewritten after each contest.
     """
     report: dict[str, Any] = {
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
+        "machine": machine(torch.device("cpu")),
         "versions": {"python": python_version(), **{name: version(name) for name in ("torch", "pytorch-lightning")}},
         "rounds": rounds,
         "contests": {},
@@ -244,11 +244,3 @@ def _compare(contest: Contest, results: Sequence[NDArray[Any]]) -> None:
                 f"{contest.title}: {entrant.name!r} computes something else than {contest.entrants[0].name!r}; "
                 f"they differ by {miss:.2g} of the norm"
             )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor())
