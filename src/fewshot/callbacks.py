@@ -138,7 +138,7 @@ class FiniteGradients(pl.Callback):
         episodes = range(data.trained, min(data.trained + data.meta_batch, data.stage.stop))
         if method.on_nan == "stop":
             self._norms.append((episodes, norm))
-            if norm.device.type == "cpu" or len(self._norms) >= trainer.log_every_n_steps:
+            if norm.device.type == "cpu" or len(self._norms) >= _log_every(trainer):
                 self._look(trainer)
         elif not norm.isfinite():
             method.zero_grad()  # the optimizer passes over a parameter without a gradient
@@ -219,7 +219,7 @@ class Interruption(pl.Callback):
     ) -> None:
         self._stop = self._received is not None
         if trainer.world_size > 1:  # all ranks leave after the same step; to agree on it they wait for each other
-            agree = batch_idx % trainer.log_every_n_steps == 0
+            agree = batch_idx % _log_every(trainer) == 0
             self._stop = agree and trainer.strategy.reduce_boolean_decision(self._stop, all=False)
         data = _data(trainer)
         if self._stop and data.trained < data.stage.stop and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
@@ -263,3 +263,7 @@ def _data(trainer: pl.Trainer) -> EpisodeDataModule:
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, EpisodeDataModule)
     return data
+
+
+def _log_every(trainer: pl.Trainer) -> int:
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]

@@ -95,7 +95,7 @@ def _guard(function: Callable[[], Any]) -> Any:
     except KeyboardInterrupt as interrupt:
         _exit_interrupted(interrupt)
     except SystemExit as exit_:
-        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's way to end
+        if isinstance(exit_.__context__, KeyboardInterrupt) and exit_.code == 1:  # Lightning's way to end
             _exit_interrupted(exit_.__context__)
         raise
     except Exception as error:
@@ -147,7 +147,9 @@ def _plain(*errors: BaseException) -> str:
 
 def _wrong_overrides() -> Iterator[str]:
     """What is wrong with each override of the command line by itself, with the nearest name that exists."""
-    name, groups, keys = Path(sys.argv[0]).stem, [], []
+    name = Path(sys.argv[0]).stem
+    groups: list[tuple[str, str]] = []
+    keys: list[tuple[str, str]] = []
     for argument in sys.argv[1:]:
         if argument.startswith("-") or "=" not in argument:
             continue
@@ -157,7 +159,7 @@ def _wrong_overrides() -> Iterator[str]:
             yield _plain(error)
             continue
         value = str(next(override.sweep_string_iterator())) if override.is_sweep_override() else None
-        tried = f"{override.input_line.partition('=')[0]}={value}" if value is not None else argument
+        tried = f"{argument.partition('=')[0]}={value}" if value is not None else argument
         of_group = (CONF / override.key_or_group).is_dir()
         (groups if of_group else keys).append((override.key_or_group, tried))
     chosen: list[str] = []
@@ -193,10 +195,10 @@ def _options(group: str) -> dict[str, Path]:
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     for key in node:
-        yield f"{prefix}{key}"
+        yield f"{prefix}{key!s}"
         value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():
-            yield from _keys(value, f"{prefix}{key}.")
+            yield from _keys(value, f"{prefix}{key!s}.")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -134,8 +134,8 @@ def _targets(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConf
     for key, value in node.items():
         if isinstance(value, DictConfig) and (prefix != "method." or "_target_" not in value):
             if "_target_" in value:
-                yield f"{prefix}{key}", value
-            yield from _targets(value, f"{prefix}{key}.")
+                yield f"{prefix}{key!s}", value
+            yield from _targets(value, f"{prefix}{key!s}.")
 
 
 def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[..., Any]) -> Iterator[str]:

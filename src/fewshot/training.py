@@ -70,7 +70,7 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
     run_dir = Path(config.run_dir)
     method = make_method(config)
     record, finite = Record(), FiniteGradients()
-    keep = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
+    keep: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False, **keep)
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **keep)
     step = checkpoint["global_step"] if checkpoint is not None else 0
