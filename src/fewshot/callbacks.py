@@ -126,8 +126,8 @@ class FiniteGradients(pl.Callback):
     """Stops the run before a gradient that is not finite, or skips the step, as ``method.on_nan`` says.
 
     To stop costs an accelerator nothing: the norms are looked at when the log is, and before weights are judged or
-    saved. To skip is to know at once, so the host waits for every step. The loss scaler of 16-mixed makes some gradients
-    infinite while it finds its scale, and passes over those: there, to stop is to find that no scale is small enough.
+    saved. To skip is to know at once, so the host waits for every step. While the loss scaler of 16-mixed finds its
+    scale, some gradients are infinite, and it passes over those: there, what stops a run is that no scale will do.
 
     Attributes:
         skipped: how many steps were.
@@ -270,7 +270,7 @@ class Interruption(pl.Callback):
         if not self._training or self._received is not None:
             raise Interrupted(number, self.resume)
         self._received = number
-        if rank_zero_only.rank == 0:
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             print("finishing the step at hand; once more to stop at once", file=sys.stderr, flush=True)
 
 

@@ -116,9 +116,10 @@ def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
 
 
 def _exit(message: str, status: int) -> None:
-    if rank_zero_only.rank > 0:
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    if rank > 0:
         time.sleep(PATIENCE)  # what befell all processes, the first one tells, and ends this one
-        message = f"process {rank_zero_only.rank}: {message}"
+        message = f"process {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -84,9 +84,10 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
     data.prepare_data()
     data.setup()
     if data.meta_batch > config.train.meta_batch:
+        pieces = f" in each of {data.pieces} pieces" if data.pieces > 1 else ""
         _say(
-            f"a training step takes {data.meta_batch} episodes, and not train.meta_batch={config.train.meta_batch}: one "
-            f"for each of {data.processes} processes" + (f" in each of {data.pieces} pieces" if data.pieces > 1 else "")
+            f"a training step takes {data.meta_batch} episodes, and not train.meta_batch={config.train.meta_batch}: "
+            f"one for each of {data.processes} processes{pieces}"
         )
     _list_classes(data.bank, run_dir)
     if checkpoint is not None:
@@ -201,8 +202,8 @@ def _check_hardware(config: DictConfig, method: FewShotMethod, trainer: pl.Train
             "train.meta_batch has"
         )
     sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    if sweep and trainer.world_size > 1 and not environment.creates_processes_externally:
+    started = trainer.world_size > 1 and not trainer.strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
+    if sweep and started:
         raise FewShotError(
             f"hardware.devices={config.hardware.devices}: the jobs of a sweep (-m) have one process each; choose "
             "hardware.devices=1, or start the runs one by one"

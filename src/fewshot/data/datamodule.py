@@ -1,17 +1,18 @@
 """The Lightning data module: from a data set's configuration to normalised episodes on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from fewshot.data.bank import ImageBank, open_bank
 from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber, MetaBatchSampler, stack
 from fewshot.data.images import normalise
+from fewshot.errors import FewShotError
 
 EVALUATED_TOGETHER = 20  # episodes of a process in a meta-batch of validation and test; changes no result
 EMBEDDED_TOGETHER = 256  # images
@@ -160,13 +161,13 @@ class EpisodeDataModule(pl.LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[Episode]:
         own = [EpisodeNumber(0, number) for number in range(self._rank, self.episodes[split], self.processes)]
-        return self._loader(split, BatchSampler(own, EVALUATED_TOGETHER, drop_last=False))
+        return self._loader(split, [own[i : i + EVALUATED_TOGETHER] for i in range(0, len(own), EVALUATED_TOGETHER)])
 
-    def _loader(self, split: str, sampler: Sampler[list[EpisodeNumber]]) -> DataLoader[Episode]:
+    def _loader(self, split: str, meta_batches: Iterable[list[EpisodeNumber]]) -> DataLoader[Episode]:
         # No worker processes: an episode is drawn far quicker than it could be sent from one. PyTorch's loaders draw a
         # number they do not need; from a generator of its own, so that a resumed run draws on as the first would have.
         generator = torch.Generator()
-        return DataLoader(self.datasets[split], batch_sampler=sampler, collate_fn=stack, generator=generator)
+        return DataLoader(self.datasets[split], batch_sampler=meta_batches, collate_fn=stack, generator=generator)
 
     def embed(self, split: str, encoder: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Have the episodes of validation or test hold embeddings in place of images, each image embedded once.

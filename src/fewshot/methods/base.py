@@ -56,7 +56,7 @@ class FewShotMethod(pl.LightningModule, ABC):
 
     def weight(self, batch_idx: int) -> float:
         """Of a training batch's mean loss: the mean over all processes is then that over all their episodes."""
-        return self.trainer.datamodule.weights[batch_idx]  # type: ignore[attr-defined, no-any-return]
+        return self.trainer.datamodule.weights[batch_idx]  # type: ignore[attr-defined]
 
     def log_training(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Log the loss and the accuracy of a training step, of this process's part of the meta-batch.
