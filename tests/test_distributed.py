@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.callbacks import Record
 from fewshot.config import ROOT, compose
+from fewshot.data import datamodule
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.training import _check_hardware, make_data, make_method, make_trainer, train
@@ -27,7 +28,7 @@ SMALL = [
     "query=3",
     "encoder.filters=8",
     "val.every=100",
-    "val.episodes=3",
+    "val.episodes=5",
     "test.episodes=7",
     "log_every=1",
     "seed=3",
@@ -76,6 +77,7 @@ def learn(overrides):
         "gradients": gradients.steps,
         "weights": dict(method.named_parameters()),
         "state": method.state_dict(),
+        "embedded": data._embedded,  # in the validation
     }
 
 
@@ -88,6 +90,7 @@ def learn_all(rank, folder, cache_dir):
 def as_rank(rank, port, work, *arguments):
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rank_zero_only.rank = rank
+    datamodule.EMBEDDED_TOGETHER = 32  # else one of them would have all images
     work(rank, *arguments)
 
 
@@ -131,14 +134,15 @@ def test_a_step_of_two_processes_is_that_of_one_on_all_their_episodes(found, nam
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=max(near["atol"], 1e-8))
 
 
-@pytest.mark.parametrize("name", ["protonet", "maml"])
+@pytest.mark.parametrize("name", ["protonet_in_pieces", "maml"])
 def test_what_is_validated_is_what_the_first_process_saves(found, name, tmp_path, cache_dir):
     config = compose(*SMALL, *CASES[name], "hardware=cpu", f"run_dir={tmp_path}", f"cache_dir={cache_dir}")
     method, data = make_method(config), make_data(config)
-    method.load_state_dict(found[name][0]["state"])
+    method.double().load_state_dict(found[name][0]["state"])
     make_trainer(config).validate(method, data, verbose=False)
     (validation,) = found[name][0]["validations"]
-    assert validation == {"trained_episodes": 6, **method.estimates["val"]._asdict()}
+    torch.testing.assert_close(found[name][0]["embedded"], data._embedded, rtol=1e-9, atol=1e-12)
+    assert validation == {"trained_episodes": config.train.episodes, **method.estimates["val"]._asdict()}
 
 
 def draw(stop_at):
