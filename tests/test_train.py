@@ -12,12 +12,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fewshot.config import ROOT, compose
-from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeNumber
 from fewshot.data.images import normalise
-from fewshot.errors import FewShotError
 from fewshot.results import read_results
-from fewshot.training import train
+from fewshot.training import make_data, train
 
 TINY = ["train.episodes=6", "train.way=3", "val.every=4", "val.episodes=3", "test.episodes=5"]
 KEYS = (
@@ -125,11 +123,7 @@ def test_every_method_trains_and_tests(tiny, tmp_path, choice):
 def test_the_accuracy_reported_is_that_of_solving_every_episode_by_itself(tiny, tmp_path, name):
     config = tiny(f"method={name}", "train.way=5", "test.episodes=25")
     train(config)
-    data = EpisodeDataModule(
-        config.dataset,
-        **{key: config[key] for key in ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed")},
-        cache_dir=config.cache_dir,
-    )
+    data = make_data(config)
     data.setup()
     method = instantiate(config.method).eval()
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
@@ -203,23 +197,43 @@ def test_help_shows_the_groups_and_every_key_with_a_comment(cli):
 
 
 BAD = {
-    ("way=five",): "way=five",
-    ("wya=5",): "'wya'",
-    ("dataset=cifar",): "'dataset/cifar'",
-    ("way=1", "train.episodes=0"): "way=1 must be at least 2; train.episodes=0 must be at least 1",
-    ("way=9999",): "way=9999 is more than",
-    ("shot=15",): "shot=15 and query=15 need 30 images of each class",
-    ("hydra.run.dir=/proc/none/run",): "/proc/none",
-    ("cache_dir=/proc/none",): "cache_dir=PATH",
-    ("dataset=omniglot", "data_dir=/proc/none"): "data_dir=PATH",
-    ("dataset=miniimagenet", "data_dir=/proc/none"): "/proc/none/miniimagenet",
-    ("hardware=gpu",): "gpu",
-    ("encoder.filters=0",): "encoder.filters=0",
-    ("dataset.normalise=no",): "dataset.normalise=no",
-    ("method=matching", "distance=scaled_cosine", "distance.scale=-1"): "distance.scale=-1 must be positive",
-    ("method=maml", "method.order=3", "method.task_batching=magic"): "method.order=3 must be 1 or 2; method.task_",
-    ("method=maml", "train.way=6"): "made for 5 classes, and the episode has 6",
-    ("method=matching_fce", "method.unrolling_steps=0"): "method.unrolling_steps=0 must be at least 1",
+    ("way=five", "wya=5", "distance=cosin", "method.learnig_rate=1"): (
+        "(did you mean cosine?)",
+        "way=five",
+        "'wya'",
+        "(did you mean way?)",
+        "(did you mean method.learning_rate?)",
+    ),
+    ("dataset=cifar",): ("'dataset/cifar'",),
+    (
+        "way=1",
+        "train.episodes=0",
+        "method.learning_rate=-1",
+        "distance=scaled_cosine",
+        "distance.scale=-1",
+        "encoder.filters=0",
+    ): (
+        "way=1 must be at least 2; train.episodes=0 must be at least 1; method.learning_rate=-1 must be positive; ",
+        "encoder.filters=0 of at least 1; distance.scale=-1 must be positive",
+    ),
+    ("hardware.precision=17", "hardware.compile=maybe", "method.halve_every=often", "dataset.source.samples=1.5"): (
+        "dataset.source.samples=1.5 must be a whole number; method.halve_every=often must be a whole number or null; ",
+        "hardware.precision=17 must be ",
+        "hardware.compile=maybe must be true or false",
+    ),
+    ("way=9999",): ("way=9999 is more than",),
+    ("shot=15",): ("shot=15 and query=15 need 30 images of each class",),
+    ("hydra.run.dir=/proc/none/run",): ("/proc/none",),
+    ("cache_dir=/proc/none",): ("cache_dir=PATH",),
+    ("dataset=omniglot", "data_dir=/proc/none"): ("data_dir=PATH",),
+    ("dataset=miniimagenet", "data_dir=/proc/none"): ("/proc/none/miniimagenet",),
+    ("hardware=gpu",): ("gpu",),
+    ("dataset.normalise=no", "method.on_nan=pray"): (
+        "method.on_nan=pray must be stop or skip; dataset.normalise=no must be range or standardise",
+    ),
+    ("method=maml", "method.order=3", "method.task_batching=magic"): ("method.order=3 must be 1 or 2; method.task_",),
+    ("method=maml", "train.way=6"): ("made for 5 classes, and the episode has 6",),
+    ("method=matching_fce", "method.unrolling_steps=0"): ("method.unrolling_steps=0 must be at least 1",),
 }
 
 
@@ -231,12 +245,12 @@ def test_a_mistake_ends_in_one_clear_line(cli, overrides, tmp_path):
     assert "Traceback" not in done.stderr + done.stdout
     told = done.stderr.strip().splitlines()
     assert told[0].startswith("error: ")
-    assert BAD[overrides] in told[0]
+    assert all(of in told[0] for of in BAD[overrides]), told[0]
     assert len(told) == (3 if "dataset=miniimagenet" in overrides else 1), done.stderr
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_an_interrupt_ends_in_one_line_and_keeps_the_checkpoints(cache_dir, tmp_path):
+def test_an_interrupt_ends_in_one_line_that_tells_how_to_go_on(cache_dir, tmp_path):
     overrides = [*TINY, "train.episodes=100000", f"cache_dir={cache_dir}", f"hydra.run.dir={tmp_path}"]
     command = [sys.executable, str(ROOT / "src" / "train.py"), *overrides]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
@@ -246,14 +260,9 @@ def test_an_interrupt_ends_in_one_line_and_keeps_the_checkpoints(cache_dir, tmp_
         running.send_signal(signal.SIGINT)
         _, told = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert told.strip().splitlines()[-1].startswith("error: interrupted")
-    assert "Traceback" not in told
-    assert torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
-
-
-def test_several_mistakes_are_told_at_once(tiny):
-    with pytest.raises(FewShotError, match=r"shot=0 .*; val\.every=0 .*; seed=-1 "):
-        train(tiny("shot=0", "train.shot=1", "val.every=0", "seed=-1"))
+    expected = f"error: interrupted; go on with: python {ROOT / 'src' / 'train.py'} resume={tmp_path}"
+    assert told.strip().splitlines() == ["finishing the step at hand; once more to stop at once", expected]
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 @pytest.mark.real_data

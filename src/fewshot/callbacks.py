@@ -1,25 +1,36 @@
 """What a training run does beside training."""
 
+import signal
+import sys
+import threading
 import time
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import RichProgressBar
 
+from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.errors import FewShotError, Interrupted
 from fewshot.methods.base import FewShotMethod
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's progress bar, with loss and accuracy and nothing else beside it."""
+    """Lightning's progress bar: which training episodes, with loss and accuracy and nothing else beside it."""
 
     def get_metrics(self, trainer: pl.Trainer, method: pl.LightningModule) -> dict[str, Any]:  # noqa: D102
         metrics = super().get_metrics(trainer, method)
         metrics.pop("v_num", None)
         return metrics
 
+    def _get_train_description(self, current_epoch: int) -> str:  # noqa: ARG002
+        data = _data(self.trainer)
+        return f"Episodes to {data.stage.stop:,} of {data.train_episodes:,}"
+
 
 class Record(pl.Callback):
-    """Keeps, and tells, the validation curve and the time spent in training; a resumed run goes on from both.
+    """Counts training episodes, has validations when they are due, and keeps what a resumed run goes on from.
 
     Attributes:
         seconds: spent in training steps, validations left out.
@@ -30,25 +41,229 @@ class Record(pl.Callback):
         self.seconds = 0.0
         self.validations: list[dict[str, float]] = []
         self._since = 0.0
+        self._random: list[torch.Tensor] | None = None
+        self._warned = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        if self._random is not None:  # now that all is set up again
+            torch.set_rng_state(self._random[0])
+            torch.cuda.set_rng_state_all(self._random[1 : torch.cuda.device_count() + 1])
+            self._random = None
+        # Lightning's epoch ends with a checkpoint, and not always with a validation.
+        trainer.check_val_every_n_epoch = 1 if _data(trainer).validates else sys.maxsize
         self._since = time.monotonic()
 
-    def on_train_batch_end(self, *_: Any) -> None:  # noqa: D102
+    def on_train_batch_end(  # noqa: D102
+        self,
+        trainer: pl.Trainer,
+        method: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
         now = time.monotonic()
         self.seconds += now - self._since
         self._since = now
+        data = _data(trainer)
+        data.trained = min(data.stage.start + (batch_idx + 1) * data.meta_batch, data.stage.stop)
+        if data.trained == data.train_episodes:
+            trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        for logger in trainer.loggers:
+            logger.save()  # the log reaches the disk before the checkpoint does: a resumed run finds no gap
 
     def on_validation_end(self, trainer: pl.Trainer, method: FewShotMethod) -> None:  # type: ignore[override]  # noqa: D102
-        trained = trainer.datamodule.episodes_by(trainer.current_epoch + 1)  # type: ignore[attr-defined]
-        estimate = method.estimates["val"]
+        trained, estimate = _data(trainer).trained, method.estimates["val"]
         self.validations.append({"trained_episodes": trained, **estimate._asdict()})
         told = f"{estimate.accuracy:.2%} ± {estimate.ci95:.2%}"
         method.print(f"episode {trained:,}: validation accuracy {told}", flush=True)
+        chance = 1 / _data(trainer).episode["way"]
+        if estimate.accuracy - estimate.ci95 <= chance and not self._warned:
+            self._warned = True
+            method.print(
+                f"warning: after {trained:,} training episodes this is what guessing gives ({chance:.2%}); if it stays "
+                "so, look at method.learning_rate, distance and dataset.normalise",
+                flush=True,
+            )
         self._since = time.monotonic()
 
+    def on_load_checkpoint(  # noqa: D102
+        self,
+        trainer: pl.Trainer,
+        method: pl.LightningModule,  # noqa: ARG002
+        checkpoint: dict[str, Any],
+    ) -> None:
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if state is not None:
+                _move(state, callback.dirpath)  # type: ignore[attr-defined]
+        # Lightning would look for its place within an epoch; ours begins a new one with the episode that comes next.
+        loops = checkpoint["loops"]["fit_loop"]
+        for key in [key for key in loops if key.endswith("batch_progress")]:
+            del loops[key]
+
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"seconds": self.seconds, "validations": self.validations}
+        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        return {"seconds": self.seconds, "validations": self.validations, "random": random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
-        self.seconds, self.validations = state["seconds"], state["validations"]
+        self.seconds, self.validations, self._random = state["seconds"], state["validations"], state["random"]
+
+
+class FiniteGradients(pl.Callback):
+    """Stops the run before a gradient that is not finite, or skips the step, as ``method.on_nan`` says.
+
+    To stop costs an accelerator nothing: the norms are looked at when the log is, and before weights are judged or
+    saved. To skip is to know at once, so the host waits for every step.
+
+    Attributes:
+        skipped: how many steps were.
+    """
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        self._norms: list[tuple[range, torch.Tensor]] = []
+
+    def on_before_optimizer_step(  # noqa: D102
+        self,
+        trainer: pl.Trainer,
+        method: FewShotMethod,  # type: ignore[override]
+        optimizer: torch.optim.Optimizer,  # noqa: ARG002
+    ) -> None:
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return  # it skips by itself, and finds its scale that way
+        norm = torch.nn.utils.get_total_norm(of.grad for of in method.parameters() if of.grad is not None)
+        data = _data(trainer)
+        episodes = range(data.trained, min(data.trained + data.meta_batch, data.stage.stop))
+        if method.on_nan == "stop":
+            self._norms.append((episodes, norm))
+            if norm.device.type == "cpu" or len(self._norms) >= _log_every(trainer):
+                self._look(trainer)
+        elif not norm.isfinite():
+            method.zero_grad()  # the optimizer passes over a parameter without a gradient
+            self.skipped += 1
+            method.print(f"skipped: {_not_finite(norm, episodes, data)}", flush=True)
+
+    def on_validation_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        self._look(trainer)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
+        self.skipped = state["skipped"]
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        norms, self._norms = self._norms, []
+        if not norms or torch.stack([norm for _, norm in norms]).isfinite().all():
+            return
+        episodes, norm = next((episodes, norm) for episodes, norm in norms if not norm.isfinite())
+        raise FewShotError(
+            f"{_not_finite(norm, episodes, _data(trainer))}. The last checkpoint is of before that. Lower "
+            f"method.learning_rate in a new run, or pass over such steps by resume={trainer.default_root_dir} "
+            "method.on_nan=skip"
+        )
+
+
+def _not_finite(norm: torch.Tensor, episodes: range, data: EpisodeDataModule) -> str:
+    epoch, first = divmod(episodes.start, data.every)
+    named = f"{first}" if len(episodes) == 1 else f"{first} to {first + len(episodes) - 1}"
+    return (
+        f"the gradient of training episode {episodes.start} is {norm.item()} "
+        f"(seed={data.train_episode['seed']}, epoch {epoch}, number {named})"
+    )
+
+
+class Interruption(pl.Callback):
+    """Lets Ctrl-C, SIGTERM and Slurm's SIGUSR1 end a run: a training after the step at hand, with a checkpoint.
+
+    A context around all of the run. Outside of training, or at the second signal, the run ends at once.
+
+    Args:
+        resume: how to go on, for the message.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, resume: str) -> None:
+        self.resume = resume
+        self._received: int | None = None
+        self._training = self._stop = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+            self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self._listen()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_train_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        self._training = True
+        self._listen()  # Lightning has put handlers of its own, which end a training without a checkpoint
+
+    def on_train_batch_end(  # noqa: D102
+        self,
+        trainer: pl.Trainer,
+        method: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        self._stop = self._received is not None
+        if trainer.world_size > 1:  # all ranks leave after the same step; to agree on it they wait for each other
+            agree = batch_idx % _log_every(trainer) == 0
+            self._stop = agree and trainer.strategy.reduce_boolean_decision(self._stop, all=False)
+        data = _data(trainer)
+        if self._stop and data.trained < data.stage.stop and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            trainer.should_stop, trainer.check_val_every_n_epoch = True, sys.maxsize
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        if self._stop:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        self._training = False
+
+    def check(self) -> None:
+        """Raise ``Interrupted`` if a signal came while the training went on."""
+        if self._stop or self._received is not None:
+            raise Interrupted(self._received or signal.SIGTERM, self.resume)
+
+    def _listen(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if not self._training or self._received is not None:
+            raise Interrupted(number, self.resume)
+        self._received = number
+        print("finishing the step at hand; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def _move(state: dict[str, Any], directory: str) -> None:
+    """Let the state of a ``ModelCheckpoint`` name files where they lie now, should the run have been moved."""
+    before = state["dirpath"]
+    for key, value in state.items():
+        if isinstance(value, str):
+            state[key] = value.replace(before, directory, 1)
+    state["best_k_models"] = {
+        path.replace(before, directory, 1): score for path, score in state["best_k_models"].items()
+    }
+
+
+def _data(trainer: pl.Trainer) -> EpisodeDataModule:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, EpisodeDataModule)
+    return data
+
+
+def _log_every(trainer: pl.Trainer) -> int:
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]

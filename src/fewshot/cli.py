@@ -1,14 +1,17 @@
 """What every entry point shares: errors a person can act on, and help that shows each key with its comment."""
 
+import difflib
+import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -16,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from fewshot.config import CONF
-from fewshot.errors import FewShotError
+from fewshot.config import CONF, compose_unresolved
+from fewshot.errors import Interrupted, mistake
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
 # What Hydra and OmegaConf add to a message for those who write configuration files.
@@ -89,11 +92,11 @@ def _note_failure(function: Callable[[], Any]) -> Any:
 def _guard(function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except KeyboardInterrupt:
-        _exit("interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        _exit_interrupted(interrupt)
     except SystemExit as exit_:
-        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's way to end an interrupted training
-            _exit("interrupted; the checkpoints so far are kept in the run's directory", 130)
+        if isinstance(exit_.__context__, KeyboardInterrupt) and exit_.code == 1:  # Lightning's way to end
+            _exit_interrupted(exit_.__context__)
         raise
     except Exception as error:
         if _failed:  # Hydra hands on the first one's error when all jobs are through
@@ -104,6 +107,11 @@ def _guard(function: Callable[[], Any]) -> Any:
         _exit(message, 1)
 
 
+def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
+    told = (str(interrupt), interrupt.status) if isinstance(interrupt, Interrupted) else ("interrupted", 130)
+    _exit(*told)
+
+
 def _exit(message: str, status: int) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -111,11 +119,11 @@ def _exit(message: str, status: int) -> None:
 
 def _explain(error: BaseException) -> str | None:
     """One line for a mistake of the user's; None for anything else."""
-    causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, FewShotError):
-            return str(cause)
+    told = mistake(error)
+    if told is not None:
+        return str(told)
     help_ = f"(see {Path(sys.argv[0]).name} --help)"
+    causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, MisconfigurationException):
             return f"{' '.join(str(cause).split())} {help_}"
@@ -124,10 +132,73 @@ def _explain(error: BaseException) -> str | None:
                 f"{cause.filename}: {cause.strerror}; make it usable, or name other places with "
                 "hydra.run.dir=PATH (results), cache_dir=PATH and data_dir=PATH"
             )
-    told = [str(cause) for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
-    lines = [line.strip() for message in told for line in message.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(ASIDES)]
-    return f"{' '.join(dict.fromkeys(lines))} {help_}" if told else None
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            return f"{cause.strerror}; what was saved before is kept: make room, then go on by resume=RUN_DIR"
+    libraries = [cause for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
+    if not libraries:
+        return None
+    return f"{'; '.join(_wrong_overrides()) or _plain(*libraries)} {help_}"
+
+
+def _plain(*errors: BaseException) -> str:
+    lines = [line.strip() for error in errors for line in str(error).splitlines()]
+    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(ASIDES)))
+
+
+def _wrong_overrides() -> Iterator[str]:
+    """What is wrong with each override of the command line by itself, with the nearest name that exists."""
+    name = Path(sys.argv[0]).stem
+    groups: list[tuple[str, str]] = []
+    keys: list[tuple[str, str]] = []
+    for argument in sys.argv[1:]:
+        if argument.startswith("-") or "=" not in argument:
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            yield _plain(error)
+            continue
+        value = str(next(override.sweep_string_iterator())) if override.is_sweep_override() else None
+        tried = f"{argument.partition('=')[0]}={value}" if value is not None else argument
+        of_group = (CONF / override.key_or_group).is_dir()
+        (groups if of_group else keys).append((override.key_or_group, tried))
+    chosen: list[str] = []
+    for group, tried in groups:
+        try:
+            compose_unresolved(*chosen, tried, name=name)
+        except (HydraException, OmegaConfBaseException) as error:
+            yield _plain(error) + _nearest(tried.partition("=")[2], _options(group))
+        else:
+            chosen.append(tried)
+    known = list(_keys(compose_unresolved(*chosen, name=name)))
+    for key, tried in keys:
+        try:
+            compose_unresolved(*chosen, tried, name=name)
+        except (HydraException, OmegaConfBaseException) as error:
+            yield _plain(error) + ("" if key in known else _nearest(key, known))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _options(group: str) -> dict[str, Path]:
+    """The files of a group of choices, by the name that chooses them."""
+    folder = CONF / group
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.yaml"))
+        if path.parent.name != "base"  # what several options share
+    }
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        yield f"{prefix}{key!s}"
+        value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():
+            yield from _keys(value, f"{prefix}{key!s}.")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -144,13 +215,9 @@ def _help(*, _root_: DictConfig) -> str:
         group = entry if isinstance(entry, str) else next(iter(entry))
         if not (CONF / group).is_dir():
             continue
-        files = {
-            path.relative_to(CONF / group).with_suffix("").as_posix(): path
-            for path in (CONF / group).rglob("*.yaml")
-            if path.parent.name != "base"  # what several options share
-        }
+        files = _options(group)
         choice = _root_.hydra.runtime.choices[group]
-        shown.append(f"# {group}={'|'.join(sorted(files))}")
+        shown.append(f"# {group}={'|'.join(files)}")
         if choice in files:
             shown[-1] += f" ... {group}={choice} sets:"
             shown.append(files[choice].read_text())

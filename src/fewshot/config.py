@@ -1,16 +1,21 @@
 """The configuration: its types, its ranges, and how to compose it without the command line."""
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 import hydra
+import pytorch_lightning as pl
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, mistake
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -65,6 +70,8 @@ class TrainConfig(Task):
     data_dir: str = MISSING
     cache_dir: str = MISSING
     run_dir: str | None = None
+    resume: str | None = None
+    checkpoint_every: int = MISSING
     log_every: int = MISSING
     choices: dict[str, str | None] = MISSING
 
@@ -83,20 +90,106 @@ AT_LEAST = {
     "test.episodes": 2,  # an interval needs two
     "seed": 0,
     "eval_seed": 0,
+    "checkpoint_every": 1,
     "log_every": 1,
+    "method.halve_every": 1,
 }
+ABOVE_ZERO = ("method.learning_rate",)
+ONE_OF = {"method.on_nan": ("stop", "skip"), "dataset.normalise": ("range", "standardise"), "dataset.channels": (1, 3)}
 
 
 def check(config: DictConfig) -> None:
-    """Refuse values out of range before anything slow begins.
+    """Refuse values of a wrong type or out of range before anything slow begins.
+
+    The keys of a group are held to the types of the function or class that its ``_target_`` names, and those of
+    ``hardware`` to Lightning's trainer; what an encoder, a distance or a method refuses is found by making one.
 
     Raises:
-        FewShotError: names every such key, and its bound.
+        FewShotError: names every such key, and what it must be.
     """
-    values = {key: OmegaConf.select(config, key) for key in AT_LEAST}
-    wrong = [f"{key}={values[key]} must be at least {least}" for key, least in AT_LEAST.items() if values[key] < least]
+    wrong = [told for key, node in _targets(config) for told in _wrong_types(key, node, get_object(node._target_))]
+    hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
+    wrong += _wrong_types("hardware", hardware, pl.Trainer)
+    if not isinstance(config.hardware.compile, bool):
+        wrong.append(f"hardware.compile={config.hardware.compile} must be true or false")
+    if not wrong:  # else the comparisons below could fail
+        values = {key: OmegaConf.select(config, key) for key in (*AT_LEAST, *ABOVE_ZERO, *ONE_OF)}
+        known = {key: value for key, value in values.items() if value is not None}
+        wrong += [
+            f"{key}={known[key]} must be at least {of}" for key, of in AT_LEAST.items() if known.get(key, of) < of
+        ]
+        wrong += [f"{key}={known[key]} must be positive" for key in ABOVE_ZERO if known.get(key, 1) <= 0]
+        wrong += [
+            f"{key}={known[key]} must be {' or '.join(map(str, of))}"
+            for key, of in ONE_OF.items()
+            if known.get(key, of[0]) not in of
+        ]
+        wrong += _refused(config)
     if wrong:
-        raise FewShotError("; ".join(wrong))
+        raise FewShotError("; ".join(dict.fromkeys(wrong)))
+
+
+def _targets(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """The nodes that Hydra makes an object from, by their keys; those that stand inside of another only once."""
+    for key, value in node.items():
+        if isinstance(value, DictConfig) and (prefix != "method." or "_target_" not in value):
+            if "_target_" in value:
+                yield f"{prefix}{key!s}", value
+            yield from _targets(value, f"{prefix}{key!s}.")
+
+
+def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[..., Any]) -> Iterator[str]:
+    hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
+    for hint in list(hints.values()):
+        if get_origin(hint) is Unpack:
+            hints |= get_type_hints(*get_args(hint))
+    for key, value in settings.items():
+        if str(key).startswith("_") or OmegaConf.is_dict(value):
+            continue
+        if key not in hints:
+            yield f"{prefix}.{key} is not a setting of {target.__name__}"
+        elif not _fits(value, hints[key]):
+            yield f"{prefix}.{key}={value} must be {' or '.join(dict.fromkeys(_told(hints[key])))}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, of) for of in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is list:
+        return OmegaConf.is_list(value) and all(_fits(of, *get_args(hint)) for of in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _told(hint: Any) -> Iterator[str]:
+    """What fits, in words."""
+    if get_origin(hint) in (Union, UnionType):
+        for of in get_args(hint):
+            yield from _told(of)
+    elif get_origin(hint) is Literal:
+        yield from map(str, get_args(hint))
+    else:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+        yield words.get(hint, str(hint))
+
+
+def _refused(config: DictConfig) -> Iterator[str]:
+    refused = False
+    for part in ("encoder", "distance", "method"):
+        if part == "method" and refused:
+            return  # it is made of the other two
+        try:
+            with torch.device("meta"):  # weights that take no time and no memory
+                instantiate(config[part])
+        except Exception as error:
+            told = mistake(error)
+            if told is None:
+                raise
+            refused = True
+            yield str(told)
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:
@@ -106,15 +199,20 @@ def compose(*overrides: str, name: str = "train") -> DictConfig:
         overrides: as on the command line: "dataset=omniglot", "way=20". ``run_dir`` has no default here.
         name: the file in ``conf``.
     """
-    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a program may have its own
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra.compose(name, list(overrides), return_hydra_config=True)
-    finally:
-        GlobalHydra.instance().hydra = outer
+    config = compose_unresolved(*overrides, name=name)
     HydraConfig.instance().set_config(config)  # for the interpolations that name it
     keys = [str(key) for key in config if key != "hydra"]
     return DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
+
+
+def compose_unresolved(*overrides: str, name: str = "train") -> DictConfig:
+    """The same with Hydra's own node, interpolations left as they are."""
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a program may have its own
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose(name, list(overrides), return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _experiment() -> str | None:
@@ -130,3 +228,6 @@ OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
 # What a key of an experiment is at each budget: ${by_budget:{paper:1000,cpu:10}}.
 OmegaConf.register_new_resolver("by_budget", lambda values, *, _root_: values[_root_.choices.budget], replace=True)
 OmegaConf.register_new_resolver("fewshot_root", lambda path: str(ROOT / path), replace=True)
+OmegaConf.register_new_resolver("fewshot_run_dir", lambda resume, new: new if resume in (None, "auto") else resume)
+# A resumed run keeps the record of how it was started.
+OmegaConf.register_new_resolver("fewshot_output_subdir", lambda resume: ".hydra" if resume in (None, "auto") else None)

@@ -1,6 +1,5 @@
 """The training story: data, method, trainer; fit, choose on validation classes, test once, write down the result."""
 
-import json
 import logging
 import subprocess
 import warnings
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -20,12 +18,24 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from fewshot.callbacks import ProgressBar, Record
+from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
+from fewshot.checkpoints import WholeCheckpoints
 from fewshot.config import ROOT, check
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
+from fewshot.runs import (
+    best_checkpoint,
+    last_checkpoint,
+    only_run_in,
+    overrides,
+    results_file,
+    results_so_far,
+    to_go_on_with,
+    write_json,
+)
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "pillow")
 
@@ -43,20 +53,45 @@ def train(config: DictConfig) -> float:
         FewShotError: a mistake in the configuration or the data.
     """
     OmegaConf.resolve(config)
-    check(config)
+    run_dir = Path(config.run_dir)
+    interruption = Interruption(f"python {ROOT / 'src' / 'train.py'} resume={run_dir}")
+    with interruption, only_run_in(run_dir):
+        config, checkpoint = to_go_on_with(config)
+        check(config)
+        results = results_so_far(config) if checkpoint is not None else None
+        if results is not None:
+            _tell(results, run_dir)
+            return float(results["val_accuracy"])
+        return _train(config, checkpoint, interruption)
+
+
+def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: Interruption) -> float:
     keep_freed_memory()
     run_dir = Path(config.run_dir)
+    method = make_method(config)
+    record, finite = Record(), FiniteGradients()
+    keep: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
+    best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False, **keep)
+    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **keep)
+    step = checkpoint["global_step"] if checkpoint is not None else 0
+    trainer = make_trainer(config, record, finite, interruption, best, last, step=step)
     data = make_data(config)
     data.prepare_data()
     data.setup()
     _list_classes(data.bank, run_dir)
-    method = make_method(config)
-    best = ModelCheckpoint(run_dir / "checkpoints", filename="best", monitor="val/accuracy", mode="max", save_last=True)
-    record = Record()
-    trainer = make_trainer(config, data, best, record)
-    trainer.fit(method, data)
-    seconds, validations = record.seconds, record.validations  # the test restores the callbacks' older state
-    trainer.test(method, data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+    if checkpoint is not None:
+        data.load_state_dict(checkpoint[type(data).__qualname__])
+    if data.trained > data.train_episodes:
+        raise FewShotError(
+            f"train.episodes={data.train_episodes} is less than the {data.trained} that the run in {run_dir} has "
+            "trained on already; ask for at least as many"
+        )
+    # Of a training that is complete already, this restores the state and no more.
+    trainer.fit(method, data, ckpt_path=last_checkpoint(run_dir) if checkpoint is not None else None, weights_only=True)
+    interruption.check()
+    # The test restores the older state that the callbacks had at the best weights.
+    seconds, validations, skipped = record.seconds, record.validations, finite.skipped
+    trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
 
     validation = max(estimate["accuracy"] for estimate in validations)
     results = {
@@ -69,9 +104,10 @@ def train(config: DictConfig) -> float:
         "machine": machine(trainer.strategy.root_device),
         "train_seconds": seconds,
         "train_episodes_per_second": config.train.episodes / seconds,
+        "skipped_steps": skipped,
         "versions": {"python": python_version(), **{package: version(package) for package in PACKAGES}},
         "commit": _commit(),
-        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
+        "overrides": overrides(run_dir),
         "validations": validations,
         "config": OmegaConf.to_container(config),
     }
@@ -81,7 +117,7 @@ def train(config: DictConfig) -> float:
 
 def make_data(config: DictConfig) -> EpisodeDataModule:
     """The data module, its images not read yet."""
-    keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "cache_dir")
+    keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "checkpoint_every", "cache_dir")
     return EpisodeDataModule(config.dataset, **{key: config[key] for key in keys})
 
 
@@ -96,21 +132,30 @@ def make_method(config: DictConfig) -> FewShotMethod:
     return method
 
 
-def make_trainer(config: DictConfig, data: EpisodeDataModule, *callbacks: pl.Callback) -> pl.Trainer:
-    """Lightning's trainer, as the configuration says."""
+def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> pl.Trainer:
+    """Lightning's trainer, as the configuration says.
+
+    Args:
+        config: the composed ``conf/train.yaml``.
+        callbacks: beside those that every run has.
+        step: that training begins with; what an earlier attempt has logged of it and later ones is void.
+    """
     # Lightning advises worker processes for every loader without them; ours gathers from memory.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # a resumed run's
+    warnings.filterwarnings("ignore", message=".*Total length of .* is zero")  # of one that is complete
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
     hardware = {str(key): value for key, value in config.hardware.items() if key != "compile"}
     return pl.Trainer(
         **hardware,
-        max_epochs=data.epochs,
-        reload_dataloaders_every_n_epochs=1,  # every epoch draws episodes of its own
+        max_epochs=-1,  # one from each checkpoint to the next; Record sees the last training episode
+        reload_dataloaders_every_n_epochs=1,  # every epoch has episodes of its own
         use_distributed_sampler=False,  # ours knows its rank
         callbacks=[*callbacks, LearningRateMonitor(), ProgressBar(refresh_rate=10)],
-        logger=TensorBoardLogger(config.run_dir, name="", version="tensorboard"),
+        plugins=[WholeCheckpoints()],
+        logger=TensorBoardLogger(config.run_dir, name="", version="tensorboard", purge_step=step),
         log_every_n_steps=config.log_every,
         default_root_dir=config.run_dir,
         enable_model_summary=False,
@@ -123,16 +168,17 @@ def make_trainer(config: DictConfig, data: EpisodeDataModule, *callbacks: pl.Cal
 def _list_classes(bank: ImageBank, run_dir: Path) -> None:
     """Write down which classes each split holds, since seeds and data decide it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "classes.json").write_text(json.dumps({split: bank.class_names(split) for split in SPLITS}, indent=1))
+    write_json(run_dir / "classes.json", {split: bank.class_names(split) for split in SPLITS})
 
 
 @rank_zero_only
 def _report(results: dict[str, Any], run_dir: Path) -> None:
-    """Write ``results.json``, whole or not at all, and print the table."""
-    partial = run_dir / "results.json.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    partial.replace(run_dir / "results.json")
+    """Write ``results.json``, and print the table."""
+    write_json(results_file(run_dir), results)
+    _tell(results, run_dir)
 
+
+def _tell(results: dict[str, Any], run_dir: Path) -> None:
     table = Table(title=f"{results['way']}-way {results['shot']}-shot accuracy on test classes, with its 95% interval")
     shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder") if results[key]} | {
         "accuracy": f"{results['accuracy']:.2%} ± {results['ci95']:.2%}",

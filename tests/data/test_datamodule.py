@@ -13,7 +13,7 @@ from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
 
 BANK = make_bank({"train": [12] * 8, "val": [12] * 5, "test": [12] * 6}, channels=3)
-KEYS = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed")
+KEYS = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "checkpoint_every")
 
 
 def make(*overrides, trainer=None):
@@ -62,19 +62,47 @@ def test_evaluation_meets_the_same_episodes_every_time_and_under_every_training_
     assert not same(one.test_dataloader(), make("eval_seed=1").test_dataloader())
 
 
-def epoch(number, rank=0, world_size=1):
-    return make(trainer=SimpleNamespace(current_epoch=number, global_rank=rank, world_size=world_size))
+def after(trained, *overrides, rank=0, world_size=1):
+    """The module of a run that has trained on so many episodes."""
+    module = make(*overrides, trainer=SimpleNamespace(global_rank=rank, world_size=world_size))
+    module.load_state_dict({"trained": trained})
+    return module
 
 
-def test_epochs_differ_and_the_last_one_holds_what_is_left():
-    assert [len(epoch(number).train_dataloader()) for number in range(3)] == [4, 4, 2]
-    assert epoch(0).epochs == 3 and [epoch(0).episodes_by(number) for number in range(4)] == [0, 4, 8, 10]
-    assert not same(epoch(0).train_dataloader(), epoch(1).train_dataloader())
-    assert same(epoch(0).val_dataloader(), epoch(1).val_dataloader())
+def stages(*overrides, trained=0):
+    """From one checkpoint to the next: the training episodes by number, and whether a validation follows."""
+    module = after(trained, *overrides)
+    while module.trained < module.train_episodes:
+        batches = list(module.train_dataloader().batch_sampler)
+        yield module.stage, [[tuple(of) for of in batch] for batch in batches], module.validates
+        module.trained = module.stage.stop
+
+
+def test_training_goes_from_checkpoint_to_checkpoint_and_from_validation_to_validation():
+    # val.every=4, train.episodes=10
+    found = [(of.start, of.stop, validates) for of, _, validates in stages("checkpoint_every=3")]
+    assert found == [(0, 3, False), (3, 4, True), (4, 7, False), (7, 8, True), (8, 10, True)]
+    found = [(of.start, of.stop, validates) for of, _, validates in stages("checkpoint_every=100")]
+    assert found == [(0, 4, True), (4, 8, True), (8, 10, True)]
+    assert not same(after(0).train_dataloader(), after(4).train_dataloader())
+    assert same(after(0).val_dataloader(), after(4).val_dataloader())
+
+
+def test_the_episodes_do_not_depend_on_where_the_checkpoints_lie_nor_on_where_a_run_resumes():
+    expected = [(0, n) for n in range(4)] + [(1, n) for n in range(4)] + [(2, n) for n in range(2)]
+    for every in (1, 2, 3, 5):
+        for trained in (0, 1, 5, 9):
+            numbers = [
+                n
+                for _, batches, _ in stages(f"checkpoint_every={every}", trained=trained)
+                for of in batches
+                for n in of
+            ]
+            assert numbers == expected[trained:]
 
 
 def test_ranks_share_out_the_episodes_of_one_process():
-    whole, *ranks = epoch(1), epoch(1, 0, 2), epoch(1, 1, 2)
+    whole, *ranks = after(4), after(4, rank=0, world_size=2), after(4, rank=1, world_size=2)
     for get in ("train_dataloader", "test_dataloader"):
         shares = [single(getattr(rank, get)()) for rank in ranks]
         interleaved = [episode for pair in zip_longest(*shares) for episode in pair if episode is not None]
@@ -83,15 +111,20 @@ def test_ranks_share_out_the_episodes_of_one_process():
         assert all(torch.equal(a.query, b.query) for a, b in zip(interleaved, expected, strict=True))
 
 
-def test_validations_come_between_whole_meta_batches_and_the_last_one_takes_what_is_left():
-    module = make("train.meta_batch=3", trainer=SimpleNamespace(current_epoch=1, global_rank=0, world_size=1))
-    assert module.every == 6 and module.epochs == 2  # val.every=4, train.episodes=10
-    assert [len(batch.query) for batch in module.train_dataloader()] == [3, 1]
+def test_stages_end_between_whole_meta_batches_and_the_last_one_takes_what_is_left():
+    found = list(stages("train.meta_batch=3", "checkpoint_every=2"))  # val.every=4, train.episodes=10
+    assert [(of.start, of.stop, validates) for of, _, validates in found] == [
+        (0, 3, False),
+        (3, 6, True),
+        (6, 9, False),
+        (9, 10, True),
+    ]
+    assert [[len(batch) for batch in batches] for _, batches, _ in found] == [[3], [3], [3], [1]]
 
 
 def trainer_of(dtype=torch.float32, training=True):
     method = SimpleNamespace(dtype=dtype, device=torch.device("cpu"))
-    return SimpleNamespace(global_rank=0, world_size=1, current_epoch=0, training=training, lightning_module=method)
+    return SimpleNamespace(global_rank=0, world_size=1, training=training, lightning_module=method)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("range", torch.float32), ("standardise", torch.float64)])

@@ -21,6 +21,7 @@ SETTINGS = {
     "test_inner_steps": 3,
     "learning_rate": 1e-3,
     "halve_every": None,
+    "on_nan": "stop",
     "clip_norm": None,
     "task_batching": "loop",
     "vmap_tasks": 2,

@@ -4,12 +4,11 @@ from torch import nn
 
 from fewshot.data.episodes import Episode
 from fewshot.distances import cosine, l2
-from fewshot.errors import FewShotError
 from fewshot.methods.protonet import PrototypicalNetwork, prototypes
 
 
 def method(distance=l2, **changes):
-    settings = {"learning_rate": 1e-3, "halve_every": 10} | changes
+    settings = {"learning_rate": 1e-3, "halve_every": 10, "on_nan": "stop"} | changes
     return PrototypicalNetwork(nn.Flatten(), distance, **settings)
 
 
@@ -45,9 +44,3 @@ def test_the_learning_rate_is_halved():
         optimizer.step(), schedule.step()
     assert rates == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4]
     assert optimizers["lr_scheduler"]["interval"] == "step"
-
-
-@pytest.mark.parametrize("wrong", [{"learning_rate": 0}, {"halve_every": 0}])
-def test_numbers_out_of_range_are_refused(wrong):
-    with pytest.raises(FewShotError, match=f"method.{next(iter(wrong))}=0"):
-        method(**wrong)

@@ -64,6 +64,7 @@ def make_maml(order: int, batching: str, task: Mapping[str, Any], recompute: boo
         test_inner_steps=task["steps"],
         learning_rate=1e-3,
         halve_every=None,
+        on_nan="stop",
         clip_norm=None,
         task_batching=batching,
         vmap_tasks=8,

@@ -30,7 +30,7 @@ from fewshot.methods.base import FewShotMethod
 from fewshot.training import make_data, make_method, make_trainer
 
 OMNIGLOT = {"size": 28, "channels": 1, "classes": 1200, "images": 20, "way": 60, "shot": 1, "query": 5, "steps": 10}
-MINIIMAGENET = {"size": 84, "channels": 3, "classes": 100, "images": 40, "way": 20, "shot": 5, "query": 15, "steps": 1}
+MINIIMAGENET = {"size": 84, "channels": 3, "classes": 100, "images": 40, "way": 20, "shot": 5, "query": 15, "steps": 4}
 EVALUATION = {**OMNIGLOT, "way": 5, "query": 15}
 LEARNING_RATE = 1e-3
 
@@ -54,7 +54,7 @@ def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
 
     config = _config(shape, episodes=10**6)
     data, method = _data(config, shape), _method(config, shape)
-    trainer = make_trainer(config, data, Gate())
+    trainer = make_trainer(config, Gate())
 
     def fit() -> None:
         try:
@@ -116,7 +116,7 @@ def evaluate(shape: dict[str, Any], episodes: int) -> Work:
     """The test of ``src/train.py``."""
     config = _config(shape, episodes=1, test=episodes)
     data, method = _data(config, shape), _method(config, shape)
-    trainer = make_trainer(config, data)
+    trainer = make_trainer(config)
 
     def work() -> NDArray[Any]:
         _quietly(lambda: trainer.test(method, data, verbose=False))
@@ -146,7 +146,7 @@ def make_episodes(shape: dict[str, Any], episodes: int) -> Work:
     config = _config(shape, episodes=episodes)
     data = _data(config, shape)
     data.setup()
-    data.trainer = make_trainer(config, data)
+    data.trainer = make_trainer(config)
     data.trainer.strategy.connect(_method(config, shape))
 
     def work() -> NDArray[Any]:
@@ -239,6 +239,7 @@ def _config(shape: dict[str, Any], episodes: int, test: int = 2) -> DictConfig:
         *(f"train.{of}" for of in make),
         f"train.episodes={episodes}",
         f"val.every={episodes}",
+        f"checkpoint_every={episodes}",
         f"test.episodes={test}",
         f"dataset.size={shape['size']}",
         f"dataset.channels={shape['channels']}",

@@ -1,6 +1,7 @@
 """The Lightning data module: from a data set's configuration to normalised episodes on the device."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -30,7 +31,12 @@ class EpisodeDataModule(pl.LightningDataModule):
         test: ``episodes`` of the test.
         seed: draws the training episodes.
         eval_seed: draws those of validation and test: whatever the training's seed, they stay the same.
+        checkpoint_every: training episodes from one checkpoint to the next, likewise; a validation brings one too.
         cache_dir: where image banks are kept.
+
+    Attributes:
+        trained: how many training episodes are done, over all ranks.
+        stage: the training episodes from the last checkpoint to the next, counted likewise.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         test: DictConfig,
         seed: int,
         eval_seed: int,
+        checkpoint_every: int,
         cache_dir: str,
     ) -> None:
         super().__init__()
@@ -52,7 +59,11 @@ class EpisodeDataModule(pl.LightningDataModule):
         self.episode = {"way": way, "shot": shot, "query": query, "seed": eval_seed}
         self.train_episode = {"way": train.way, "shot": train.shot, "query": train.query, "seed": seed}
         self.train_episodes, self.meta_batch = train.episodes, train.meta_batch
-        self.every = -(-val.every // train.meta_batch) * train.meta_batch
+        self.every, self.checkpoint_every = (
+            -(-every // train.meta_batch) * train.meta_batch for every in (val.every, checkpoint_every)
+        )
+        self.trained = 0
+        self.stage = range(0)
         self.episodes = {"val": val.episodes, "test": test.episodes}
         self._bank: ImageBank | None = None
         self._resident: torch.Tensor | None = None  # the bank's images on the GPU
@@ -81,18 +92,25 @@ class EpisodeDataModule(pl.LightningDataModule):
         }
 
     @property
-    def epochs(self) -> int:
-        """Of the training; each ends with a validation."""
-        return -(-self.train_episodes // self.every)
-
-    def episodes_by(self, epoch: int) -> int:
-        """How many training episodes come before an epoch."""
-        return min(epoch * self.every, self.train_episodes)
+    def validates(self) -> bool:
+        """Whether a validation follows the current stage."""
+        return self.stage.stop % self.every == 0 or self.stage.stop == self.train_episodes
 
     def train_dataloader(self) -> DataLoader[Episode]:
-        """The meta-batches of the current epoch; the last epoch may be shorter."""
-        epoch = self.trainer.current_epoch if self.trainer else 0
-        return self._loader("train", self.episodes_by(epoch + 1) - self.episodes_by(epoch), self.meta_batch, epoch)
+        """The meta-batches from the episodes trained so far to the next checkpoint or validation."""
+        epoch, first = divmod(self.trained, self.every)
+        checkpoint = (first // self.checkpoint_every + 1) * self.checkpoint_every
+        stop = min(epoch * self.every + min(checkpoint, self.every), self.train_episodes)
+        self.stage = range(self.trained, stop)
+        return self._loader("train", len(self.stage), self.meta_batch, epoch, first)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"trained": self.trained}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the episodes that a checkpoint has been trained on."""
+        self.trained = state_dict["trained"]
 
     def val_dataloader(self) -> DataLoader[Episode]:
         """The validation episodes, the same at every epoch."""
@@ -102,11 +120,15 @@ class EpisodeDataModule(pl.LightningDataModule):
         """The test episodes."""
         return self._loader("test", self.episodes["test"], EVALUATED_TOGETHER)
 
-    def _loader(self, split: str, episodes: int, meta_batch: int, epoch: int = 0) -> DataLoader[Episode]:
+    def _loader(
+        self, split: str, episodes: int, meta_batch: int, epoch: int = 0, first: int = 0
+    ) -> DataLoader[Episode]:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = MetaBatchSampler(episodes, max(meta_batch, world_size), epoch, rank, world_size)
-        # No worker processes: an episode is drawn far quicker than it could be sent from one.
-        return DataLoader(self.datasets[split], batch_sampler=sampler, collate_fn=stack)
+        sampler = MetaBatchSampler(episodes, max(meta_batch, world_size), epoch, first, rank, world_size)
+        # No worker processes: an episode is drawn far quicker than it could be sent from one. PyTorch's loaders draw a
+        # number they do not need; from a generator of its own, so that a resumed run draws on as the first would have.
+        generator = torch.Generator()
+        return DataLoader(self.datasets[split], batch_sampler=sampler, collate_fn=stack, generator=generator)
 
     def embed(self, split: str, encoder: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Have the episodes of validation or test hold embeddings in place of images, each image embedded once.

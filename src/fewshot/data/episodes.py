@@ -67,7 +67,7 @@ def draw_episode(
         query: how many queries to draw of each.
         seed: of the run, for training episodes; of the evaluation, for the others.
         split: "train", "val" or "test".
-        epoch: training epochs draw different episodes; validation and test use 0 throughout.
+        epoch: of training, which ends with a validation; each draws other episodes. Validation and test use 0.
         number: of the episode in its epoch, counted over all ranks: rank r of n draws r, r + n, r + 2n, ...
 
     Returns:
@@ -143,21 +143,24 @@ def stack(episodes: Sequence[Episode]) -> Episode:
 
 
 class MetaBatchSampler(Sampler[list[EpisodeNumber]]):
-    """The numbers of one rank's episodes in one epoch, a meta-batch at a time.
+    """The numbers of one rank's episodes in a stretch of an epoch, a meta-batch at a time.
 
     Args:
-        episodes: how many the epoch has, over all ranks; the last meta-batch takes what is left.
+        episodes: how many there are, over all ranks; the last meta-batch takes what is left.
         meta_batch: episodes in a meta-batch, which the ranks share out.
         epoch: see ``draw_episode``; 0 in validation and test.
+        first: the number of the first one in its epoch.
         rank: this process, in ``0..world_size-1``.
-        world_size: how many processes share the epoch.
+        world_size: how many processes share the episodes.
     """
 
-    def __init__(self, episodes: int, meta_batch: int, epoch: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, episodes: int, meta_batch: int, epoch: int = 0, first: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.epoch = epoch
         shares = (
-            range(first + rank, min(first + meta_batch, episodes), world_size)
-            for first in range(0, episodes, meta_batch)
+            range(start + rank, min(start + meta_batch, first + episodes), world_size)
+            for start in range(first, first + episodes, meta_batch)
         )
         self.batches = [share for share in shares if share]
 

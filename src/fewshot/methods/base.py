@@ -1,7 +1,7 @@
 """What every method shares: it takes an episode and returns logits; all else follows from that."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import pytorch_lightning as pl
 import torch
@@ -10,8 +10,21 @@ from torch.nn.functional import cross_entropy
 
 from fewshot.data.episodes import Episode
 from fewshot.distances import Distance
-from fewshot.errors import FewShotError
 from fewshot.evaluation import EpisodeAccuracy, Estimate
+
+
+class Optimization(TypedDict):
+    """What every method is told of its training.
+
+    Attributes:
+        learning_rate: of Adam.
+        halve_every: training steps after which the learning rate is halved, over and over; None: never.
+        on_nan: what to do about a gradient that is not finite: "stop" the run, or "skip" the step and count it.
+    """
+
+    learning_rate: float
+    halve_every: int | None
+    on_nan: str
 
 
 class FewShotMethod(pl.LightningModule, ABC):
@@ -19,24 +32,17 @@ class FewShotMethod(pl.LightningModule, ABC):
 
     Args:
         encoder: images ``[images, channels, height, width]`` to embeddings ``[images, features]``.
-        learning_rate: of Adam.
-        halve_every: training steps after which the learning rate is halved, over and over; None: never.
-
-    Raises:
-        FewShotError: a number is out of range.
+        training: see ``Optimization``.
 
     Attributes:
         estimates: the accuracy last measured on "val" and on "test".
     """
 
-    def __init__(self, encoder: nn.Module, learning_rate: float, halve_every: int | None) -> None:
+    def __init__(self, encoder: nn.Module, **training: Unpack[Optimization]) -> None:
         super().__init__()
-        if learning_rate <= 0 or (halve_every is not None and halve_every < 1):
-            raise FewShotError(
-                f"method.learning_rate={learning_rate} must be positive and method.halve_every={halve_every} at least 1"
-            )
         self.encoder = encoder
-        self.learning_rate, self.halve_every = learning_rate, halve_every
+        self.learning_rate, self.halve_every = training["learning_rate"], training["halve_every"]
+        self.on_nan = training["on_nan"]
         self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
         self.estimates: dict[str, Estimate] = {}
 
@@ -100,12 +106,11 @@ class MetricMethod(FewShotMethod):
     Args:
         encoder: see ``FewShotMethod``.
         distance: between embeddings, see ``fewshot.distances``.
-        learning_rate: see ``FewShotMethod``.
-        halve_every: see ``FewShotMethod``.
+        training: see ``Optimization``.
     """
 
-    def __init__(self, encoder: nn.Module, distance: Distance, learning_rate: float, halve_every: int | None) -> None:
-        super().__init__(encoder, learning_rate, halve_every)
+    def __init__(self, encoder: nn.Module, distance: Distance, **training: Unpack[Optimization]) -> None:
+        super().__init__(encoder, **training)
         self.distance = distance
 
     @abstractmethod

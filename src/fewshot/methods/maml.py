@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from fewshot.data.episodes import Episode
 from fewshot.encoders.batchnorm import use_batch_statistics
 from fewshot.errors import FewShotError
 from fewshot.hardware import map_in_threads
-from fewshot.methods.base import FewShotMethod
+from fewshot.methods.base import FewShotMethod, Optimization
 
 Weights = dict[str, torch.Tensor]
 TASK_BATCHING = ("auto", "loop", "threads", "vmap")
@@ -49,14 +49,13 @@ class MAML(FewShotMethod):
         inner_learning_rate: alpha of the paper.
         inner_steps: gradient steps on the support set while training.
         test_inner_steps: the same in validation and test.
-        learning_rate: beta of the paper, of Adam.
-        halve_every: training steps after which the learning rate is halved, over and over; None: never.
         clip_norm: the largest norm of the meta-gradient; longer ones are scaled down to it. None: no bound.
         task_batching: "loop" solves the tasks of a meta-batch one after another, "threads" one on each thread of the
             CPU, "vmap" several in one batch; "auto" is threads on the CPU and vmap elsewhere.
         vmap_tasks: how many tasks vmap solves at once; memory grows with it, and not with the meta-batch.
         recompute: forget the activations of the inner steps and compute them again when the meta-gradient needs them,
             so that memory does not grow with the steps.
+        training: see ``Optimization``; the learning rate is beta of the paper.
 
     Raises:
         FewShotError: a number is out of range, or ``task_batching`` unknown.
@@ -72,14 +71,13 @@ class MAML(FewShotMethod):
         inner_learning_rate: float,
         inner_steps: int,
         test_inner_steps: int,
-        learning_rate: float,
-        halve_every: int | None,
         clip_norm: float | None,
         task_batching: str,
         vmap_tasks: int,
         recompute: bool,
+        **training: Unpack[Optimization],
     ) -> None:
-        super().__init__(encoder, learning_rate, halve_every)
+        super().__init__(encoder, **training)
         wrong = [
             told
             for wrong, told in (
@@ -234,8 +232,8 @@ class MAML(FewShotMethod):
             return map_in_threads(learn, meta_batch.tasks())
         return map(learn, meta_batch.tasks())
 
-    def training_step(self, meta_batch: Episode, batch_idx: int) -> None:  # noqa: ARG002
-        """One meta-update: algorithm 2."""
+    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+        """One meta-update: algorithm 2. Returns the mean loss of the tasks after adaptation."""
         optimizer: Any = self.optimizers()
         gradients, loss, logits = self.meta_gradient(meta_batch)
         if self.trainer.world_size > 1:
@@ -249,6 +247,7 @@ class MAML(FewShotMethod):
         if schedule is not None:
             schedule.step()
         self.log_training(loss, logits, meta_batch.query_labels)
+        return loss
 
     def _mean_over_processes(self, gradients: list[torch.Tensor], tasks: int) -> list[torch.Tensor]:
         """The mean over the tasks of all processes, be their numbers equal or not, from that over one's own."""

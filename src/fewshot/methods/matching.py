@@ -1,12 +1,14 @@
 """Matching networks (Vinyals et al., 2016, arXiv 1606.04080), without and with full context embeddings."""
 
+from typing import Unpack
+
 import torch
 from torch import nn
 
 from fewshot.data.episodes import Episode
 from fewshot.distances import Distance
 from fewshot.errors import FewShotError
-from fewshot.methods.base import MetricMethod
+from fewshot.methods.base import MetricMethod, Optimization
 
 
 class MatchingNetwork(MetricMethod):
@@ -15,8 +17,7 @@ class MatchingNetwork(MetricMethod):
     Args:
         encoder: the embedding f' = g' of the paper.
         distance: from queries to support samples; the paper's c is minus the cosine distance.
-        learning_rate: see ``FewShotMethod``.
-        halve_every: see ``FewShotMethod``.
+        training: see ``Optimization``.
     """
 
     def compare(self, embedded: Episode) -> torch.Tensor:
@@ -33,23 +34,17 @@ class FullContextMatchingNetwork(MatchingNetwork):
     Args:
         encoder: the embedding f' = g' of the paper, with its number of ``features``.
         distance: see ``MatchingNetwork``.
-        learning_rate: see ``FewShotMethod``.
-        halve_every: see ``FewShotMethod``.
         unrolling_steps: K of the paper: how often a query looks at the support set.
+        training: see ``Optimization``.
 
     Raises:
         FewShotError: no unrolling step.
     """
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        distance: Distance,
-        learning_rate: float,
-        halve_every: int | None,
-        unrolling_steps: int,
+        self, encoder: nn.Module, distance: Distance, unrolling_steps: int, **training: Unpack[Optimization]
     ) -> None:
-        super().__init__(encoder, distance, learning_rate, halve_every)
+        super().__init__(encoder, distance, **training)
         if unrolling_steps < 1:
             raise FewShotError(f"method.unrolling_steps={unrolling_steps} must be at least 1; without: method=matching")
         features = int(encoder.features)  # type: ignore[arg-type]

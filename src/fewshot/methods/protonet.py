@@ -12,8 +12,7 @@ class PrototypicalNetwork(MetricMethod):
     Args:
         encoder: the embedding function f of the paper.
         distance: d of the paper, from queries to prototypes.
-        learning_rate: see ``FewShotMethod``.
-        halve_every: see ``FewShotMethod``.
+        training: see ``Optimization``.
     """
 
     def compare(self, embedded: Episode) -> torch.Tensor:

@@ -1,0 +1,163 @@
+"""The directory of a training run: one run at a time, never overwritten, and gone on with after an interruption."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+
+from fewshot.checkpoints import load_checkpoint, write_whole
+from fewshot.config import CONF
+from fewshot.errors import FewShotError
+
+# What decides the result of a run, and of that what may differ all the same when it is gone on with. The rest
+# (hardware, places, logging) may differ anyway.
+DECISIVE = [
+    "choices",
+    "way",
+    "shot",
+    "query",
+    "train",
+    "val",
+    "seed",
+    "eval_seed",
+    "dataset.size",
+    "dataset.channels",
+    "dataset.normalise",
+    "method",
+]
+MAY_DIFFER = {"train.episodes", "method.on_nan", "method.task_batching", "method.vmap_tasks", "method.recompute"}
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    """Where the checkpoint to go on from lies."""
+    return run_dir / "checkpoints" / "last.ckpt"
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """Where the weights with the best validation accuracy lie."""
+    return run_dir / "checkpoints" / "best.ckpt"
+
+
+def results_file(run_dir: Path) -> Path:
+    """Where the results lie once the run is complete."""
+    return run_dir / "results.json"
+
+
+@contextlib.contextmanager
+def only_run_in(run_dir: Path) -> Iterator[None]:
+    """Keep other runs out of a directory, for as long as this process lives.
+
+    Raises:
+        FewShotError: another run is at work there.
+    """
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise FewShotError(
+                f"another run is at work in {run_dir}; wait for its end, or choose another directory with "
+                "hydra.run.dir=PATH"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None]:
+    """What ``resume`` asks for.
+
+    Args:
+        config: as composed from the command line.
+
+    Returns:
+        The configuration to run with, and the checkpoint to go on from; None for a run that begins. With
+        ``resume=RUN_DIR`` the configuration is that of the checkpoint, but for the keys on the command line.
+
+    Raises:
+        FewShotError: there is a run in the directory that ``resume`` does not ask for, or none that it asks for; its
+            checkpoint is broken; or what decides the result differs from the run to go on with.
+    """
+    run_dir = Path(config.run_dir)
+    path = last_checkpoint(run_dir)
+    if config.resume is None:
+        # Other ranks are started by the one that looked, and by now it may have written.
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        if first and (path.exists() or results_file(run_dir).exists()):
+            raise FewShotError(
+                f"{run_dir} holds a run already: go on with it by resume={run_dir}, or choose another directory with "
+                "hydra.run.dir=PATH"
+            )
+        return config, None
+    if not path.exists():
+        if config.resume != "auto":
+            raise FewShotError(
+                f"there is no {path} to go on from; name the directory of a run, or start one without resume"
+            )
+        return config, None
+    checkpoint = load_checkpoint(path)
+    saved = OmegaConf.create(checkpoint["hyper_parameters"])
+    if config.resume != "auto":
+        config = _with_overrides(saved, config)
+    differ = [told for key, told in _differences(config, saved, DECISIVE) if key not in MAY_DIFFER]
+    if differ:
+        raise FewShotError(
+            f"{run_dir} holds a run of another make: {', '.join(differ)}; go on with it as it is by resume={run_dir}, "
+            "or choose another directory with hydra.run.dir=PATH"
+        )
+    return config, checkpoint
+
+
+def results_so_far(config: DictConfig) -> dict[str, Any] | None:
+    """The results of a run that is complete; None if there are none yet, or they are of fewer episodes."""
+    path = results_file(Path(config.run_dir))
+    try:
+        results = json.loads(path.read_text())
+        as_asked = not any(_differences(config, OmegaConf.create(results["config"]), [*DECISIVE, "test"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise FewShotError(f"{path} is broken; delete it, and the test is done again") from error
+    return results if as_asked else None
+
+
+def overrides(run_dir: Path) -> list[str]:
+    """Those that the run was started with, as Hydra has written them down."""
+    path = run_dir / ".hydra" / "overrides.yaml"
+    return [str(one) for one in OmegaConf.load(path)] if path.exists() else []
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole, or not at all; see ``write_whole``."""
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    changed = saved.copy()
+    for override in OverridesParser.create().parse_overrides(list(given)):
+        key = override.key_or_group
+        if (CONF / key).is_dir() and key != "hardware":
+            raise FewShotError(f"{override.input_line}: a run that is resumed keeps its {key}; leave it out")
+        OmegaConf.update(changed, key, OmegaConf.select(config, key), merge=False)
+    changed.run_dir, changed.resume = config.run_dir, config.resume
+    return changed
+
+
+def _differences(ours: DictConfig, theirs: DictConfig, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The keys that differ, and how, for a message."""
+    for key in keys:
+        one, other = OmegaConf.select(ours, key), OmegaConf.select(theirs, key)
+        if isinstance(one, DictConfig) and isinstance(other, DictConfig):
+            yield from _differences(ours, theirs, (f"{key}.{name!s}" for name in {**one, **other}))
+        elif one != other:
+            yield key, f"{key}={one} (there {other})"

@@ -1,0 +1,296 @@
+"""Runs that are killed, interrupted, moved, met twice, or short of disk space."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from filelock import FileLock
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fewshot.config import compose
+from fewshot.errors import FewShotError, Interrupted
+from fewshot.training import train
+
+KILLS = int(os.environ.get("FEWSHOT_KILLS", "20"))
+SHORT = [
+    "train.episodes=22",
+    "train.way=5",
+    "train.query=1",
+    "query=3",
+    "encoder.filters=8",
+    "val.every=8",
+    "val.episodes=6",
+    "test.episodes=8",
+    "checkpoint_every=3",
+    "log_every=1",
+    "hardware=cpu",
+]
+METHODS = {
+    "protonet": ["method=protonet", "method.halve_every=5"],
+    "matching": ["method=matching", "distance=scaled_cosine", "distance.learn=true"],
+    "matching_fce": ["method=matching_fce"],
+    "maml": ["method=maml", "train.meta_batch=2", "method.halve_every=5"],
+    "maml_1st": ["method=maml", "method.order=1", "train.meta_batch=3"],
+}
+# Processes that start with everything imported.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["fewshot.training"])
+
+
+def attempt(overrides):
+    try:
+        train(compose(*overrides))
+    except Interrupted as interrupted:
+        Path(compose(*overrides).run_dir, "told").write_text(str(interrupted))
+        raise SystemExit(interrupted.status) from None
+
+
+def start(overrides):
+    process = SERVER.Process(target=attempt, args=(overrides,))
+    process.start()
+    return process
+
+
+def finish(overrides):
+    process = start(overrides)
+    process.join()
+    assert process.exitcode == 0
+    return overrides
+
+
+def scalars(run_dir, tag):
+    log = EventAccumulator(str(run_dir / "tensorboard"))
+    log.Reload()
+    return [(event.step, event.value) for event in log.Scalars(tag)]
+
+
+def outcome(run_dir):
+    """All that must not depend on whether a run was interrupted."""
+    results = json.loads((run_dir / "results.json").read_text())
+    kept = {key: results[key] for key in ("accuracy", "ci95", "episodes", "val_accuracy", "validations")}
+    logged = {tag: scalars(run_dir, tag) for tag in ("train/loss", "val/accuracy", "test/accuracy")}
+    loaded = {
+        name: torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("best", "last")
+    }
+    weights = {name: of["state_dict"] for name, of in loaded.items()}
+    optimizers = {name: [of["optimizer_states"], of["lr_schedulers"]] for name, of in loaded.items()}
+    return SimpleNamespace(kept=kept, logged=logged, weights=weights, optimizers=optimizers)
+
+
+def assert_same(found, expected):
+    assert found.kept == expected.kept
+    assert found.logged == expected.logged
+    torch.testing.assert_close(found.weights, expected.weights, rtol=0, atol=0)
+    torch.testing.assert_close(found.optimizers, expected.optimizers, rtol=0, atol=0)
+
+
+@pytest.fixture
+def run(tmp_path, cache_dir):
+    """The overrides of a run in a directory of its own."""
+
+    def overrides(name, *more):
+        return [*SHORT, f"run_dir={tmp_path / name}", f"cache_dir={cache_dir}", *more]
+
+    return overrides
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(run, tmp_path, method):
+    finish(run("warm", *METHODS[method]))  # the image bank is there from here on
+    began = time.monotonic()
+    finish(run("whole", *METHODS[method]))
+    seconds = time.monotonic() - began
+    whole = outcome(tmp_path / "whole")
+    assert len(whole.kept["validations"]) == 3
+    moments, kills, number = random.Random(method), 0, 0
+    while kills < KILLS:
+        process = start(run(f"killed{number}", *METHODS[method], "resume=auto"))
+        process.join(moments.uniform(0.2, 0.7) * seconds)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0
+            assert_same(outcome(tmp_path / f"killed{number}"), whole)
+            number += 1
+    finish(run(f"killed{number}", *METHODS[method], "resume=auto"))
+    assert_same(outcome(tmp_path / f"killed{number}"), whole)
+    assert not list(tmp_path.rglob("*.partial*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_a_run_with_a_checkpoint_of_the_last_step(run, tmp_path, number):
+    finish(run("whole", "method=maml", "train.meta_batch=2"))
+    interrupted = run("stopped", "method=maml", "train.meta_batch=2", "checkpoint_every=1000")
+    process = start(interrupted)
+    log = tmp_path / "stopped" / "tensorboard"
+    while not log.exists():  # the training begins right after
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number
+    assert f"resume={tmp_path / 'stopped'}" in (tmp_path / "stopped" / "told").read_text()
+    if not (tmp_path / "stopped" / "checkpoints" / "last.ckpt").exists():
+        pytest.fail("the signal came before the first step")
+    finish([*interrupted, "resume=auto"])
+    assert_same(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
+
+
+def test_a_signal_outside_of_training_or_a_second_one_ends_at_once(run, tmp_path, monkeypatch):
+    from fewshot.data.datamodule import EpisodeDataModule  # noqa: PLC0415
+
+    monkeypatch.setattr(EpisodeDataModule, "setup", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=f"resume={tmp_path / 'run'}"):
+        train(compose(*run("run")))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_goes_on_wherever_its_directory_was_moved_to(run, tmp_path):
+    finish(run("whole"))
+    train(compose(*run("there", "train.episodes=8")))
+    shutil.move(tmp_path / "there", tmp_path / "here")
+    train(compose(*run("here", "resume=auto")))
+    assert not (tmp_path / "there").exists()
+    found, expected = outcome(tmp_path / "here"), outcome(tmp_path / "whole")
+    assert found.kept == expected.kept
+
+
+def test_a_complete_run_is_told_again_and_not_run_again(run, tmp_path, capsys):
+    train(compose(*run("run")))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.*")}
+    accuracy = json.loads((tmp_path / "run" / "results.json").read_text())["accuracy"]
+    capsys.readouterr()
+    train(compose(*run("run", "resume=auto")))
+    assert f"{accuracy:.2%}" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.*")} == before
+    train(compose(*run("run", "resume=auto", "test.episodes=9")))  # asks for more
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["episodes"] == 9
+
+
+def test_a_directory_holds_one_run_and_one_at_a_time(run, tmp_path):
+    train(compose(*run("run")))
+    here = tmp_path / "run"
+    with pytest.raises(FewShotError, match=f"{here} holds a run already: go on with it by resume={here}"):
+        train(compose(*run("run")))
+    with pytest.raises(FewShotError, match=r"run of another make: seed=1 \(there 0\); "):
+        train(compose(*run("run", "resume=auto", "seed=1")))
+    with pytest.raises(FewShotError, match=r"distance=cosine \(there l2\)"):
+        train(compose(*run("run", "resume=auto", "distance=cosine")))
+    with pytest.raises(
+        FewShotError, match=r"train\.episodes=21 is less than the 22 that the run .* has trained on already"
+    ):
+        train(compose(*run("run", "resume=auto", "train.episodes=21")))
+    with FileLock(here / ".lock"), pytest.raises(FewShotError, match=f"another run is at work in {here}"):
+        train(compose(*run("run", "resume=auto")))
+
+
+def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
+    here = tmp_path / "run"
+    done = cli(*SHORT, "seed=5", "shot=2", f"hydra.run.dir={here}")
+    assert done.returncode == 0, done.stderr
+    (here / "results.json").unlink()
+    started = (here / ".hydra" / "overrides.yaml").read_text()
+    done = cli(f"resume={here}", "test.episodes=9")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((here / "results.json").read_text())
+    assert (results["seed"], results["shot"], results["episodes"]) == (5, 2, 9)
+    assert results["overrides"] == [*SHORT, "seed=5", "shot=2"]
+    assert (here / ".hydra" / "overrides.yaml").read_text() == started
+    for overrides, told in (
+        ([f"resume={tmp_path / 'none'}"], f"there is no {tmp_path}/none/checkpoints/last.ckpt to go on from"),
+        ([f"resume={here}", "distance=cosine"], "distance=cosine: a run that is resumed keeps its distance"),
+        ([f"resume={here}", "seed=6"], "run of another make: seed=6 (there 5)"),
+    ):
+        done = cli(*overrides)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ") and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def spoil(monkeypatch, at, value):
+    """Let the gradient of the training step after ``at`` episodes be ``value``."""
+    from fewshot.methods.maml import MAML  # noqa: PLC0415
+    from fewshot.methods.protonet import PrototypicalNetwork  # noqa: PLC0415
+
+    learn, meta_gradient = PrototypicalNetwork.training_step, MAML.meta_gradient
+
+    def factor(method):
+        return value if method.trainer.datamodule.trained == at else 1
+
+    def spoiled(self, meta_batch):
+        found = meta_gradient(self, meta_batch)
+        return found._replace(gradients=[of * factor(self) for of in found.gradients])
+
+    monkeypatch.setattr(PrototypicalNetwork, "training_step", lambda self, *of: learn(self, *of) * factor(self))
+    monkeypatch.setattr(MAML, "meta_gradient", spoiled)
+
+
+@pytest.mark.parametrize("name", ["protonet", "maml"])
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_episodes(run, tmp_path, monkeypatch, name):
+    spoil(monkeypatch, at=14, value=float("nan"))
+    with pytest.raises(FewShotError) as caught:
+        train(compose(*run("run", f"method={name}", "train.meta_batch=2", "seed=4", "val.every=10")))
+    assert "gradient of training episode 14 is nan (seed=4, epoch 1, number 4 to 5)" in str(caught.value)
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["EpisodeDataModule"] == {"trained": 14}
+    assert all(weight.isfinite().all() for weight in last["state_dict"].values())
+
+
+@pytest.mark.parametrize("name", ["protonet", "maml"])
+def test_a_step_without_a_finite_gradient_can_be_skipped_and_is_counted(run, tmp_path, monkeypatch, name, capsys):
+    spoil(monkeypatch, at=14, value=float("inf"))
+    train(compose(*run("run", f"method={name}", "train.meta_batch=2", "method.on_nan=skip")))
+    assert "skipped: the gradient of training episode 14 is" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["skipped_steps"] == 1
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(weight.isfinite().all() for weight in last["state_dict"].values())
+
+
+def test_a_validation_no_better_than_guessing_is_told_once(run, monkeypatch, capsys):
+    from fewshot.methods.protonet import PrototypicalNetwork  # noqa: PLC0415
+
+    monkeypatch.setattr(PrototypicalNetwork, "evaluate", lambda _, batch: torch.zeros(*batch.query.shape[:2], 5))
+    train(compose(*run("run")))
+    assert capsys.readouterr().out.count("warning: after 8 training episodes this is what guessing gives (20.00%)") == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, with little room."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.system(f"mount -t tmpfs -o size=3m tmpfs {place} 2>/dev/null"):
+        pytest.skip("no right to mount a small tmpfs")
+    yield place
+    os.system(f"umount -l {place}")
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_once_there_is_room(cli, run, small_disk, tmp_path):
+    finish(run("whole", "encoder.filters=32"))
+    here = small_disk / "run"
+    filler = small_disk / "filler"
+    options = [*SHORT, "encoder.filters=32", f"hydra.run.dir={here}", "resume=auto"]
+    told = []
+    for free in (100_000, 550_000, 400_000):  # the first checkpoint, the next, the best one beside it
+        usage = os.statvfs(small_disk)
+        filler.write_bytes(bytes(max(0, usage.f_bavail * usage.f_frsize - free)))
+        done = cli(*options)
+        assert done.returncode == 1, done.stdout
+        assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        told.append(done.stderr)
+        filler.unlink()
+    assert "last.ckpt" in told[0] or "best.ckpt" in told[0]
+    done = cli(*options)
+    assert done.returncode == 0, done.stderr
+    assert outcome(here).kept == outcome(tmp_path / "whole").kept
