@@ -1,6 +1,15 @@
-import hydra
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
-from fewshot.config import compose
+import hydra
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from conftest import nothing_touched
+from fewshot.cli import _explain
+from fewshot.config import check, compose
 
 
 def test_another_programs_own_configuration_outlives_ours(tmp_path):
@@ -8,3 +17,72 @@ def test_another_programs_own_configuration_outlives_ours(tmp_path):
     with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
         assert compose("way=3", "run_dir=here").way == 3
         assert hydra.compose("theirs").a == 1
+
+
+@cache
+def keys() -> list[str]:
+    def below(node: Any, prefix: str) -> Iterator[str]:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            yield prefix + key
+            yield from below(value, f"{prefix}{key}.")
+
+    return [*below(OmegaConf.to_container(compose("run_dir=x")), ""), "experiment", "hydra.run.dir", "hydra.sweep.dir"]
+
+
+WORDS = st.sampled_from(
+    [
+        *(
+            "omniglot",
+            "glyphs",
+            "maml",
+            "cosine",
+            "cpu",
+            "0",
+            "1",
+            "-1",
+            "5",
+            "1e9",
+            "1e999",
+            "nan",
+            "inf",
+            "null",
+            "true",
+        ),
+        *("[1,2]", "{a:1}", "{way:3}", "???", "@", ".", "..", "../../etc/passwd", "~", "+", "++", "'", '"', "\\"),
+        *("${way}", "${oc.env:HOME}", "${oc.env:NONE}", "${now:%Y}", "${hydra:runtime.cwd}", "${fewshot_root:..}"),
+        *("${method}", "${oc.decode:x}", "${x:y}", "${", ",", ":", ";", "=", "[", "{", "("),
+        *("glob(*)", "choice(1,2)", "range(1,9)", "sort(3,1)", "int(2)", "str(5)", "cast(a)", "interval(0,1)"),
+    ]
+)
+VALUES = (
+    WORDS
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | st.text(max_size=8)
+    | st.lists(WORDS, max_size=4).map("".join)
+)
+
+
+@st.composite
+def overrides(draw: st.DrawFn) -> str:
+    """What a command line may say, mostly of keys that there are."""
+    key = draw(st.sampled_from(keys()) | st.sampled_from(keys()).map(lambda of: of[:-1]) | VALUES)
+    return (
+        draw(st.sampled_from(["", "", "", "+", "++", "~"]))
+        + key
+        + draw(st.sampled_from(["=", "=", "=", "", "@"]))
+        + draw(VALUES)
+    )
+
+
+@given(st.lists(overrides(), max_size=3))
+def test_whatever_a_command_line_says_it_is_a_configuration_or_refused_in_one_line(given_overrides):
+    try:
+        with nothing_touched():
+            config = compose("run_dir=x", *given_overrides)
+            check(config)
+    except Exception as error:
+        told = _explain(error)
+        assert told is not None and len(told.splitlines()) == 1, error  # noqa: PT017
+    else:
+        assert isinstance(config, DictConfig) and config.way >= 2
