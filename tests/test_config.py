@@ -29,50 +29,34 @@ def keys() -> list[str]:
     return [*below(OmegaConf.to_container(compose("run_dir=x")), ""), "experiment", "hydra.run.dir", "hydra.sweep.dir"]
 
 
+GOOD = [
+    *("dataset=omniglot", "dataset=miniimagenet", "method=maml", "method=matching_fce", "distance=scaled_cosine"),
+    *("hardware=gpu", "way=20", "train.way=${shot}", "+experiment=matching_omniglot", "~train.meta_batch", "seed=1"),
+]
 WORDS = st.sampled_from(
     [
-        *(
-            "omniglot",
-            "glyphs",
-            "maml",
-            "cosine",
-            "cpu",
-            "0",
-            "1",
-            "-1",
-            "5",
-            "1e9",
-            "1e999",
-            "nan",
-            "inf",
-            "null",
-            "true",
-        ),
+        *("omniglot", "glyphs", "maml", "cosine", "cpu", "null", "true", "0", "1", "-1", "5", "1e9", "1e999", "nan"),
         *("[1,2]", "{a:1}", "{way:3}", "???", "@", ".", "..", "../../etc/passwd", "~", "+", "++", "'", '"', "\\"),
         *("${way}", "${oc.env:HOME}", "${oc.env:NONE}", "${now:%Y}", "${hydra:runtime.cwd}", "${fewshot_root:..}"),
         *("${method}", "${oc.decode:x}", "${x:y}", "${", ",", ":", ";", "=", "[", "{", "("),
         *("glob(*)", "choice(1,2)", "range(1,9)", "sort(3,1)", "int(2)", "str(5)", "cast(a)", "interval(0,1)"),
     ]
 )
-VALUES = (
-    WORDS
-    | st.integers().map(str)
-    | st.floats().map(str)
-    | st.text(max_size=8)
-    | st.lists(WORDS, max_size=4).map("".join)
-)
+NUMBERS = st.integers().map(str) | st.floats().map(str)
+VALUES = WORDS | NUMBERS | st.text(max_size=8) | st.lists(WORDS, max_size=4).map("".join)
 
 
 @st.composite
 def overrides(draw: st.DrawFn) -> str:
     """What a command line may say, mostly of keys that there are."""
-    key = draw(st.sampled_from(keys()) | st.sampled_from(keys()).map(lambda of: of[:-1]) | VALUES)
-    return (
-        draw(st.sampled_from(["", "", "", "+", "++", "~"]))
-        + key
-        + draw(st.sampled_from(["=", "=", "=", "", "@"]))
-        + draw(VALUES)
-    )
+    kind = draw(st.sampled_from(["good", "plausible", "plausible", "wild"]))
+    if kind == "good":
+        return draw(st.sampled_from(GOOD))
+    key = draw(st.sampled_from(keys()))
+    if kind == "plausible":
+        return f"{key}={draw(WORDS | NUMBERS)}"
+    key = draw(st.sampled_from([key, key[:-1]]) | VALUES)
+    return draw(st.sampled_from(["", "+", "++", "~"])) + key + draw(st.sampled_from(["=", "", "@"])) + draw(VALUES)
 
 
 @given(st.lists(overrides(), max_size=3))

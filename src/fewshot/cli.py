@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -87,9 +88,16 @@ def _explain(error: BaseException) -> str | None:
                 "hydra.run.dir=PATH (results), cache_dir=PATH and data_dir=PATH"
             )
     told = [str(cause) for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
+    told += [str(cause) or "an argument is not understood" for cause in causes if _raised_in_hydra(cause)]
     lines = [line.strip() for message in told for line in message.splitlines()]
     lines = [line for line in lines if line and not line.startswith(ASIDES)]
     return f"{' '.join(dict.fromkeys(lines))} {help_}" if told else None
+
+
+def _raised_in_hydra(error: BaseException) -> bool:
+    """Whether Hydra itself stumbled over the command line; not all that it finds has a type of its own."""
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith(("hydra.core", "hydra._internal"))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

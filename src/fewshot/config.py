@@ -94,7 +94,11 @@ def check(config: DictConfig) -> None:
         FewShotError: names every such key, and its bound.
     """
     values = {key: OmegaConf.select(config, key) for key in AT_LEAST}
-    wrong = [f"{key}={values[key]} must be at least {least}" for key, least in AT_LEAST.items() if values[key] < least]
+    wrong = [
+        f"{key}={values[key]} must be at least {least}"
+        for key, least in AT_LEAST.items()
+        if not isinstance(values[key], int) or values[key] < least  # an override can take a whole node away
+    ]
     if wrong:
         raise FewShotError("; ".join(wrong))
 

@@ -166,7 +166,10 @@ def test_what_is_odd_about_the_images_is_kept_with_them(file, tmp_path):
 
     for _ in ("built", "opened"):
         findings = open_bank("toy", Source([file], classes), {}, tmp_path / "cache").findings
-        assert any("more than one split" in of and "class 9 number 3 (test) = class 0 number 1 (train)" in of for of in findings)
+        assert any(
+            "more than one split" in of and "class 9 number 3 (test) = class 0 number 1 (train)" in of
+            for of in findings
+        )
 
 
 def test_files_that_are_gone_when_a_bank_is_opened_are_named(file, tmp_path):

@@ -384,11 +384,12 @@ def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["images", "caches"])
-def test_a_folder_in_place_of_a_file_is_named(tmp_path, layout):
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_folder_or_a_pipe_in_place_of_a_file_is_named(tmp_path, layout, make):
     LAYOUTS[layout](tmp_path / "miniimagenet")
     file = tmp_path / "miniimagenet" / ("val.csv" if layout == "images" else "mini-imagenet-cache-val.pkl")
     file.unlink()
-    file.mkdir()
+    make(file)
     with pytest.raises(FewShotError, match=str(file)):
         open_bank("miniimagenet", read(tmp_path), {}, tmp_path / "cache")
 

@@ -213,7 +213,9 @@ def test_a_download_that_breaks_off_is_tried_again(server, tmp_path, fault, caps
 
 
 @pytest.mark.parametrize("fault", ["wrong checksum", "half way", "in a chunk", "silence", "no server"])
-def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(server, tmp_path, monkeypatch, capsys, fault):
+def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(
+    server, tmp_path, monkeypatch, capsys, fault
+):
     if fault == "wrong checksum":
         monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", dict.fromkeys(PARTS, "0" * 32))
     elif fault != "no server":

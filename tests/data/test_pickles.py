@@ -24,8 +24,6 @@ CLASSES = {"n01": [0, 1, 2], "n02": [3, 4, 5]}
 CACHE = {"image_data": IMAGES, "class_dict": CLASSES}
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
-str(b"x", "raw-unicode-escape")  # loads the code of it, which would be seen as code that a pickle runs
-
 
 def read(contents):
     with nothing_touched():
@@ -105,7 +103,9 @@ def exploits(marker):
 def test_an_exploit_is_refused_and_nothing_of_it_happens(tmp_path, kind, protocol):
     marker = tmp_path / "owned.npy"
     contents = pickle.dumps(CACHE | {"extra": exploits(marker)[kind]}, protocol)
-    with pytest.raises((pickle.UnpicklingError, TypeError), match=r"asks for|calls|are no numbers|in an unexpected place"):
+    with pytest.raises(
+        (pickle.UnpicklingError, TypeError), match=r"asks for|calls|are no numbers|in an unexpected place"
+    ):
         read(contents)
     assert not marker.exists()
     with contextlib.suppress(TypeError):
@@ -148,10 +148,10 @@ BOMBS = {
     "2^40 bytes that can be written": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
     "2 GB of old text": b"T\xff\xff\xff\x7f.",
     "a key nested too deeply to be hashed": b"\x80\x04})" + b"\x85" * 10**6 + b"Ns.",
-    "a list of a range without end": b"cbuiltins\nlist\ncbuiltins\nrange\n(I0\nL9999999999L\ntR\x85R.",
-    "a range as arguments": b"cbuiltins\nrange\ncbuiltins\nrange\n(L9999999999L\ntRR.",
-    "a range as a state": b"cnumpy\ndtype\n(S'u1'\ntRcbuiltins\nrange\n(L9999999999L\ntRb.",
-    "a range as pairs": b"ccollections\nOrderedDict\ncbuiltins\nrange\n(L9999999999L\ntR\x85R.",
+    "a list of a range without end": b"cbuiltins\nlist\ncbuiltins\nrange\n(I0\nL200000000L\ntR\x85R.",
+    "a range as arguments": b"cbuiltins\nrange\ncbuiltins\nrange\n(L200000000L\ntRR.",
+    "a range as a state": b"cnumpy\ndtype\n(S'u1'\ntRcbuiltins\nrange\n(L200000000L\ntRb.",
+    "a range as pairs": b"ccollections\nOrderedDict\ncbuiltins\nrange\n(L200000000L\ntR\x85R.",
     "an array larger than its bytes": pickle.dumps(IMAGES, 4).replace(b"K\x06K\x02K\x02K\x03", b"K\xffK\xffK\xffK\xff"),
     "text of a gigabyte a letter": pickle.dumps(np.array(["x"]), 4).replace(b"\x02U1", b"\x0aU999999999"),
 }
