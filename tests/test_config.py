@@ -3,7 +3,7 @@ from functools import cache
 from typing import Any
 
 import hydra
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
@@ -60,6 +60,11 @@ def overrides(draw: st.DrawFn) -> str:
 
 
 @given(st.lists(overrides(), max_size=3))
+@example(["dataset=5"])  # what fuzzing found; Hydra has no error of its own for the first three
+@example(["~dataset=5"])
+@example(["+=omniglot"])
+@example(["val=???"])
+@example(["seed=${oc.env:HOME}"])
 def test_whatever_a_command_line_says_it_is_a_configuration_or_refused_in_one_line(given_overrides):
     try:
         with nothing_touched():

@@ -55,7 +55,7 @@ class Audit:
             images: all of the class, uint8 ``[images, height, width, channels]``.
         """
         pixels, size = images.tobytes(), images[0].size
-        # Python's own hash: quick, and since it is another one in each process, nobody can make two images collide.
+        # Python's own hash: quick, and as it is another one in each process, nobody can foresee what would collide.
         hashes = [hash(pixels[start : start + size]) for start in range(0, len(pixels), size)]
         for image, of in enumerate(hashes, start=self._images):
             first = self._first.setdefault(of, image)
