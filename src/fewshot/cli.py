@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fewshot.config import CONF, compose_unresolved
-from fewshot.errors import Interrupted, mistake
+from fewshot.errors import Interrupted, mistake, printable
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
 # What Hydra and OmegaConf add to a message for those who write configuration files.
@@ -134,10 +134,12 @@ def _explain(error: BaseException) -> str | None:
             )
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             return f"{cause.strerror}; what was saved before is kept: make room, then go on by resume=RUN_DIR"
-    libraries = [cause for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
+    known = HydraException | OmegaConfBaseException
+    libraries = [cause for cause in causes if isinstance(cause, known) or _raised_in_hydra(cause)]
     if not libraries:
         return None
-    return f"{'; '.join(_wrong_overrides()) or _plain(*libraries)} {help_}"
+    told = "; ".join(_wrong_overrides()) or _plain(*libraries) or "an argument is not understood"
+    return f"{printable(told)} {help_}"
 
 
 def _plain(*errors: BaseException) -> str:
@@ -148,6 +150,8 @@ def _plain(*errors: BaseException) -> str:
 def _wrong_overrides() -> Iterator[str]:
     """What is wrong with each override of the command line by itself, with the nearest name that exists."""
     name = Path(sys.argv[0]).stem
+    if not (CONF / f"{name}.yaml").exists():
+        return  # not one of our programs
     groups: list[tuple[str, str]] = []
     keys: list[tuple[str, str]] = []
     for argument in sys.argv[1:]:
@@ -170,12 +174,12 @@ def _wrong_overrides() -> Iterator[str]:
             yield _plain(error) + _nearest(tried.partition("=")[2], _options(group))
         else:
             chosen.append(tried)
-    known = list(_keys(compose_unresolved(*chosen, name=name)))
+    names = list(_keys(compose_unresolved(*chosen, name=name)))
     for key, tried in keys:
         try:
             compose_unresolved(*chosen, tried, name=name)
         except (HydraException, OmegaConfBaseException) as error:
-            yield _plain(error) + ("" if key in known else _nearest(key, known))
+            yield _plain(error) + ("" if key in names else _nearest(key, names))
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -199,6 +203,12 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
         value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():
             yield from _keys(value, f"{prefix}{key!s}.")
+
+
+def _raised_in_hydra(error: BaseException) -> bool:
+    """Whether Hydra itself stumbled over the command line; not all that it finds has a type of its own."""
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith(("hydra.core", "hydra._internal"))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,7 +1,7 @@
 """One image: from an encoded file to uint8 pixels, and from pixels to what an encoder takes."""
 
 import io
-import zlib
+import warnings
 
 import numpy as np
 import torch
@@ -26,12 +26,16 @@ def decode(file: ImageFile, size: int, channels: int) -> NDArray[np.uint8]:
         uint8 ``[size, size, channels]``.
 
     Raises:
-        FewShotError: the file cannot be read, is no image, or a broken one.
+        FewShotError: the file cannot be read, is no image, or a broken one, or has more pixels than Pillow allows.
     """
     try:
-        with Image.open(io.BytesIO(file.read())) as image:
-            return to_pixels(image, size, channels)
-    except (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # between its limit and twice that
+            with Image.open(io.BytesIO(file.read())) as image:
+                if image.format == "EPS":
+                    raise ValueError("PostScript is a program, and is not run")
+                return to_pixels(image, size, channels)
+    except Exception as error:  # each format's decoder raises what it stumbles over
         reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise FewShotError(f"cannot read the image {file.name}: {reason}; replace or remove it") from error
 
