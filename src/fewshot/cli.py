@@ -138,8 +138,8 @@ def _explain(error: BaseException) -> str | None:
     libraries = [cause for cause in causes if isinstance(cause, known) or _raised_in_hydra(cause)]
     if not libraries:
         return None
-    told = "; ".join(_wrong_overrides()) or _plain(*libraries) or "an argument is not understood"
-    return f"{printable(told)} {help_}"
+    line = "; ".join(_wrong_overrides()) or _plain(*libraries) or "an argument is not understood"
+    return f"{printable(line)} {help_}"
 
 
 def _plain(*errors: BaseException) -> str:
