@@ -171,7 +171,7 @@ def server(tmp_path, monkeypatch):
             if started.cut_first and started.gets > started.cut_first:
                 started.cut = ""
             if started.cut == "silence":
-                time.sleep(1)
+                time.sleep(2)
             if started.cut == "in a chunk":
                 self.send_response(200)
                 self.send_header("Transfer-Encoding", "chunked")
@@ -192,7 +192,6 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", home)
     monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", checksums)
     monkeypatch.setattr(module, "PAUSES", (0, 0.01))
-    monkeypatch.setattr(module, "SILENCE", 0.3)
     yield started
     started.shutdown()
 
@@ -205,7 +204,9 @@ def test_it_is_downloaded_where_it_is_absent(server, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["half way", "in a chunk", "silence"])
-def test_a_download_that_breaks_off_is_tried_again(server, tmp_path, fault, capsys):
+def test_a_download_that_breaks_off_is_tried_again(server, tmp_path, monkeypatch, capsys, fault):
+    if fault == "silence":
+        monkeypatch.setattr(module, "SILENCE", 0.5)
     server.cut, server.cut_first = fault, 2
     assert len(read(tmp_path / "data").classes()) == 40
     assert capsys.readouterr().out.count("trying again in") == (2 if fault == "silence" else 1)
@@ -220,6 +221,7 @@ def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(
         monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", dict.fromkeys(PARTS, "0" * 32))
     elif fault != "no server":
         server.cut = fault
+        monkeypatch.setattr(module, "SILENCE", 0.5)
     else:
         monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", "http://127.0.0.1:9")
     told = r"cannot be downloaded from http://127\.0\.0\.1.*data_dir=PATH"

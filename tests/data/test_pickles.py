@@ -147,7 +147,7 @@ BOMBS = {
     "2^40 bytes of text": b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b".",
     "2^40 bytes that can be written": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
     "2 GB of old text": b"T\xff\xff\xff\x7f.",
-    "a key nested too deeply to be hashed": b"\x80\x04})" + b"\x85" * 10**6 + b"Ns.",
+    "a key nested too deeply to be hashed": b"\x80\x04})" + b"\x85" * 200_000 + b"Ns.",
     "a list of a range without end": b"cbuiltins\nlist\ncbuiltins\nrange\n(I0\nL200000000L\ntR\x85R.",
     "a range as arguments": b"cbuiltins\nrange\ncbuiltins\nrange\n(L200000000L\ntRR.",
     "a range as a state": b"cnumpy\ndtype\n(S'u1'\ntRcbuiltins\nrange\n(L200000000L\ntRb.",
@@ -159,13 +159,13 @@ BOMBS = {
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_bomb_is_refused_or_harmless_at_once_and_in_little_memory(kind):
-    largest, since = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    largest, since = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     if kind.startswith(("a memo", "a frame")):
         assert read(BOMBS[kind]) == []
     else:
         with pytest.raises((pickle.UnpicklingError, TypeError, ValueError, OverflowError, MemoryError)):
             read(BOMBS[kind])
-    assert time.monotonic() - since < 5
+    assert time.process_time() - since < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - largest < 300 * 1024  # KiB
 
 
