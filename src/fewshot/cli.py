@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
@@ -17,10 +18,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fewshot.config import CONF, compose_unresolved
 from fewshot.errors import Interrupted, mistake, printable
+from fewshot.processes import PATIENCE
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
 # What Hydra and OmegaConf add to a message for those who write configuration files.
@@ -113,6 +116,10 @@ def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
 
 
 def _exit(message: str, status: int) -> None:
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    if rank > 0:
+        time.sleep(PATIENCE)  # what befell all processes, the first one tells, and ends this one
+        message = f"process {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -93,6 +93,8 @@ AT_LEAST = {
     "checkpoint_every": 1,
     "log_every": 1,
     "method.halve_every": 1,
+    "hardware.num_nodes": 1,
+    "hardware.accumulate_grad_batches": 1,
 }
 NODES = ("dataset", "method", "distance", "encoder", "hardware", "train", "val", "test")
 ABOVE_ZERO = ("method.learning_rate",)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -26,6 +28,7 @@ from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
+from fewshot.processes import as_one
 from fewshot.runs import (
     best_checkpoint,
     last_checkpoint,
@@ -75,9 +78,17 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **keep)
     step = checkpoint["global_step"] if checkpoint is not None else 0
     trainer = make_trainer(config, record, finite, interruption, best, last, step=step)
+    _check_hardware(config, method, trainer)
     data = make_data(config)
+    data.trainer = trainer
     data.prepare_data()
     data.setup()
+    if data.meta_batch > config.train.meta_batch:
+        pieces = f" in each of {data.pieces} pieces" if data.pieces > 1 else ""
+        _say(
+            f"a training step takes {data.meta_batch} episodes, and not train.meta_batch={config.train.meta_batch}: "
+            f"one for each of {data.processes} processes{pieces}"
+        )
     _list_classes(data.bank, run_dir)
     if checkpoint is not None:
         data.load_state_dict(checkpoint[type(data).__qualname__])
@@ -86,12 +97,14 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
             f"train.episodes={data.train_episodes} is less than the {data.trained} that the run in {run_dir} has "
             "trained on already; ask for at least as many"
         )
-    # Of a training that is complete already, this restores the state and no more.
-    trainer.fit(method, data, ckpt_path=last_checkpoint(run_dir) if checkpoint is not None else None, weights_only=True)
-    interruption.check()
-    # The test restores the older state that the callbacks had at the best weights.
-    seconds, validations, skipped = record.seconds, record.validations, finite.skipped
-    trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
+    from_here = last_checkpoint(run_dir) if checkpoint is not None else None
+    with as_one(trainer, interruption.resume):
+        # Of a training that is complete already, this restores the state and no more.
+        trainer.fit(method, data, ckpt_path=from_here, weights_only=True)
+        interruption.check(trainer)
+        # The test restores the older state that the callbacks had at the best weights.
+        seconds, validations, skipped = record.seconds, record.validations, finite.skipped
+        trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
 
     validation = max(estimate["accuracy"] for estimate in validations)
     results = {
@@ -101,7 +114,8 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         **method.estimates["test"]._asdict(),
         "val_accuracy": validation,
         "seed": config.seed,
-        "machine": machine(trainer.strategy.root_device),
+        "machine": machine(trainer.strategy.root_device, trainer.world_size),
+        "meta_batch": data.meta_batch,
         "train_seconds": seconds,
         "train_episodes_per_second": config.train.episodes / seconds,
         "skipped_steps": skipped,
@@ -146,7 +160,10 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # a resumed run's
     warnings.filterwarnings("ignore", message=".*Total length of .* is zero")  # of one that is complete
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting")  # they are equal
+    warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # told as an error
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
+    logging.getLogger("lightning_fabric.utilities").setLevel(logging.WARNING)
     hardware = {str(key): value for key, value in config.hardware.items() if key != "compile"}
     return pl.Trainer(
         **hardware,
@@ -164,6 +181,35 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
     )
 
 
+def _check_hardware(config: DictConfig, method: FewShotMethod, trainer: pl.Trainer) -> None:
+    """Refuse what only the trainer knows not to go together.
+
+    Raises:
+        FewShotError: names what does not.
+    """
+    scaled = str(config.hardware.precision) in {"16", "16-mixed"}
+    if scaled and trainer.precision != "16-mixed":
+        raise FewShotError("hardware.precision=16-mixed needs a GPU; choose bf16-mixed on the CPU")
+    if scaled and not method.automatic_optimization:
+        raise FewShotError(
+            "hardware.precision=16-mixed scales the loss so that half precision holds its gradient, and not those of "
+            f"the inner steps of method={config.choices.method}; choose bf16-mixed, which needs no scale"
+        )
+    if trainer.accumulate_grad_batches > 1 and not method.automatic_optimization:
+        raise FewShotError(
+            f"hardware.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: method="
+            f"{config.choices.method} takes the gradient of one task after another as it is, however many "
+            "train.meta_batch has"
+        )
+    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    started = trainer.world_size > 1 and not trainer.strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
+    if sweep and started:
+        raise FewShotError(
+            f"hardware.devices={config.hardware.devices}: the jobs of a sweep (-m) have one process each; choose "
+            "hardware.devices=1, or start the runs one by one"
+        )
+
+
 @rank_zero_only
 def _list_classes(bank: ImageBank, run_dir: Path) -> None:
     """Write down which classes each split holds, since seeds and data decide it."""
@@ -178,6 +224,12 @@ def _report(results: dict[str, Any], run_dir: Path) -> None:
     _tell(results, run_dir)
 
 
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@rank_zero_only
 def _tell(results: dict[str, Any], run_dir: Path) -> None:
     table = Table(title=f"{results['way']}-way {results['shot']}-shot accuracy on test classes, with its 95% interval")
     shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder") if results[key]} | {

@@ -54,11 +54,15 @@ class FewShotMethod(pl.LightningModule, ABC):
             Logits, ``[queries, way]``.
         """
 
+    def weight(self, batch_idx: int) -> float:
+        """Of a training batch's mean loss: the mean over all processes is then that over all their episodes."""
+        return self.trainer.datamodule.weights[batch_idx]  # type: ignore[attr-defined]
+
     def log_training(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Log the loss and the accuracy of a training step.
+        """Log the loss and the accuracy of a training step, of this process's part of the meta-batch.
 
         Args:
-            loss: the mean over the meta-batch.
+            loss: the mean over that.
             logits: ``[tasks, queries, way]``.
             labels: int64 ``[tasks, queries]``.
         """
@@ -127,12 +131,12 @@ class MetricMethod(FewShotMethod):
         support, query = embeddings.tensor_split([len(episode.support)])
         return self.compare(episode._replace(support=support, query=query))
 
-    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:
         """The cross-entropy of the queries, over all episodes of the meta-batch: both papers' loss."""
         logits = torch.stack([self(episode) for episode in meta_batch.tasks()])
         loss = cross_entropy(logits.flatten(0, 1), meta_batch.query_labels.flatten())
         self.log_training(loss, logits, meta_batch.query_labels)
-        return loss
+        return loss * self.weight(batch_idx)
 
     # In validation and test an embedding depends on nothing but its image, so each image is embedded once.
     def on_validation_epoch_start(self) -> None:
@@ -144,6 +148,11 @@ class MetricMethod(FewShotMethod):
         self._embed("test")
 
     def _embed(self, split: str) -> None:
+        if self.trainer.world_size > 1:
+            # What batch norm remembers differs between processes that train on different episodes. The first one's is
+            # what a checkpoint holds.
+            for remembered in self.encoder.buffers():
+                torch.distributed.broadcast(remembered, src=0)
         with self.trainer.precision_plugin.forward_context():
             self.trainer.datamodule.embed(split, self.encoder)  # type: ignore[attr-defined]
 

@@ -232,12 +232,12 @@ class MAML(FewShotMethod):
             return map_in_threads(learn, meta_batch.tasks())
         return map(learn, meta_batch.tasks())
 
-    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:
         """One meta-update: algorithm 2. Returns the mean loss of the tasks after adaptation."""
         optimizer: Any = self.optimizers()
         gradients, loss, logits = self.meta_gradient(meta_batch)
         if self.trainer.world_size > 1:
-            gradients = self._mean_over_processes(gradients, len(meta_batch.query))
+            gradients = self._mean_over_processes(gradients, self.weight(batch_idx))
         for parameter, gradient in zip(self.weights().values(), gradients, strict=True):
             parameter.grad = gradient
         if self.clip_norm is not None:
@@ -249,13 +249,13 @@ class MAML(FewShotMethod):
         self.log_training(loss, logits, meta_batch.query_labels)
         return loss
 
-    def _mean_over_processes(self, gradients: list[torch.Tensor], tasks: int) -> list[torch.Tensor]:
-        """The mean over the tasks of all processes, be their numbers equal or not, from that over one's own."""
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), gradients[0].new_ones(1)]) * tasks
-        *sums, total = cast(torch.Tensor, self.trainer.strategy.reduce(flat, reduce_op="sum")).split(
-            [gradient.numel() for gradient in gradients] + [1]
+    def _mean_over_processes(self, gradients: list[torch.Tensor], weight: float) -> list[torch.Tensor]:
+        """The mean over the tasks of all processes, from that over one's own."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) * weight
+        means = cast(torch.Tensor, self.trainer.strategy.reduce(flat, reduce_op="mean")).split(
+            [gradient.numel() for gradient in gradients]
         )
-        return [(of / total).view_as(gradient) for of, gradient in zip(sums, gradients, strict=True)]
+        return [mean.view_as(gradient) for mean, gradient in zip(means, gradients, strict=True)]
 
     def _check(self, episode: Episode) -> None:
         if episode.way != self.head.out_features:
