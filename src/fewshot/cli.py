@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +26,11 @@ from fewshot.sweeps import FAILURE, Sweep, failures
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
 # What Hydra and OmegaConf add to a message for those who write configuration files.
 ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
+# The extra that brings each of Hydra's plugins.
+PLUGINS = {
+    **{"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray"},
+    **{"optuna": "optuna", "search": "optuna"},
+}
 
 
 def name_leading(key: str, arguments: list[str]) -> None:
@@ -170,16 +175,23 @@ def _wrong_overrides() -> Iterator[str]:
         except HydraException as error:
             yield _plain(error)
             continue
-        value = str(next(override.sweep_string_iterator())) if override.is_sweep_override() else None
-        tried = f"{override.input_line.partition('=')[0]}={value}" if value is not None else argument
-        of_group = (CONF / override.key_or_group).is_dir()
+        value = override.value()
+        if isinstance(value, Glob):
+            continue  # it takes what there is
+        tried = argument
+        if override.is_sweep_override():
+            one = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
+            tried = f"{override.input_line.partition('=')[0]}={one}"
+        of_group = (CONF / override.key_or_group).is_dir() or override.key_or_group.startswith("hydra/")
         (groups if of_group else keys).append((override.key_or_group, tried))
     chosen: list[str] = []
     for group, tried in groups:
         try:
             compose_unresolved(*chosen, tried, name=name)
         except (HydraException, OmegaConfBaseException) as error:
-            yield _plain(error) + _nearest(tried.partition("=")[2], _options(group))
+            option = tried.partition("=")[2]
+            plugin = f" (pip install -e '.[{PLUGINS[option]}]' brings it)" if option in PLUGINS else ""
+            yield _plain(error) + (plugin or _nearest(option, _options(group)))
         else:
             chosen.append(tried)
     known = list(_keys(compose_unresolved(*chosen, name=name)))

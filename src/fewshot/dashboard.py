@@ -1,6 +1,7 @@
 """What TensorBoard shows of a run beside losses and accuracies; ``make dashboard`` opens it."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from fewshot.data.bank import ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.data.episodes import Episode, EpisodeNumber
+from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber
 from fewshot.methods.base import FewShotMethod, MetricMethod
 from fewshot.results import Result
 from fewshot.style import COLOURS, STYLE
@@ -27,6 +29,14 @@ ROWS, SUPPORT, QUERIES = 10, 5, 8  # of an episode that are drawn: classes, supp
 MATRIX = 30  # classes that a confusion matrix has room for
 HARDEST = 20  # classes that are named where there are more
 EMBEDDED = 20, 10  # classes, and images of each, in the projector
+COLUMNS = ("dataset", "method", "distance", "way", "shot")  # of the table of hyperparameters, before one asks for more
+
+
+class Log(TensorBoardLogger):
+    """TensorBoard's log of a run, without Lightning's epochs: ours are the stretches between two checkpoints."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # noqa: D102
+        super().log_metrics({key: value for key, value in metrics.items() if key != "epoch"}, step)
 
 
 class Dashboard(pl.Callback):
@@ -71,7 +81,7 @@ class Dashboard(pl.Callback):
             return
         data: EpisodeDataModule = trainer.datamodule  # type: ignore[attr-defined]
         answers = {number: of.cpu().numpy() for number, of in self._answers.items()}
-        meetings = torch.from_numpy(meetings_of(data, answers)).to(trainer.strategy.root_device)
+        meetings = torch.from_numpy(meetings_of(data.datasets["test"], answers)).to(trainer.strategy.root_device)
         met, taken = trainer.strategy.reduce(meetings, reduce_op="sum").cpu().numpy()  # type: ignore[union-attr]
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             number = min(answers)
@@ -101,31 +111,38 @@ def log_hyperparameters(logger: TensorBoardLogger, result: Result, step: int) ->
     # The same keys in every run: TensorBoard takes its columns from one of them.
     told = (*settings, "method.learning_rate", "resume")
     others = [of for of in result["overrides"] if of.lstrip("+~").partition("=")[0] not in told]
+    settings["other"] = " ".join(others)
+    metrics = {"val/best_accuracy": result["val_accuracy"], "test/accuracy": result["accuracy"]}
+    experiment, *session = hparams(settings, metrics)
+    content = experiment.value[0].metadata.plugin_data
+    columns = HParamsPluginData.FromString(content.content)
+    for column in columns.experiment.hparam_infos:
+        column.differs = column.name in COLUMNS  # TensorBoard shows those first
+    content.content = columns.SerializeToString()
     board = logger.experiment
     board.add_scalar("val/best_accuracy", result["val_accuracy"], step)  # of the weights that are tested
-    for summary in hparams(settings | {"other": " ".join(others)}, {"val/best_accuracy": 0, "test/accuracy": 0}):
+    for summary in (experiment, *session):
         board._get_file_writer().add_summary(summary, step)
     board.flush()
 
 
-def meetings_of(data: EpisodeDataModule, answers: dict[EpisodeNumber, NDArray[np.int64]]) -> NDArray[np.int64]:
-    """How often test classes met, and were taken for each other.
+def meetings_of(dataset: EpisodeDataset, answers: Mapping[EpisodeNumber, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """How often classes met, and were taken for each other.
 
     Args:
-        data: its test classes are counted in the order of the bank.
-        answers: for each test episode the label given to each query, int64 ``[queries]``.
+        dataset: the episodes of a split.
+        answers: for each episode the label given to each query, int64 ``[queries]``.
 
     Returns:
         int64 ``[2, classes, classes]``: for the class of a query and another one the times that both were in the
         episode, and the times that the other one was the answer.
     """
-    dataset = data.datasets["test"]
     count = len(dataset.first)
     meetings = np.zeros((2, count, count), dtype=np.int64)
     for number, given in answers.items():
         episode = dataset[number]
         classes = _classes(dataset.first, episode)
-        truth = classes[episode.query_labels]
+        truth = classes[episode.query_labels.numpy()]
         np.add.at(meetings[0], (truth[:, None], classes[None]), 1)
         np.add.at(meetings[1], (truth, classes[given]), 1)
     return meetings
@@ -151,9 +168,7 @@ def draw_episode(bank: ImageBank, episode: Episode, answers: NDArray[np.int64]) 
         figure = Figure(figsize=(0.55 * (sum(columns) + 1) + 2.4, 0.55 * way + 0.7), layout="constrained")
         axes = figure.subplots()
         for label in range(way):
-            for of, positions, start in zip(
-                sides, (episode.support, episode.query), (0, columns[0] + 1), strict=True
-            ):
+            for of, positions, start in zip(sides, (episode.support, episode.query), (0, columns[0] + 1), strict=True):
                 for column, sample in enumerate(of[label].tolist(), start):
                     y, x = label * cell + gap, column * cell + gap
                     canvas[y : y + side, x : x + side] = bank.images[positions[sample]].numpy()
@@ -257,7 +272,7 @@ def _add_embeddings(logger: TensorBoardLogger, data: EpisodeDataModule, encoder:
 def _classes(first: NDArray[np.int64], episode: Episode) -> NDArray[np.int64]:
     """The class of each label of an episode of positions, by the first positions of all classes: int64 ``[way]``."""
     classes = np.zeros(episode.way, dtype=np.int64)
-    classes[episode.query_labels] = np.searchsorted(first, episode.query, side="right") - 1
+    classes[episode.query_labels.numpy()] = np.searchsorted(first, episode.query.numpy(), side="right") - 1
     return classes
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import matplotlib as mpl
 from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +34,12 @@ class Sweep(Callback):
     again: ClassVar[str] = ""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Forget what failed in the sweep that is gone on with."""
+        """Forget what failed in the sweep that is gone on with; refuse a search for the worst."""
+        if str(OmegaConf.select(config, "hydra.sweeper.direction")).endswith("minimize"):
+            raise SystemExit(
+                "error: hydra.sweeper.direction=minimize looks for the lowest validation accuracy; choose "
+                "hydra/sweeper=search, or hydra.sweeper.direction=maximize"
+            )
         Sweep.folder = Path(config.hydra.sweep.dir).absolute()
         Sweep.again = f"hydra.sweep.dir={config.hydra.sweep.dir}" + (" resume=auto" if "resume" in config else "")
         for note in Sweep.folder.rglob(FAILURE):

@@ -13,7 +13,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +20,7 @@ from rich.table import Table
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
 from fewshot.checkpoints import WholeCheckpoints
 from fewshot.config import ROOT, check
-from fewshot.dashboard import Dashboard, log_hyperparameters
+from fewshot.dashboard import Dashboard, Log, log_hyperparameters
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError
@@ -157,7 +156,7 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
         use_distributed_sampler=False,  # ours knows its rank
         callbacks=[*callbacks, ProgressBar(refresh_rate=10)],
         plugins=[WholeCheckpoints()],
-        logger=TensorBoardLogger(config.run_dir, name="", version="tensorboard", purge_step=step),
+        logger=Log(config.run_dir, name="", version="tensorboard", purge_step=step),
         log_every_n_steps=config.log_every,
         default_root_dir=config.run_dir,
         enable_model_summary=False,
