@@ -73,6 +73,7 @@ class TrainConfig(Task):
     resume: str | None = None
     checkpoint_every: int = MISSING
     log_every: int = MISSING
+    pictures: bool = MISSING
     choices: dict[str, str | None] = MISSING
 
 

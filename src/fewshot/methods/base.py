@@ -81,9 +81,11 @@ class FewShotMethod(pl.LightningModule, ABC):
         """Log the validation accuracy, by which the best weights are chosen."""
         self._log_estimate("val", self.val_accuracy)
 
-    def test_step(self, meta_batch: Episode, batch_idx: int) -> None:  # noqa: ARG002
-        """Count the accuracy of test episodes."""
-        self.test_accuracy.update(self.evaluate(meta_batch), meta_batch.query_labels)
+    def test_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+        """Count the accuracy of test episodes; their logits, ``[tasks, queries, way]``, are for callbacks to see."""
+        logits = self.evaluate(meta_batch)
+        self.test_accuracy.update(logits, meta_batch.query_labels)
+        return logits
 
     def on_test_epoch_end(self) -> None:
         """Log the test accuracy."""
