@@ -15,7 +15,7 @@ from fewshot.data.episodes import Episode
 from fewshot.encoders.batchnorm import use_batch_statistics
 from fewshot.errors import FewShotError
 from fewshot.hardware import map_in_threads
-from fewshot.methods.base import FewShotMethod, Optimization
+from fewshot.methods.base import Classifier, FewShotMethod, Optimization
 
 Weights = dict[str, torch.Tensor]
 TASK_BATCHING = ("auto", "loop", "threads", "vmap")
@@ -104,19 +104,38 @@ class MAML(FewShotMethod):
         self.task_batching, self.vmap_tasks = task_batching, vmap_tasks
 
     def forward(self, episode: Episode) -> torch.Tensor:
-        """Adapt to the support samples, then classify the queries: logits ``[queries, way]``.
+        """Adapt to the support samples, then classify the queries: logits ``[queries, way]``."""
+        return self.classify(self._adapted(episode.support, episode.support_labels, episode.way), episode.query)
 
-        Raises:
-            FewShotError: the episode has another number of classes than the head.
+    def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        """See ``FewShotMethod``; images that are classified in one batch share its statistics.
+
+        The samples of the smaller classes are repeated to the shot of the largest, so that every class has the same
+        part in the loss, and in the statistics of the batch.
         """
-        self._check(episode)
-        with torch.enable_grad():
-            weights = self.adapt(self.weights(), episode.support, episode.support_labels, self.test_inner_steps)
-        return self.classify(weights, episode.query)
+        of_class = [(labels == label).nonzero()[:, 0] for label in range(way)]
+        shot = max(map(len, of_class))
+        order = torch.cat([members.repeat(-(-shot // len(members)))[:shot] for members in of_class])
+        weights = {name: of.detach() for name, of in self._adapted(support[order], labels[order], way).items()}
+        return lambda images: self.classify(weights, images)
 
-    def weights(self) -> Weights:
-        """The trainable parameters, by name: theta of the paper."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def _adapted(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Weights:
+        with torch.enable_grad():
+            return self.adapt(self.weights(way), support, labels, self.test_inner_steps)
+
+    def weights(self, way: int | None = None) -> Weights:
+        """The trainable parameters, by name: theta of the paper.
+
+        Args:
+            way: the number of classes. If it is not that of the head, each class gets the mean of the head's rows to
+                start from. Which class gets which row is arbitrary in training too, so a common start loses little
+                (Ye & Chao, 2022, arXiv 2106.16245), and it favours no class.
+        """
+        weights: Weights = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if way is None or way == self.head.out_features:
+            return weights
+        rows = {name: of for name, of in weights.items() if name.startswith("head.")}
+        return weights | {name: of.mean(0, keepdim=True).repeat(way, *[1] * (of.ndim - 1)) for name, of in rows.items()}
 
     def classify(self, weights: Weights, images: torch.Tensor) -> torch.Tensor:
         """The logits ``[images, way]`` of the network with the given weights: f of the paper.
