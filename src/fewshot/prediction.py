@@ -17,7 +17,8 @@ from hydra.utils import get_object, instantiate
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from omegaconf.errors import InterpolationKeyError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -123,18 +124,20 @@ def make_predictor(config: DictConfig) -> Predictor:
             nobody has trained.
     """
     if config.checkpoint is not None:
-        chosen = [of for of in _overrides() if of.lstrip("+~").split("=")[0].split(".")[0] in GROUPS]
-        if chosen:
-            raise FewShotError(f"{chosen[0]}: a checkpoint brings its own {', '.join(GROUPS)}; leave it out")
+        _refuse_choices()
         trained = load_trained(config.checkpoint)
         ink = get_object(trained.config.dataset.source._target_) in BRIGHT_INK
         return Predictor(trained.method, trained.config.dataset, ink, config.hardware)
-    method: FewShotMethod = instantiate(config.method)
+    untrained = FewShotError(
+        "this method or its encoder has weights that nobody has trained: name those of a run by checkpoint=RUN_DIR, or "
+        "choose encoder=pretrained with method=protonet or method=matching"
+    )
+    try:
+        method: FewShotMethod = instantiate(config.method)
+    except InterpolationKeyError as error:  # it depends on keys of a training
+        raise untrained from error
     if any(parameter.requires_grad for parameter in method.parameters()):
-        raise FewShotError(
-            "this method or its encoder has weights that nobody has trained: name those of a run by "
-            "checkpoint=RUN_DIR, or choose encoder=pretrained with method=protonet or method=matching"
-        )
+        raise untrained
     return Predictor(method, config.dataset, ink=False, hardware=config.hardware)
 
 
@@ -151,7 +154,6 @@ def predict(config: DictConfig) -> None:
         FewShotError: the support set or the queries are not there; a class has no image that can be read; no query can
             be read, or all are in the support set.
     """
-    OmegaConf.resolve(config)
     for key in ("batch", "sheet", "shown"):
         least = 1 if key == "batch" else 0
         if not isinstance(config[key], int) or config[key] < least:
@@ -223,8 +225,12 @@ def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, column
     return path
 
 
-def _overrides() -> Sequence[str]:
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+def _refuse_choices() -> None:
+    """Of what a checkpoint decides; on the command line they would be passed over in silence."""
+    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    chosen = [of for of in given if of.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
+    if chosen:
+        raise FewShotError(f"{chosen[0]}: a checkpoint brings its own {', '.join(GROUPS)}; leave it out")
 
 
 def _find_support(place: str | None) -> dict[str, list[ImageFile]]:

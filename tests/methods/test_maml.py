@@ -239,10 +239,40 @@ def test_frozen_parameters_are_neither_adapted_nor_trained():
     assert frozen.grad is None
 
 
-def test_another_way_is_refused():
-    for act in (lambda: method()(next(tasks(1, way=4).tasks())), lambda: method().meta_gradient(tasks(1, way=4))):
-        with pytest.raises(FewShotError, match=r"made for 3 classes, and the episode has 4: .* train\.way"):
-            act()
+def test_another_way_is_not_trained_at():
+    with pytest.raises(FewShotError, match=r"made for 3 classes, and the episode has 4: .* train\.way"):
+        method().meta_gradient(tasks(1, way=4))
+
+
+@pytest.mark.parametrize("way", [2, 4, 7])
+def test_another_way_is_learnt_at_test(way):
+    maml = method(conv4, test_inner_steps=30).eval()
+    task = next(tasks(1, way=way).tasks())
+    again = task._replace(query=task.support, query_labels=task.support_labels)
+    assert maml(again).shape == (2 * way, way)
+    assert (maml(again).argmax(1) == again.query_labels).all()
+
+
+def test_rows_beyond_the_classes_stay_and_rows_that_lack_are_used_over_again():
+    maml = method()
+    assert all(torch.equal(of, maml.weights()[name]) for name, of in maml.weights(way=2).items())
+    more = maml.weights(way=7)
+    assert torch.equal(more["head.weight"][:3], maml.head.weight) and torch.equal(
+        more["head.bias"][3:6], maml.head.bias
+    )
+
+
+def test_a_class_with_more_samples_weighs_no_more():
+    maml = method(conv4, test_inner_steps=3).eval()
+    task = next(tasks(1).tasks())
+    classify = maml.classifier(task.support, task.support_labels, 3)
+    torch.testing.assert_close(classify(task.query), maml(task))
+    # The samples of class 1, three times each: nothing new is told of it.
+    of_one = task.support_labels == 1
+    support = torch.cat([task.support, *[task.support[of_one]] * 2])
+    labels = torch.cat([task.support_labels, *[task.support_labels[of_one]] * 2])
+    torch.testing.assert_close(maml.classifier(support, labels, 3)(task.query), maml(task))
+    assert (maml(task._replace(support=support, support_labels=labels)) - maml(task)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

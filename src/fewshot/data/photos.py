@@ -72,7 +72,7 @@ def _bright_ink(image: Image.Image, size: int, channels: int) -> NDArray[np.uint
     image = image.convert(MODES[channels])
     sides = (max(image.size),) * 2
     background = _background(np.asarray(image).reshape(image.height, image.width, channels))
-    pixels = to_pixels(ImageOps.pad(image, sides, color=tuple(background)), size, channels)
+    pixels = to_pixels(ImageOps.pad(image, sides, color=tuple(background.tolist())), size, channels)
     bright = _background(pixels).mean() > (float(pixels.min()) + float(pixels.max())) / 2
     return 255 - pixels if bright else pixels
 

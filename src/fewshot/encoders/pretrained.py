@@ -50,6 +50,7 @@ class Pretrained(nn.Module):
             _fill(self.network, head, Path(file).expanduser())
         self.frozen = frozen
         self.requires_grad_(not frozen)
+        self.train()
         self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "Pretrained":

@@ -104,8 +104,12 @@ class MAML(FewShotMethod):
         self.task_batching, self.vmap_tasks = task_batching, vmap_tasks
 
     def forward(self, episode: Episode) -> torch.Tensor:
-        """Adapt to the support samples, then classify the queries: logits ``[queries, way]``."""
-        return self.classify(self._adapted(episode.support, episode.support_labels, episode.way), episode.query)
+        """Adapt to the support samples, then classify the queries: logits ``[queries, way]``.
+
+        For another way than the head's, see ``weights``.
+        """
+        weights = self._adapted(episode.support, episode.support_labels, episode.way)
+        return self.classify(weights, episode.query)[:, : episode.way]
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
         """See ``FewShotMethod``; images that are classified in one batch share its statistics.
@@ -117,7 +121,7 @@ class MAML(FewShotMethod):
         shot = max(map(len, of_class))
         order = torch.cat([members.repeat(-(-shot // len(members)))[:shot] for members in of_class])
         weights = {name: of.detach() for name, of in self._adapted(support[order], labels[order], way).items()}
-        return lambda images: self.classify(weights, images)
+        return lambda images: self.classify(weights, images)[:, :way]
 
     def _adapted(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Weights:
         with torch.enable_grad():
@@ -127,15 +131,17 @@ class MAML(FewShotMethod):
         """The trainable parameters, by name: theta of the paper.
 
         Args:
-            way: the number of classes. If it is not that of the head, each class gets the mean of the head's rows to
-                start from. Which class gets which row is arbitrary in training too, so a common start loses little
-                (Ye & Chao, 2022, arXiv 2106.16245), and it favours no class.
+            way: of an episode with another number of classes than the head has rows. With fewer, the rows beyond them
+                stay, as those of classes that no sample has. With more, the rows are used over again: classes that
+                share one begin alike, and the inner steps tell them apart. (The mean of the rows, as a start for every
+                class, would favour none; but then the first inner step leaves the encoder as it is, and there may
+                be no other.)
         """
         weights: Weights = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if way is None or way == self.head.out_features:
+        if way is None or way <= self.head.out_features:
             return weights
-        rows = {name: of for name, of in weights.items() if name.startswith("head.")}
-        return weights | {name: of.mean(0, keepdim=True).repeat(way, *[1] * (of.ndim - 1)) for name, of in rows.items()}
+        row = torch.arange(way, device=self.head.weight.device) % self.head.out_features
+        return weights | {name: of[row] for name, of in weights.items() if name.startswith("head.")}
 
     def classify(self, weights: Weights, images: torch.Tensor) -> torch.Tensor:
         """The logits ``[images, way]`` of the network with the given weights: f of the paper.
