@@ -262,17 +262,25 @@ def test_rows_beyond_the_classes_stay_and_rows_that_lack_are_used_over_again():
     )
 
 
+def test_own_images_are_classified_beside_the_support_set():
+    maml = method(conv4, test_inner_steps=3).eval()
+    task = next(tasks(1).tasks())
+    weights = maml.adapt(maml.weights(), task.support, task.support_labels, 3)
+    expected = maml.classify(weights, torch.cat([task.support, task.query[:1]]))[-1:]
+    torch.testing.assert_close(maml.classifier(task.support, task.support_labels, 3)(task.query[:1]), expected)
+
+
 def test_a_class_with_more_samples_weighs_no_more():
     maml = method(conv4, test_inner_steps=3).eval()
     task = next(tasks(1).tasks())
-    classify = maml.classifier(task.support, task.support_labels, 3)
-    torch.testing.assert_close(classify(task.query), maml(task))
-    # The samples of class 1, three times each: nothing new is told of it.
+    # The samples of class 1, or of all, three times each: nothing new is told.
     of_one = task.support_labels == 1
-    support = torch.cat([task.support, *[task.support[of_one]] * 2])
-    labels = torch.cat([task.support_labels, *[task.support_labels[of_one]] * 2])
-    torch.testing.assert_close(maml.classifier(support, labels, 3)(task.query), maml(task))
-    assert (maml(task._replace(support=support, support_labels=labels)) - maml(task)).abs().max() > 1e-3
+    more = [torch.cat([of, *[of[of_one]] * 2]) for of in (task.support, task.support_labels)]
+    thrice = [torch.cat([of] * 3) for of in (task.support, task.support_labels)]
+    found = maml.classifier(*more, 3)(task.query)
+    torch.testing.assert_close(found, maml.classifier(*thrice, 3)(task.query))
+    unbalanced = maml(task._replace(support=more[0], support_labels=more[1]))
+    assert (unbalanced - maml(task)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -115,13 +115,15 @@ class MAML(FewShotMethod):
         """See ``FewShotMethod``; images that are classified in one batch share its statistics.
 
         The samples of the smaller classes are repeated to the shot of the largest, so that every class has the same
-        part in the loss, and in the statistics of the batch.
+        part in the loss and in the statistics. The support set is in every batch again: the statistics of one image,
+        or of a few alike, would be nothing like those that the weights were trained with.
         """
         of_class = [(labels == label).nonzero()[:, 0] for label in range(way)]
         shot = max(map(len, of_class))
         order = torch.cat([members.repeat(-(-shot // len(members)))[:shot] for members in of_class])
-        weights = {name: of.detach() for name, of in self._adapted(support[order], labels[order], way).items()}
-        return lambda images: self.classify(weights, images)[:, :way]
+        support = support[order]
+        weights = {name: of.detach() for name, of in self._adapted(support, labels[order], way).items()}
+        return lambda images: self.classify(weights, torch.cat([support, images]))[len(support) :, :way]
 
     def _adapted(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Weights:
         with torch.enable_grad():
