@@ -99,7 +99,11 @@ AT_LEAST = {
 }
 NODES = ("dataset", "method", "distance", "encoder", "hardware", "train", "val", "test")
 ABOVE_ZERO = ("method.learning_rate",)
-ONE_OF = {"method.on_nan": ("stop", "skip"), "dataset.normalise": ("range", "standardise"), "dataset.channels": (1, 3)}
+ONE_OF = {
+    "method.on_nan": ("stop", "skip"),
+    "dataset.normalise": ("range", "standardise", "plain"),
+    "dataset.channels": (1, 3),
+}
 
 
 def check(config: DictConfig) -> None:

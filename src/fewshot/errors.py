@@ -1,5 +1,7 @@
 """What a user is meant to see of what went wrong."""
 
+from textwrap import shorten
+
 LONGEST = 4000  # characters of a line
 
 
@@ -32,6 +34,13 @@ def mistake(error: BaseException | None) -> FewShotError | None:
     while error is not None and not isinstance(error, FewShotError):
         error = error.__cause__
     return error
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, in a line; of one about weights that do not fit, the first that does not."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    of_weights = lines[0].startswith("Error(s) in loading state_dict") and len(lines) > 1
+    return shorten(lines[1] if of_weights else lines[0], 200)
 
 
 class Interrupted(KeyboardInterrupt):

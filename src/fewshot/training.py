@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -120,8 +121,8 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         "train_seconds": seconds,
         "train_episodes_per_second": config.train.episodes / seconds,
         "skipped_steps": skipped,
-        "versions": {"python": python_version(), **{package: version(package) for package in PACKAGES}},
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
         "overrides": overrides(run_dir),
         "validations": validations,
         "config": OmegaConf.to_container(config),
@@ -132,10 +133,10 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
     return validation
 
 
-def make_data(config: DictConfig) -> EpisodeDataModule:
-    """The data module, its images not read yet."""
+def make_data(config: DictConfig, kind: Callable[..., EpisodeDataModule] = EpisodeDataModule) -> EpisodeDataModule:
+    """The data module, of a given kind, its images not read yet."""
     keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "checkpoint_every", "cache_dir")
-    return EpisodeDataModule(config.dataset, **{key: config[key] for key in keys})
+    return kind(config.dataset, **{key: config[key] for key in keys})
 
 
 def make_method(config: DictConfig) -> FewShotMethod:
@@ -251,7 +252,12 @@ def _tell(results: dict[str, Any], run_dir: Path) -> None:
     )
 
 
-def _commit() -> str | None:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
+    return {"python": python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def commit() -> str | None:
     """The commit of this code, marked when files differ from it; None outside a git checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:

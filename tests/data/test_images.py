@@ -231,6 +231,11 @@ def test_the_channels_of_an_image_share_one_scale(noise, kind):
     assert (images[:, 0].amax((1, 2)) < images[:, 1].mean((1, 2))).all()
 
 
+def test_plain_pixels_go_from_0_to_1(noise):
+    images = normalise(noise, "plain")
+    torch.testing.assert_close(images, noise.movedim(-1, -3) / 255)
+
+
 def test_an_unknown_normalisation_is_refused(noise):
-    with pytest.raises(FewShotError, match=r"dataset\.normalise=mine is unknown: choose range or standardise"):
+    with pytest.raises(FewShotError, match=r"dataset\.normalise=mine is unknown: choose range, standardise or plain"):
         normalise(noise, "mine")

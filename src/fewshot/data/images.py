@@ -58,13 +58,14 @@ def normalise(images: torch.Tensor, kind: str) -> torch.Tensor:
     Args:
         images: uint8 ``[..., height, width, channels]``.
         kind: "range": the darkest pixel becomes 0 and the brightest 1 (Omniglot: ink is 1);
-            "standardise": zero mean and unit variance over the image's pixels and channels.
+            "standardise": zero mean and unit variance over the image's pixels and channels;
+            "plain": 0 to 255 becomes 0 to 1, for encoders that bring a normalisation of their own.
 
     Returns:
         float32 ``[..., channels, height, width]``, stored with the channels last.
 
     Raises:
-        FewShotError: ``kind`` is neither.
+        FewShotError: ``kind`` is none of these.
     """
     pixels = images.float()
     whole = (-3, -2, -1)
@@ -74,6 +75,8 @@ def normalise(images: torch.Tensor, kind: str) -> torch.Tensor:
     elif kind == "standardise":
         variance, mean = torch.var_mean(pixels, whole, correction=0, keepdim=True)
         pixels = (pixels - mean) * variance.clamp_min(1).rsqrt()
+    elif kind == "plain":
+        pixels = pixels / 255
     else:
-        raise FewShotError(f"dataset.normalise={kind} is unknown: choose range or standardise")
+        raise FewShotError(f"dataset.normalise={kind} is unknown: choose range, standardise or plain")
     return pixels.movedim(-1, -3)
