@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 
-.PHONY: train test lint bench reproduce report
+.PHONY: train test lint bench reproduce report dashboard
 train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
 	$(VENV)/bin/python src/train.py
 
@@ -25,6 +25,9 @@ reproduce: $(VENV)/installed  ## train and test every Omniglot cell of the artic
 
 report: $(VENV)/installed  ## set the committed results beside the published ones, here and in the README
 	$(VENV)/bin/python src/report.py notebooks/results/reproduction out=notebooks/results/reproduction readme=README.md
+
+dashboard: $(VENV)/installed  ## show the runs below outputs in TensorBoard, on this machine only
+	$(VENV)/bin/tensorboard --logdir outputs --host localhost
 
 # The stamps are older than pyproject.toml only when it changed since: a second call installs nothing.
 $(VENV)/installed: pyproject.toml

@@ -130,7 +130,7 @@ def test_a_step_of_two_processes_is_that_of_one_on_all_their_episodes(found, nam
     assert len(first["gradients"]) == len(expected["gradients"]) == 2
     assert max(gradient.abs().max() for gradient in first["gradients"][1].values()) > 1e-3
     torch.testing.assert_close(first["gradients"], expected["gradients"], **near)
-    # Adam moves a weight by 1e-3 a step, and even a bias below a batch norm by something: its gradient is but rounding.
+    # Each step of Adam moves a weight by 1e-3; the bias below a batch norm, whose gradient is but rounding, by less.
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=max(near["atol"], 1e-8))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -22,14 +22,18 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fewshot.config import CONF, compose_unresolved
-from fewshot.errors import Interrupted, mistake
+from fewshot.errors import Interrupted, mistake, printable
 from fewshot.processes import PATIENCE
+from fewshot.sweeps import FAILURE, Sweep, failures
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
 # What Hydra and OmegaConf add to a message for those who write configuration files.
 ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
-
-_failed: list[str] = []  # jobs of a sweep, and why
+# The extra that brings each of Hydra's plugins.
+PLUGINS = {
+    **{"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray"},
+    **{"optuna": "optuna", "search": "optuna"},
+}
 
 
 def name_leading(key: str, arguments: list[str]) -> None:
@@ -59,12 +63,14 @@ def run(main: Callable[[], Any]) -> None:
     else:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
         _guard(main)
+        _exit_if_jobs_failed()
 
 
 def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Decorate the function that ``hydra.main`` runs, so that its mistakes end in the same way.
 
-    In a sweep they are told and raised: the other jobs go on, and those that failed are named at the end.
+    In a sweep they are told and written down, in whichever process the job runs: the others go on, and those that
+    failed are named at the end.
     """
 
     @wraps(function)
@@ -80,6 +86,7 @@ def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
 
 def _note_failure(function: Callable[[], Any]) -> Any:
+    """The value of a job of a sweep; None if it failed, since an error would end the sweep with the jobs at hand."""
     try:
         return function()
     except Exception as error:
@@ -87,9 +94,14 @@ def _note_failure(function: Callable[[], Any]) -> Any:
         if message is None:
             traceback.print_exc()
             message = repr(error)
-        _failed.append(f"{' '.join(HydraConfig.get().overrides.task)}: {message}")
-        print(f"failed: {_failed[-1]}", file=sys.stderr, flush=True)
-        raise
+        config = HydraConfig.get()
+        told = f"{' '.join(config.overrides.task)}: {message}"
+        print(f"failed: {told}", file=sys.stderr, flush=True)
+        try:
+            (Path(config.runtime.output_dir) / FAILURE).write_text(told)
+        except OSError:
+            raise error from None
+        return None
 
 
 def _guard(function: Callable[[], Any]) -> Any:
@@ -102,17 +114,24 @@ def _guard(function: Callable[[], Any]) -> Any:
             _exit_interrupted(exit_.__context__)
         raise
     except Exception as error:
-        if _failed:  # Hydra hands on the first one's error when all jobs are through
-            _exit("\n".join([f"{len(_failed)} of the jobs failed", *_failed]), 1)
+        _exit_if_jobs_failed()  # they are why, as where Optuna has no job to choose
         message = _explain(error)
         if message is None:
             raise  # a bug, which its traceback tells best
         _exit(message, 1)
 
 
+def _exit_if_jobs_failed() -> None:
+    failed = failures(Sweep.folder) if Sweep.folder is not None else []
+    if failed:
+        _exit("\n".join([f"{len(failed)} of the jobs failed", *failed]), 1)
+
+
 def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
-    told = (str(interrupt), interrupt.status) if isinstance(interrupt, Interrupted) else ("interrupted", 130)
-    _exit(*told)
+    told, status = (str(interrupt), interrupt.status) if isinstance(interrupt, Interrupted) else ("interrupted", 130)
+    if Sweep.folder is not None:
+        told = f"interrupted; go on with the sweep by the same command and {Sweep.again}"
+    _exit(told, status)
 
 
 def _exit(message: str, status: int) -> None:
@@ -129,7 +148,7 @@ def _explain(error: BaseException) -> str | None:
     told = mistake(error)
     if told is not None:
         return str(told)
-    help_ = f"(see {Path(sys.argv[0]).name} --help)"
+    help_ = f"(see {_program()}.py --help)"
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, MisconfigurationException):
@@ -141,10 +160,12 @@ def _explain(error: BaseException) -> str | None:
             )
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             return f"{cause.strerror}; what was saved before is kept: make room, then go on by resume=RUN_DIR"
-    libraries = [cause for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
+    known = HydraException | OmegaConfBaseException
+    libraries = [cause for cause in causes if isinstance(cause, known) or _raised_in_hydra(cause)]
     if not libraries:
         return None
-    return f"{'; '.join(_wrong_overrides()) or _plain(*libraries)} {help_}"
+    line = "; ".join(_wrong_overrides()) or _plain(*libraries) or "an argument is not understood"
+    return f"{printable(line)} {help_}"
 
 
 def _plain(*errors: BaseException) -> str:
@@ -154,7 +175,9 @@ def _plain(*errors: BaseException) -> str:
 
 def _wrong_overrides() -> Iterator[str]:
     """What is wrong with each override of the command line by itself, with the nearest name that exists."""
-    name = Path(sys.argv[0]).stem
+    name = _program()
+    if not (CONF / f"{name}.yaml").exists():
+        return  # not one of our programs
     groups: list[tuple[str, str]] = []
     keys: list[tuple[str, str]] = []
     for argument in sys.argv[1:]:
@@ -165,24 +188,36 @@ def _wrong_overrides() -> Iterator[str]:
         except HydraException as error:
             yield _plain(error)
             continue
-        value = str(next(override.sweep_string_iterator())) if override.is_sweep_override() else None
-        tried = f"{argument.partition('=')[0]}={value}" if value is not None else argument
-        of_group = (CONF / override.key_or_group).is_dir()
+        value = override.value()
+        if isinstance(value, Glob):
+            continue  # it takes what there is
+        tried = argument
+        if override.is_sweep_override():
+            one = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
+            tried = f"{argument.partition('=')[0]}={one}"
+        of_group = (CONF / override.key_or_group).is_dir() or override.key_or_group.startswith("hydra/")
         (groups if of_group else keys).append((override.key_or_group, tried))
     chosen: list[str] = []
     for group, tried in groups:
         try:
             compose_unresolved(*chosen, tried, name=name)
         except (HydraException, OmegaConfBaseException) as error:
-            yield _plain(error) + _nearest(tried.partition("=")[2], _options(group))
+            option = tried.partition("=")[2]
+            plugin = f" (pip install -e '.[{PLUGINS[option]}]' brings it)" if option in PLUGINS else ""
+            yield _plain(error) + (plugin or _nearest(option, _options(group)))
         else:
             chosen.append(tried)
-    known = list(_keys(compose_unresolved(*chosen, name=name)))
+    names = list(_keys(compose_unresolved(*chosen, name=name)))
     for key, tried in keys:
         try:
             compose_unresolved(*chosen, tried, name=name)
         except (HydraException, OmegaConfBaseException) as error:
-            yield _plain(error) + ("" if key in known else _nearest(key, known))
+            yield _plain(error) + ("" if key in names else _nearest(key, names))
+
+
+def _program() -> str:
+    """The name of the entry point, and of its configuration; a job of a sweep may run in a process of other make."""
+    return str(HydraConfig.get().job.config_name) if HydraConfig.initialized() else Path(sys.argv[0]).stem
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -206,6 +241,12 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
         value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():
             yield from _keys(value, f"{prefix}{key!s}.")
+
+
+def _raised_in_hydra(error: BaseException) -> bool:
+    """Whether Hydra itself stumbled over the command line; not all that it finds has a type of its own."""
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith(("hydra.core", "hydra._internal"))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

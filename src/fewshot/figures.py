@@ -21,18 +21,7 @@ from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory
 from fewshot.methods.maml import total_cross_entropy
 from fewshot.results import Result, by_settings, read_results
-
-# Told apart in grey by line style and marker, and by the colour-blind (Okabe & Ito's palette).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
-LINES = ("-", "--", "-.", ":")
-MARKERS = "osD^vPX"
-STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 10,
-}
+from fewshot.style import COLOURS, LINES, MARKERS, STYLE
 
 
 def attention_bound(scales: Sequence[float], out: Path) -> list[Path]:

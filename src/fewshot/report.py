@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fewshot.errors import FewShotError
-from fewshot.figures import COLOURS, STYLE
 from fewshot.results import Result, by_settings, read_results
+from fewshot.style import COLOURS, STYLE
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
 # Overrides that change neither what a cell is nor its result's worth; any other is told beside the budget.

@@ -46,6 +46,15 @@ def read_results(runs: str | Sequence[str]) -> list[Result]:
         FewShotError: there are none.
     """
     places = [Path(run).expanduser() for run in ([runs] if isinstance(runs, str) else runs)]
+    found = find_results(places)
+    if not found:
+        told = ", ".join(map(str, places))
+        raise FewShotError(f"no results.json of a run lies below {told}; run it first, or name its folder: runs=PATH")
+    return list(found.values())
+
+
+def find_results(places: Sequence[Path]) -> dict[Path, Result]:
+    """The same, each with the path of its file; there may be none."""
     found: dict[Path, Result] = {}
     for place in places:
         if not place.exists():
@@ -63,10 +72,7 @@ def read_results(runs: str | Sequence[str]) -> list[Result]:
                     _skip(path, f"it is not the result of a run: {wrong}")
                 else:
                     found[path.resolve()] = result
-    if not found:
-        told = ", ".join(map(str, places))
-        raise FewShotError(f"no results.json of a run lies below {told}; run it first, or name its folder: runs=PATH")
-    return list(found.values())
+    return found
 
 
 def by_settings(results: Sequence[Result]) -> list[list[Result]]:

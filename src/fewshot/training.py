@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -14,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
@@ -23,6 +24,7 @@ from rich.table import Table
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
 from fewshot.checkpoints import WholeCheckpoints
 from fewshot.config import ROOT, check
+from fewshot.dashboard import Dashboard, Log, log_hyperparameters
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError
@@ -72,12 +74,12 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
     keep_freed_memory()
     run_dir = Path(config.run_dir)
     method = make_method(config)
-    record, finite = Record(), FiniteGradients()
+    record, finite, dashboard = Record(), FiniteGradients(), Dashboard(config.get("pictures", True))
     keep: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False, **keep)
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **keep)
     step = checkpoint["global_step"] if checkpoint is not None else 0
-    trainer = make_trainer(config, record, finite, interruption, best, last, step=step)
+    trainer = make_trainer(config, record, finite, interruption, dashboard, best, last, step=step)
     _check_hardware(config, method, trainer)
     data = make_data(config)
     data.trainer = trainer
@@ -119,27 +121,29 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         "train_seconds": seconds,
         "train_episodes_per_second": config.train.episodes / seconds,
         "skipped_steps": skipped,
-        "versions": {"python": python_version(), **{package: version(package) for package in PACKAGES}},
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
         "overrides": overrides(run_dir),
         "validations": validations,
         "config": OmegaConf.to_container(config),
     }
+    assert isinstance(trainer.logger, TensorBoardLogger)
+    log_hyperparameters(trainer.logger, results, trainer.global_step)
     _report(results, run_dir)
     return validation
 
 
-def make_data(config: DictConfig) -> EpisodeDataModule:
-    """The data module, its images not read yet."""
+def make_data(config: DictConfig, kind: Callable[..., EpisodeDataModule] = EpisodeDataModule) -> EpisodeDataModule:
+    """The data module, of a given kind, its images not read yet."""
     keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "checkpoint_every", "cache_dir")
-    return EpisodeDataModule(config.dataset, **{key: config[key] for key in keys})
+    return kind(config.dataset, **{key: config[key] for key in keys})
 
 
 def make_method(config: DictConfig) -> FewShotMethod:
     """The method with its first weights, which the seed decides; its checkpoints will hold the configuration."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
     method: FewShotMethod = instantiate(config.method)
-    method.save_hyperparameters(OmegaConf.to_container(config))
+    method.save_hyperparameters(OmegaConf.to_container(config), logger=False)
     if config.hardware.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, after a warning
         method.encoder.compile()
@@ -171,9 +175,9 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
         max_epochs=-1,  # one from each checkpoint to the next; Record sees the last training episode
         reload_dataloaders_every_n_epochs=1,  # every epoch has episodes of its own
         use_distributed_sampler=False,  # ours knows its rank
-        callbacks=[*callbacks, LearningRateMonitor(), ProgressBar(refresh_rate=10)],
+        callbacks=[*callbacks, ProgressBar(refresh_rate=10)],
         plugins=[WholeCheckpoints()],
-        logger=TensorBoardLogger(config.run_dir, name="", version="tensorboard", purge_step=step),
+        logger=Log(config.run_dir, name="", version="tensorboard", purge_step=step),
         log_every_n_steps=config.log_every,
         default_root_dir=config.run_dir,
         enable_model_summary=False,
@@ -249,7 +253,12 @@ def _tell(results: dict[str, Any], run_dir: Path) -> None:
     )
 
 
-def _commit() -> str | None:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
+    return {"python": python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def commit() -> str | None:
     """The commit of this code, marked when files differ from it; None outside a git checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:

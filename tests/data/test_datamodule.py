@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import zip_longest
 from types import SimpleNamespace
 
@@ -199,12 +200,28 @@ def test_processes_share_out_the_images_to_embed(monkeypatch, processes):
 
 
 def test_the_bank_depends_on_the_settings_of_its_source_resolved_or_not(monkeypatch):
-    monkeypatch.setattr(datamodule, "open_bank", lambda *arguments: arguments)
+    asked: list[tuple] = []
+    monkeypatch.setattr(datamodule, "open_bank", lambda *arguments: asked.append(arguments) or BANK)
     source = {"_target_": "fewshot.data.glyphs.glyphs", "size": "${dataset.size}", "samples": 3, "seed": 0}
     config = OmegaConf.merge(compose("run_dir=x"), {"dataset": {"size": 14, "source": source}})
     module = EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="somewhere")
-    name, _, settings, cache_dir = module.bank
+    assert module.bank is BANK
+    ((name, _, settings, cache_dir),) = asked
     assert (name, settings, cache_dir) == ("glyphs", source | {"size": 14}, "somewhere")
+
+
+def test_what_is_odd_about_the_images_is_told_in_a_line_each_by_one_process(monkeypatch, capsys):
+    odd = replace(BANK, findings=("blank classes: a", "pictures twice: b\nc"))
+    monkeypatch.setattr(datamodule, "open_bank", lambda *_: odd)
+    monkeypatch.setattr(datamodule, "instantiate", lambda _: None)
+    config = compose("run_dir=x", "dataset=omniglot")
+    modules = [EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="") for _ in "ab"]
+    assert modules[0].bank is modules[0].bank is odd
+    told = "warning: omniglot: blank classes: a\nwarning: omniglot: pictures twice: b\\nc\n"
+    assert capsys.readouterr().out == told
+    monkeypatch.setattr(datamodule.rank_zero_only, "rank", 1)
+    assert modules[1].bank is odd
+    assert capsys.readouterr().out == ""
 
 
 def test_every_split_is_checked_before_training():

@@ -7,12 +7,13 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from fewshot.data.bank import ImageBank, open_bank
 from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber, MetaBatchSampler, stack
 from fewshot.data.images import normalise
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, printable
 
 EVALUATED_TOGETHER = 20  # episodes of a process in a meta-batch of validation and test; changes no result
 EMBEDDED_TOGETHER = 256  # images
@@ -79,6 +80,8 @@ class EpisodeDataModule(pl.LightningDataModule):
             name = source._target_.rpartition(".")[2]
             settings = OmegaConf.to_container(source, resolve=True)
             self._bank = open_bank(name, instantiate(source), settings, self.cache_dir)
+            for finding in self._bank.findings:
+                rank_zero_only(print)(f"warning: {name}: {printable(finding)}", flush=True)
         return self._bank
 
     def prepare_data(self) -> None:

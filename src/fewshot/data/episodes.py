@@ -110,6 +110,11 @@ class EpisodeDataset(Dataset[Episode]):
 
     def _check(self, names: list[str]) -> None:
         prefix = "train." if self.split == "train" else ""
+        if len(names) < 2:
+            raise FewShotError(
+                f"the {self.split} split has {f'only the class {names[0]}' if names else 'no class'}, and there is "
+                "nothing to tell apart; correct the labels or the splits of the data set"
+            )
         if self.way > len(self.counts):
             raise FewShotError(
                 f"{prefix}way={self.way} is more than the {len(self.counts)} classes of the {self.split} split; "

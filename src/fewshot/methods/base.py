@@ -1,6 +1,7 @@
 """What every method shares: it takes an episode and returns logits; all else follows from that."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
 import pytorch_lightning as pl
@@ -10,7 +11,10 @@ from torch.nn.functional import cross_entropy
 
 from fewshot.data.episodes import Episode
 from fewshot.distances import Distance
+from fewshot.errors import FewShotError
 from fewshot.evaluation import EpisodeAccuracy, Estimate
+
+Classifier = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to logits [images, way]
 
 
 class Optimization(TypedDict):
@@ -58,6 +62,18 @@ class FewShotMethod(pl.LightningModule, ABC):
         """Of a training batch's mean loss: the mean over all processes is then that over all their episodes."""
         return self.trainer.datamodule.weights[batch_idx]  # type: ignore[attr-defined]
 
+    def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        """Learn a support set once, to classify any number of images by it afterwards, a batch at a time.
+
+        Other than in an episode, classes may differ in shot; none is thought the likelier for having more samples.
+
+        Args:
+            support: ``[support samples, channels, height, width]``.
+            labels: int64 ``[support samples]``, every class at least once.
+            way: the number of classes.
+        """
+        return lambda images: self(_unlabelled(support, labels, images, way))
+
     def log_training(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Log the loss and the accuracy of a training step, of this process's part of the meta-batch.
 
@@ -81,9 +97,11 @@ class FewShotMethod(pl.LightningModule, ABC):
         """Log the validation accuracy, by which the best weights are chosen."""
         self._log_estimate("val", self.val_accuracy)
 
-    def test_step(self, meta_batch: Episode, batch_idx: int) -> None:  # noqa: ARG002
-        """Count the accuracy of test episodes."""
-        self.test_accuracy.update(self.evaluate(meta_batch), meta_batch.query_labels)
+    def test_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+        """Count the accuracy of test episodes; their logits, ``[tasks, queries, way]``, are for callbacks to see."""
+        logits = self.evaluate(meta_batch)
+        self.test_accuracy.update(logits, meta_batch.query_labels)
+        return logits
 
     def on_test_epoch_end(self) -> None:
         """Log the test accuracy."""
@@ -96,7 +114,16 @@ class FewShotMethod(pl.LightningModule, ABC):
         self.log(f"{split}/ci95", estimate.ci95)
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate halved every ``halve_every`` steps."""
+        """Adam, its learning rate halved every ``halve_every`` steps.
+
+        Raises:
+            FewShotError: there is nothing to train.
+        """
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise FewShotError(
+                "there is nothing to train: the encoder is frozen, and what follows it has no weights; set "
+                "encoder.frozen=false, or leave training out: python src/predict.py works without"
+            )
         optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
         if self.halve_every is None:
             return optimizer
@@ -131,6 +158,11 @@ class MetricMethod(FewShotMethod):
         support, query = embeddings.tensor_split([len(episode.support)])
         return self.compare(episode._replace(support=support, query=query))
 
+    def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        """See ``FewShotMethod``; the support is embedded once."""
+        embedded = self.encoder(support)
+        return lambda images: self.compare(_unlabelled(embedded, labels, self.encoder(images), way))
+
     def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:
         """The cross-entropy of the queries, over all episodes of the meta-batch: both papers' loss."""
         logits = torch.stack([self(episode) for episode in meta_batch.tasks()])
@@ -159,3 +191,7 @@ class MetricMethod(FewShotMethod):
     def evaluate(self, meta_batch: Episode) -> torch.Tensor:
         """See ``FewShotMethod``; the episodes hold embeddings already."""
         return torch.stack([self.compare(episode) for episode in meta_batch.tasks()])
+
+
+def _unlabelled(support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, way: int) -> Episode:
+    return Episode(support, labels, query, labels.new_zeros(len(query)), way)

@@ -1,0 +1,14 @@
+"""The one style of the project's figures: told apart in grey, and by the colour-blind."""
+
+from typing import Any
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")  # Okabe & Ito's palette
+LINES = ("-", "--", "-.", ":")
+MARKERS = "osD^vPX"
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 10,
+}

@@ -1,0 +1,158 @@
+"""The end of a sweep: one table, one figure, and the jobs that failed, whichever process or machine they ran in."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan, nan
+from pathlib import Path
+from typing import Any, ClassVar
+
+import matplotlib as mpl
+from hydra.experimental.callback import Callback
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from fewshot.results import Result, find_results
+from fewshot.style import COLOURS, STYLE
+
+FAILURE = "failure.txt"  # in a job's directory: why it failed
+
+
+class Sweep(Callback):
+    """Hydra's callback around a sweep.
+
+    Its jobs may run elsewhere, so that all there is to know about them are the files below the sweep's folder.
+
+    Attributes:
+        folder: of the sweep that this process has started; None: of none.
+        again: what to add to the command line to go on with it.
+    """
+
+    folder: ClassVar[Path | None] = None
+    again: ClassVar[str] = ""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Forget what failed in the sweep that is gone on with; refuse a search for the worst."""
+        if str(OmegaConf.select(config, "hydra.sweeper.direction")).endswith("minimize"):
+            raise SystemExit(
+                "error: hydra.sweeper.direction=minimize looks for the lowest validation accuracy; choose "
+                "hydra/sweeper=search, or hydra.sweeper.direction=maximize"
+            )
+        Sweep.folder = Path(config.hydra.sweep.dir).absolute()
+        Sweep.again = f"hydra.sweep.dir={config.hydra.sweep.dir}" + (" resume=auto" if "resume" in config else "")
+        for note in Sweep.folder.rglob(FAILURE):
+            note.unlink()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002
+        """Print the table, draw the figure."""
+        assert Sweep.folder is not None
+        jobs = read_jobs(Sweep.folder)
+        if jobs:
+            console = Console()
+            console.print(tabulate(jobs))
+            console.print(f"Drawn in {draw(jobs, Sweep.folder / 'sweep.png')}", soft_wrap=True, highlight=False)
+
+
+def failures(folder: Path) -> list[str]:
+    """The jobs of a sweep that failed, and why, one line each."""
+    return [note.read_text() for note in sorted(folder.rglob(FAILURE), key=_natural)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep that came to its end.
+
+    Attributes:
+        name: its directory, below the sweep's.
+        swept: its value of each key in which the jobs differ; empty where it has none.
+        validation: accuracy of the chosen weights and half the width of its 95% interval, in %.
+        test: the same on test classes.
+    """
+
+    name: str
+    swept: Mapping[str, str]
+    validation: tuple[float, float]
+    test: tuple[float, float]
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """The jobs of a sweep that left results, in their order."""
+    found = find_results([folder])
+    paths = sorted(found, key=_natural)
+    settings = [_settings(found[path]) for path in paths]
+    keys = [
+        key
+        for key in dict.fromkeys(key for of in settings for key in of)
+        if len({of.get(key, "") for of in settings}) > 1
+    ]
+    return [
+        Job(
+            name=str(path.parent.relative_to(folder.resolve())),
+            swept={key: of.get(key, "") for key in keys},
+            validation=_percent(max(found[path]["validations"], key=lambda one: one["accuracy"], default={})),
+            test=_percent(found[path]),
+        )
+        for path, of in zip(paths, settings, strict=True)
+    ]
+
+
+def tabulate(jobs: Sequence[Job]) -> Table:
+    """The accuracies of all jobs by what was swept."""
+    table = Table(title="The jobs of this sweep: accuracy in %, with its 95% interval")
+    for column in ("job", *jobs[0].swept):
+        table.add_column(column, overflow="fold")
+    for column in ("validation", "test"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for job in jobs:
+        table.add_row(job.name, *job.swept.values(), *(_told(*of) for of in (job.validation, job.test)))
+    return table
+
+
+def draw(jobs: Sequence[Job], path: Path) -> Path:
+    """Draw the same, a line a job; returns the path."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 0.28 * len(jobs) + 1.5), layout="constrained")
+        axes = figure.subplots()
+        for split, marker, colour, filled, shift in (
+            ("validation", "s", COLOURS[1], "none", -0.15),
+            ("test", "o", COLOURS[0], COLOURS[0], 0.15),
+        ):
+            accuracies, intervals = zip(*(getattr(job, split) for job in jobs), strict=True)
+            axes.errorbar(
+                accuracies,
+                [row + shift for row in range(len(jobs))],
+                xerr=intervals,
+                fmt=marker,
+                color=colour,
+                markerfacecolor=filled,
+                markersize=5,
+                capsize=2,
+                label=f"{split} classes",
+            )
+        told = [" ".join(f"{key}={value}" for key, value in job.swept.items()) or job.name for job in jobs]
+        axes.set_yticks(range(len(jobs)), told, parse_math=False)
+        axes.set(xlabel="accuracy, %, with its 95% interval", ylim=(len(jobs) - 0.4, -0.6))
+        figure.legend(loc="outside upper center", ncols=2)
+        figure.savefig(path, dpi=150)
+    return path
+
+
+def _settings(result: Result) -> dict[str, str]:
+    """The overrides of a run by their keys; whether it was resumed is none of what it was."""
+    pairs = (str(override).lstrip("+~").partition("=") for override in result["overrides"])
+    return {key: value for key, _, value in pairs if key != "resume"}
+
+
+def _percent(estimate: Mapping[str, Any]) -> tuple[float, float]:
+    return 100 * estimate.get("accuracy", nan), 100 * estimate.get("ci95", nan)
+
+
+def _told(accuracy: float, interval: float) -> str:
+    return "" if isnan(accuracy) else f"{accuracy:.2f}" + ("" if isnan(interval) else f" ± {interval:.2f}")
+
+
+def _natural(path: Path) -> list[tuple[str, int]]:
+    """For an order in which 10 comes after 2."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path))]

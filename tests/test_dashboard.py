@@ -1,0 +1,241 @@
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+
+from conftest import make_bank
+from fewshot.config import compose
+from fewshot.dashboard import draw_classes, draw_episode, meetings_of
+from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
+from fewshot.training import train
+
+TINY = [
+    "train.episodes=4",
+    "train.way=5",
+    "train.query=1",
+    "query=3",
+    "val.every=2",
+    "val.episodes=3",
+    "test.episodes=5",
+    "encoder.filters=8",
+    "hardware=cpu",
+    "log_every=1",
+]
+METHODS = {
+    "protonet": ["method=protonet", "way=5", "seed=7"],
+    "matching": ["method=matching", "distance=cosine", "shot=2", "seed=7"],
+    "maml": ["method=maml", "method.learning_rate=0.01", "seed=7"],
+}
+
+CHROMIUM = [
+    *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
+    *("disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1400,900"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, cache_dir) -> Path:
+    """A folder of three small runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, overrides in METHODS.items():
+        train(compose(*TINY, *overrides, f"run_dir={folder / name}", f"cache_dir={cache_dir}"))
+    return folder
+
+
+def log_of(run: Path) -> EventAccumulator:
+    log = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    log.Reload()
+    return log
+
+
+def hyperparameters(run: Path) -> dict:
+    content = log_of(run).summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
+    found = metadata.parse_session_start_info_plugin_data(content).hparams
+    return {key: getattr(value, value.WhichOneof("kind")) for key, value in found.items()}
+
+
+def test_hyperparameters_tell_what_a_run_was(runs):
+    common = {"dataset": "glyphs", "encoder": "conv4", "seed": 7, "other": ""}
+    expected = {
+        "protonet": {"method": "protonet", "distance": "l2", "way": 5, "shot": 1, "learning_rate": 0.001},
+        "matching": {"method": "matching", "distance": "cosine", "way": 5, "shot": 2, "learning_rate": 0.001},
+        "maml": {"method": "maml", "distance": "none", "way": 5, "shot": 1, "learning_rate": 0.01},
+    }
+    for name, own in expected.items():
+        assert hyperparameters(runs / name) == common | own
+    log = log_of(runs / "protonet")
+    content = log.summary_metadata[metadata.EXPERIMENT_TAG].plugin_data.content
+    experiment = metadata.parse_experiment_plugin_data(content)
+    assert [of.name.tag for of in experiment.metric_infos] == ["val/best_accuracy", "test/accuracy"]
+
+
+def test_scalars_lie_in_groups_and_the_best_validation_is_that_of_the_weights_tested(runs):
+    log = log_of(runs / "maml")
+    tags = {"loss", "accuracy", "learning_rate"}
+    measured = {"val/accuracy", "val/ci95", "val/best_accuracy", "test/accuracy", "test/ci95"}
+    assert set(log.Tags()["scalars"]) == {f"train/{tag}" for tag in tags} | measured
+    assert [event.value for event in log.Scalars("train/learning_rate")] == pytest.approx([0.01])
+    (best,) = log.Scalars("val/best_accuracy")
+    assert best.value == max(event.value for event in log.Scalars("val/accuracy"))
+
+
+def test_pictures_are_drawn_at_the_test_and_only_where_they_are_asked_for(runs, tmp_path, cache_dir):
+    for name in METHODS:
+        images = log_of(runs / name).Tags()["images"]
+        assert sorted(images) == ["test/classes", "test/episode"]
+        assert (runs / name / "tensorboard" / "projector_config.pbtxt").exists() == (name != "maml")
+    folder = runs / "protonet" / "tensorboard" / "00000" / "test_classes"
+    points = np.loadtxt(folder / "tensors.tsv", delimiter="\t")
+    assert points.shape == (200, 8)
+    assert len(set((folder / "metadata.tsv").read_text().splitlines())) == 20
+    assert Image.open(folder / "sprite.png").size == (15 * 28, 15 * 28)
+    train(compose(*TINY, "pictures=false", f"run_dir={tmp_path}", f"cache_dir={cache_dir}"))
+    assert not log_of(tmp_path).Tags()["images"] and not list(tmp_path.rglob("*.tsv"))
+
+
+def test_a_test_that_is_done_again_leaves_each_thing_once(runs, tmp_path, cache_dir):
+    shutil.copytree(runs / "protonet", tmp_path / "run")
+    own = [f"run_dir={tmp_path / 'run'}", f"cache_dir={cache_dir}", "resume=auto", "test.episodes=6"]
+    train(compose(*TINY, *METHODS["protonet"], *own))
+    log = log_of(tmp_path / "run")
+    for tag in ("test/accuracy", "val/best_accuracy", "val/accuracy", "train/loss"):
+        steps = [event.step for event in log.Scalars(tag)]
+        assert len(steps) == len(set(steps)), tag
+    assert len(log.Images("test/episode")) == 1
+    assert (tmp_path / "run" / "tensorboard" / "projector_config.pbtxt").read_text().count("tensor_path") == 1
+
+
+def test_meetings_count_each_query_with_every_class_of_its_episode():
+    bank = make_bank({"train": [4] * 2, "test": [4] * 5})
+    dataset, number = EpisodeDataset(bank, "test", way=3, shot=1, query=2, seed=0), EpisodeNumber(0, 3)
+    of_class = [position // 4 - 2 for position in dataset[number].query[::2].tolist()]
+    met, taken = meetings_of(dataset, {number: np.array([0, 1, 1, 1, 2, 0])})
+    expected = np.zeros((5, 5), dtype=int)
+    expected[np.ix_(of_class, of_class)] = 2
+    assert met.tolist() == expected.tolist()
+    a, b, c = of_class
+    assert (taken[a, a], taken[a, b], taken[b, b], taken[c, c], taken[c, a]) == (1, 1, 2, 1, 1)
+    assert taken.sum() == 6
+
+
+@pytest.mark.parametrize(("way", "channels"), [(3, 1), (12, 3)])
+def test_an_episode_is_drawn_with_its_wrong_answers(way, channels):
+    bank = make_bank({"test": [30] * way}, channels=channels)
+    episode = EpisodeDataset(bank, "test", way=way, shot=2, query=9, seed=0)[EpisodeNumber(0, 0)]
+    answers = episode.query_labels.numpy().copy()
+    answers[0] = 1
+    (axes,) = draw_episode(bank, episode, answers).axes
+    assert [text.get_text() for text in axes.texts] == ["2"]
+    assert len(axes.patches) == min(way, 10) * 8
+    assert f"{len(answers) - 1} of {len(answers)} right" in axes.get_title()
+
+
+def test_few_classes_are_set_against_each_other_and_many_by_their_accuracy():
+    for count, panels in ((5, 2), (40, 2)):
+        met = np.full((count, count), 4)
+        met[-1] = met[:, -1] = 0  # a class that was in no episode
+        taken = np.where(np.eye(count, dtype=bool), 3, 0) * (met > 0)
+        taken[0, 0], taken[0, 1] = 1, 3
+        figure = draw_classes(met, taken, [f"$class {number}" for number in range(count)])
+        assert len(figure.axes) == panels
+        figure.draw_without_rendering()
+        if count == 5:
+            assert figure.axes[0].images[0].get_array()[0].tolist() == [0.25, 0.75, 0, 0]
+        else:
+            assert "all 39 test classes" in figure.axes[0].get_title()
+            assert figure.axes[1].patches[0].get_width() == 25
+            assert figure.axes[1].texts[0].get_text() == "$class 1"
+
+
+def visible_text(browser) -> str:
+    """All text of the page, that of its custom elements and frames too."""
+    return browser.execute_script("""
+        const texts = [];
+        const walk = node => {
+            if (node.shadowRoot) walk(node.shadowRoot);
+            if (node.contentDocument?.body) walk(node.contentDocument.body);
+            for (const child of node.childNodes) {
+                if (child.nodeType === Node.TEXT_NODE) texts.push(child.textContent.trim());
+                else if (!["SCRIPT", "STYLE"].includes(child.tagName)) walk(child);
+            }
+        };
+        walk(document.body);
+        return texts.join("\\n");
+    """)
+
+
+def pictures(browser) -> int:
+    """How many images of the log the page shows."""
+    return browser.execute_script("""
+        let count = 0;
+        const walk = node => {
+            if (node.shadowRoot) walk(node.shadowRoot);
+            for (const child of node.children || []) {
+                if (child.tagName === "IMG" && child.naturalWidth > 100) count++;
+                walk(child);
+            }
+        };
+        walk(document.body);
+        return count;
+    """)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install 'fewshot[dev]'")
+    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no browser: neither chromium with chromedriver nor google-chrome was found")
+    options = selenium.ChromeOptions()
+    options.binary_location = program
+    for argument in CHROMIUM:
+        options.add_argument(f"--{argument}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    chrome = selenium.Chrome(options, selenium.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+@pytest.fixture
+def board(runs):
+    """The address of a TensorBoard that shows the runs."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "tensorboard.main", "--logdir", str(runs), "--host", "localhost", "--port", str(port)]
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        for _ in range(300):
+            with closing(socket.socket()) as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        yield f"http://localhost:{port}"
+        server.terminate()
+
+
+def test_the_dashboard_shows_scalars_hyperparameters_and_pictures(browser, board):
+    def shown(tab: str, *texts: str, images: int = 0) -> None:
+        browser.get("about:blank")
+        browser.get(f"{board}/#{tab}")
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            page = visible_text(browser)
+            if all(text in page for text in texts) and pictures(browser) >= images:
+                return
+            time.sleep(0.5)
+        pytest.fail(f"{tab} lacks {[text for text in texts if text not in page]} or pictures:\n{page}")
+
+    shown("timeseries", "protonet/tensorboard", "maml/tensorboard", "test", "train", "val")
+    shown("hparams", "protonet", "matching", "maml", "distance", "cosine", "way", "val/best_accuracy", "test/accuracy")
+    shown("images", "test/episode", "test/classes", images=2)
+    shown("projector", "test_classes:00000", "PCA")

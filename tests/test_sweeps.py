@@ -1,0 +1,181 @@
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from fewshot import cli as command_line
+from fewshot.config import CONF, ROOT, compose_unresolved
+from fewshot.sweeps import FAILURE, Sweep, draw, failures, read_jobs, tabulate
+
+TINY = [
+    *("train.episodes=4", "train.way=5", "train.query=1", "query=3", "val.every=2", "val.episodes=3"),
+    *("test.episodes=5", "encoder.filters=8", "hardware=cpu", "pictures=false"),
+]
+
+
+def write_job(folder: Path, overrides: list[str], accuracy: float, **other) -> None:
+    result = {
+        **{"dataset": "glyphs", "method": "protonet", "way": 5, "shot": 1, "seed": 0, "train_seconds": 1.0},
+        **{"accuracy": accuracy, "ci95": 0.01, "episodes": 10, "overrides": overrides},
+        "validations": [
+            {"trained_episodes": step, "accuracy": accuracy - 0.05 * step, "ci95": 0.02} for step in (2, 1, 3)
+        ],
+        "config": {"train": {"episodes": 3}},
+        **other,
+    }
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(result))
+
+
+@pytest.fixture(autouse=True)
+def no_sweep(monkeypatch):
+    """Whatever a test starts, the next one starts anew."""
+    monkeypatch.setattr(Sweep, "folder", None)
+    monkeypatch.setattr(Sweep, "again", "")
+
+
+def test_jobs_are_told_in_their_order_by_what_was_swept(tmp_path):
+    for number in range(11):
+        resumed = ["resume=auto"] if number > 5 else []  # where it was interrupted
+        swept = [f"method.learning_rate={number}", *(["+experiment/x=a"] if number == 2 else [])]
+        write_job(tmp_path / str(number), ["seed=0", *resumed, *swept], 0.5 + number / 100)
+    write_job(tmp_path / "11", ["seed=0", "method.learning_rate=11"], 0.5, validations=[])
+    jobs = read_jobs(tmp_path)
+    assert [job.name for job in jobs] == [str(number) for number in range(12)]
+    assert jobs[2].swept == {"method.learning_rate": "2", "experiment/x": "a"}
+    assert jobs[10].swept == {"method.learning_rate": "10", "experiment/x": ""}
+    assert jobs[10].test == pytest.approx((60, 1)) and jobs[10].validation == pytest.approx((55, 2))
+    table = tabulate(jobs)
+    assert [column.header for column in table.columns] == [
+        *("job", "method.learning_rate", "experiment/x", "validation", "test")
+    ]
+    assert list(table.columns[3].cells)[10:] == ["55.00 ± 2.00", ""]
+    assert next(iter(table.columns[4].cells)) == "50.00 ± 1.00"
+    assert Image.open(draw(jobs, tmp_path / "sweep.png")).height > 700
+
+
+def test_a_sweep_of_one_job_is_told_too(tmp_path):
+    write_job(tmp_path / "0", ["seed=0"], 0.5)
+    (job,) = read_jobs(tmp_path)
+    assert job.swept == {}
+    draw([job], tmp_path / "sweep.png")
+
+
+def test_what_failed_is_forgotten_when_the_sweep_is_gone_on_with(tmp_path):
+    for number in (2, 10):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / FAILURE).write_text(f"way={number}: no")
+    assert failures(tmp_path) == ["way=2: no", "way=10: no"]
+    config = OmegaConf.create({"resume": None, "hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": {}}})
+    Sweep().on_multirun_start(config)
+    assert failures(tmp_path) == []
+
+
+def test_a_search_for_the_worst_is_refused(tmp_path):
+    sweeper = {"direction": "Direction.minimize"}
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": sweeper}})
+    with pytest.raises(SystemExit, match="hydra/sweeper=search"):
+        Sweep().on_multirun_start(config)
+
+
+def test_a_failure_that_cannot_be_written_down_is_raised(tmp_path, monkeypatch):
+    config = OmegaConf.create(
+        {"mode": "MULTIRUN", "runtime": {"output_dir": str(tmp_path / "none")}, "overrides": {"task": ["way=1"]}}
+    )
+    monkeypatch.setattr(command_line, "HydraConfig", SimpleNamespace(get=lambda: config, initialized=lambda: False))
+
+    def fail():
+        raise ValueError("why")
+
+    with pytest.raises(ValueError, match="why"):
+        command_line._note_failure(fail)
+    (tmp_path / "none").mkdir()
+    assert command_line._note_failure(fail) is None
+    assert failures(tmp_path) == ["way=1: ValueError('why')"]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONF.glob("*.yaml")])
+def test_every_entry_point_tells_the_jobs_that_failed(name):
+    assert compose_unresolved(name=name).hydra.callbacks.sweep._target_ == "fewshot.sweeps.Sweep"
+
+
+def test_every_method_sweeps_over_shot_and_way(cli, tmp_path):
+    grid = ["method=protonet,matching,maml", "shot=1,5", "way=5,20"]
+    tiny = [one for one in TINY if one != "train.way=5"]
+    done = cli(
+        "-m", *grid, *tiny, "train.episodes=1", "val.episodes=2", "test.episodes=2", f"hydra.sweep.dir={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    told = re.findall(r"│ (\d+) +│ (\w+) +│ (\d+) +│ (\d+) +│ +[\d.]+ ± +[\d.]+ +│ +[\d.]+ ± +[\d.]+ +│", done.stdout)
+    expected = [
+        (method, shot, way) for method in ("protonet", "matching", "maml") for shot in "15" for way in ("5", "20")
+    ]
+    assert told == [(str(number), *job) for number, job in enumerate(expected)]
+    assert Image.open(tmp_path / "sweep.png").width > 1000
+
+
+def test_jobs_of_other_processes_are_told_and_the_failed_are_named(cli, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="no joblib launcher: pip install -e '.[joblib]'")
+    done = cli(
+        "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *TINY, "way=5,1", f"hydra.sweep.dir={tmp_path}"
+    )
+    assert done.returncode == 1
+    assert re.search(r"│ 0 +│ +[\d.]+ ± +[\d.]+ +│ +[\d.]+ ± +[\d.]+ +│", done.stdout)
+    first, failed = done.stderr.splitlines()[-2:]
+    assert first == "error: 1 of the jobs failed" and failed.endswith("way=1 must be at least 2")
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_search_maximises_the_validation_accuracy_and_takes_its_path_again(cli, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="no Optuna sweeper: pip install -e '.[optuna]'")
+    search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "method.learning_rate=tag(log,interval(0.0001,0.1))"]
+    search += ["train.shot=1,99", f"hydra.sweep.dir={tmp_path}", "resume=auto"]
+    first, again = (cli("-m", *search, *TINY) for _ in range(2))
+    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("results.json")}
+    best = max(found.values(), key=lambda of: of["val_accuracy"])
+    chosen = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    assert chosen.best_value == best["val_accuracy"]
+    assert chosen.best_params["method.learning_rate"] == best["config"]["method"]["learning_rate"]
+    failed = len(failures(tmp_path))
+    assert len(found) + failed == 3 and 0 < failed < 3
+    for done in (first, again):
+        assert done.returncode == 1 and f"error: {failed} of the jobs failed" in done.stderr
+    assert "episode 4: validation accuracy" in first.stdout
+    assert "episode 4: validation accuracy" not in again.stdout
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(cli, cache_dir, tmp_path):
+    sweep = [
+        "-m",
+        *TINY,
+        "seed=0,1",
+        "train.episodes=60",
+        "val.every=30",
+        "checkpoint_every=2",
+        f"cache_dir={cache_dir}",
+    ]
+    sweep += [f"hydra.sweep.dir={tmp_path}", "resume=auto"]
+    command = [sys.executable, str(ROOT / "src" / "train.py"), *sweep]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while not (tmp_path / "0" / "checkpoints" / "last.ckpt").exists():
+            assert running.poll() is None
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+    assert running.returncode == 130
+    expected = (
+        f"error: interrupted; go on with the sweep by the same command and hydra.sweep.dir={tmp_path} resume=auto"
+    )
+    assert told.strip().splitlines()[-1] == expected
+    assert not (tmp_path / "0" / "results.json").exists()
+    done = cli(*sweep)
+    assert done.returncode == 0, done.stderr
+    assert len(read_jobs(tmp_path)) == 2
