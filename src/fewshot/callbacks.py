@@ -156,7 +156,7 @@ class FiniteGradients(pl.Callback):
             self._norms.append((episodes, norm))
             if norm.device.type == "cpu" or len(self._norms) >= _log_every(trainer):
                 self._look(trainer)
-        elif trainer.global_step % _log_every(trainer) == 0 and scaler.get_scale() < 1:
+        elif trainer.global_step % _log_every(trainer) == 0 and scaler.get_scale() < 1 and not norm.isfinite():
             # The scaler passes over such a step by itself and halves its scale, which begins at 65536. An overflow is
             # mended long before it is 1.
             raise FewShotError(
