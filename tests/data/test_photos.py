@@ -16,7 +16,7 @@ ORIENTATION = 0x0112  # of EXIF
 
 def file_of(image: Image.Image, kind: str = "png", **options: object) -> ImageFile:
     content = io.BytesIO()
-    image.save(content, kind, **options)  # type: ignore[arg-type]
+    image.save(content, kind, **options)
     return ImageFile(f"image.{kind}", content.getvalue)
 
 

@@ -1,5 +1,6 @@
 """Networks of torchvision; their weights are not downloaded here, so random ones stand in for them."""
 
+import shutil
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,6 +12,8 @@ from torchvision.models import get_model, get_model_weights
 from fewshot.config import check, compose
 from fewshot.encoders.pretrained import Pretrained
 from fewshot.errors import FewShotError
+from fewshot.trained import load_trained
+from fewshot.training import train
 
 NAME = "mobilenet_v3_small"
 
@@ -113,3 +116,17 @@ def test_it_brings_the_size_and_the_normalisation_of_the_images():
     assert compose("encoder=pretrained", "dataset.size=84", "run_dir=x").dataset.size == 84
     check(config)  # without a download
     assert isinstance(Pretrained("resnet18", "DEFAULT", None, frozen=False, load=False).network, nn.Module)
+
+
+def test_it_is_fine_tuned_and_its_checkpoint_needs_no_other_file(weights, tmp_path, cache_dir):
+    file = tmp_path / "weights.pth"
+    shutil.copy(weights[0], file)
+    tiny = ["way=2", "query=1", "train.way=2", "train.query=1", "train.episodes=1", "val.episodes=1", "test.episodes=2"]
+    make = ["encoder=pretrained", f"encoder.name={NAME}", f"encoder.file={file}", "dataset.size=28"]
+    places = [f"run_dir={tmp_path / 'run'}", f"cache_dir={cache_dir}"]
+    with pytest.raises(FewShotError, match=r"nothing to train: the encoder is frozen"):
+        train(compose(*make, *tiny, f"run_dir={tmp_path / 'frozen'}", f"cache_dir={cache_dir}"))
+    train(compose(*make, *tiny, *places, "encoder.frozen=false"))
+    file.unlink()
+    tuned = load_trained(str(tmp_path / "run")).method.encoder
+    assert not torch.equal(tuned.network.features[0][0].weight, pretrained(weights[0]).network.features[0][0].weight)
