@@ -166,6 +166,7 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting")  # they are equal
     warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # told as an error
+    warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)` before")  # a loss scaler passes over steps
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
     logging.getLogger("lightning_fabric.utilities").setLevel(logging.WARNING)
     hardware = {str(key): value for key, value in config.hardware.items() if key != "compile"}
