@@ -11,10 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from filelock import FileLock
+from pytorch_lightning.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fewshot.training
 from fewshot.config import compose
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.training import train
@@ -218,14 +221,14 @@ def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
 
 
 def spoil(monkeypatch, at, value):
-    """Let the gradient of the training step after ``at`` episodes be ``value``."""
+    """Let the gradient of the training step after ``at`` episodes, or any of these numbers, be ``value``."""
     from fewshot.methods.maml import MAML  # noqa: PLC0415
     from fewshot.methods.protonet import PrototypicalNetwork  # noqa: PLC0415
 
     learn, meta_gradient = PrototypicalNetwork.training_step, MAML.meta_gradient
 
     def factor(method):
-        return value if method.trainer.datamodule.trained == at else 1
+        return value if method.trainer.datamodule.trained in (at if isinstance(at, range) else [at]) else 1
 
     def spoiled(self, meta_batch):
         found = meta_gradient(self, meta_batch)
@@ -254,6 +257,39 @@ def test_a_step_without_a_finite_gradient_can_be_skipped_and_is_counted(run, tmp
     assert json.loads((tmp_path / "run" / "results.json").read_text())["skipped_steps"] == 1
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(weight.isfinite().all() for weight in last["state_dict"].values())
+
+
+@pytest.fixture
+def half_precision(monkeypatch):
+    """16-mixed on the CPU, which Lightning keeps to GPUs."""
+    trainer = pl.Trainer
+
+    def scaled(precision, plugins, **settings):  # noqa: ARG001
+        return trainer(plugins=[*plugins, MixedPrecision("16-mixed", "cpu")], **settings)
+
+    monkeypatch.setattr(pl, "Trainer", scaled)
+    monkeypatch.setattr(fewshot.training, "check", lambda _: None)  # it looks at the trainer's signature
+
+
+@pytest.mark.usefixtures("half_precision")
+def test_a_loss_scaler_may_pass_over_steps_but_not_over_all(run, tmp_path, monkeypatch):
+    def last(name):
+        loaded = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        assert all(weight.isfinite().all() for weight in loaded["state_dict"].values())
+        return loaded["MixedPrecision"]["scale"], loaded["optimizer_states"][0]["state"][0]["step"].item()
+
+    train(compose(*run("whole")))
+    scale, steps = last("whole")
+    assert steps > 10 and scale == 2 ** (16 - (22 - steps))  # each one that it passed over halved it
+    spoil(monkeypatch, at=range(10, 1000), value=float("nan"))
+    with pytest.raises(
+        FewShotError, match=r"gradient of training episode \d+ is nan .* by however little 16-mixed mult"
+    ):
+        train(compose(*run("run", "train.episodes=100")))
+    last("run")
+    train(compose(*run("skipped", "train.episodes=12", "method.on_nan=skip")))
+    skipped = json.loads((tmp_path / "skipped" / "results.json").read_text())["skipped_steps"]
+    assert last("skipped") == (2 ** (16 - skipped), 12 - skipped) and skipped >= 2
 
 
 def test_a_validation_no_better_than_guessing_is_told_once(run, monkeypatch, capsys):

@@ -204,8 +204,6 @@ def _asked(run: DictConfig, config: DictConfig) -> DictConfig:
     precision = config.hardware.precision or run.hardware.precision
     asked.hardware = OmegaConf.merge(config.hardware, {"precision": precision})
     asked.cache_dir, asked.run_dir = config.cache_dir, config.out
-    if asked.hardware.devices not in (1, "auto"):
-        raise FewShotError(f"hardware.devices={asked.hardware.devices}: a test runs on one, hardware.devices=1")
     return asked
 
 
@@ -226,6 +224,8 @@ def _test(trained: Trained, asked: DictConfig, split: str) -> tuple[Answers, Est
     data = make_data(asked, partial(OneSplit, split))
     collect = _Collect()
     trainer = make_trainer(asked, collect)
+    if trainer.world_size > 1:
+        raise FewShotError(f"hardware.devices={asked.hardware.devices}: a test runs on one, hardware.devices=1")
     trainer.loggers = []
     trainer.test(trained.method, data, verbose=False)
     episodes = [data.datasets["test"][EpisodeNumber(0, number)] for number in range(asked.test.episodes)]
