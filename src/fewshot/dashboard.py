@@ -62,7 +62,9 @@ class Dashboard(pl.Callback):
             trainer.logger.log_metrics({"train/learning_rate": optimizer.param_groups[0]["lr"]}, trainer.global_step)
 
     def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
-        self._numbers, self._answers = list(trainer.test_dataloaders.batch_sampler), {}
+        loader = trainer.test_dataloaders
+        assert loader is not None
+        self._numbers, self._answers = list(loader.batch_sampler), {}
 
     def on_test_batch_end(  # noqa: D102
         self,

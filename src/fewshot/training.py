@@ -111,6 +111,7 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         "validations": validations,
         "config": OmegaConf.to_container(config),
     }
+    assert isinstance(trainer.logger, Log)
     log_hyperparameters(trainer.logger, results, trainer.global_step)
     _report(results, run_dir)
     return validation
