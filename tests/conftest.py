@@ -3,18 +3,34 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from fewshot.config import ROOT
 from fewshot.data.bank import ImageBank
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+# How many bad inputs the fuzz tests try, all together; FEWSHOT_FUZZ=10000 asks for new ones at every run.
+FUZZ = int(os.environ.get("FEWSHOT_FUZZ", "300"))
+FUZZ_TESTS = 5
+settings.register_profile(
+    "fuzz",
+    max_examples=-(-FUZZ // FUZZ_TESTS),
+    derandomize="FEWSHOT_FUZZ" not in os.environ,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("fuzz")
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +78,49 @@ def make_bank(counts: dict[str, list[int]], size: int = 16, channels: int = 1, s
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of change of all below ``folder``, itself included; what tells whether something was written."""
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+
+
+@st.composite
+def damaged(draw: st.DrawFn, files: st.SearchStrategy[bytes], pieces: st.SearchStrategy[bytes]) -> bytes:
+    """The bytes of a file with up to four stretches of it cut out or overwritten, ``pieces`` for example put there."""
+    contents = bytearray(draw(files))
+    for _ in range(draw(st.integers(0, 4))):
+        place = draw(st.integers(0, len(contents)))
+        piece = draw(st.binary(max_size=9) | pieces)
+        contents[place : place + draw(st.sampled_from([0, len(piece), 1, 40, 2000]))] = piece
+    return bytes(contents)
+
+
+TOUCHING = ("os", "shutil", "socket", "subprocess", "ctypes")  # audit events of these modules
+HARMLESS = ("os.listdir", "os.scandir", "os.walk", "socket.__new__")
+_touched: list[str] | None = None
+
+
+def _audit(event: str, arguments: tuple[object, ...]) -> None:
+    if _touched is None:
+        return
+    if event == "open":
+        flags = arguments[2]
+        if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+            _touched.append(f"open for writing: {arguments[0]!r}")
+    elif event.partition(".")[0] in TOUCHING and event not in HARMLESS:
+        _touched.append(f"{event}{arguments}"[:300])
+
+
+@cache
+def _start_auditing() -> None:
+    sys.addaudithook(_audit)  # it cannot be taken away again
+
+
+@contextmanager
+def nothing_touched() -> Iterator[None]:
+    """Fails if what runs in it writes or removes a file, starts a program, or calls out."""
+    global _touched  # noqa: PLW0603
+    _start_auditing()
+    _touched = []
+    try:
+        yield
+        touched, _touched = _touched, None
+        assert not touched
+    finally:
+        _touched = None

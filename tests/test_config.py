@@ -1,6 +1,15 @@
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
 import hydra
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
 
+from conftest import nothing_touched
+from fewshot.cli import _explain
 from fewshot.config import CONF, check, compose
 from fewshot.errors import FewShotError
 
@@ -45,3 +54,61 @@ def test_everything_wrong_is_told_at_once():
         check(compose("run_dir=x", *wrong, "distance.scale=0"))
     for of in ("shot=0 ", "val.every=0 ", "seed=-1 ", "encoder.filters=0 ", "distance.scale=0"):
         assert of in str(caught.value)
+
+
+@cache
+def keys() -> list[str]:
+    def below(node: Any, prefix: str) -> Iterator[str]:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            yield prefix + key
+            yield from below(value, f"{prefix}{key}.")
+
+    return [*below(OmegaConf.to_container(compose("run_dir=x")), ""), "experiment", "hydra.run.dir", "hydra.sweep.dir"]
+
+
+GOOD = [
+    *("dataset=omniglot", "dataset=miniimagenet", "method=maml", "method=matching_fce", "distance=scaled_cosine"),
+    *("hardware=gpu", "way=20", "train.way=${shot}", "+experiment=matching_omniglot", "~train.meta_batch", "seed=1"),
+]
+WORDS = st.sampled_from(
+    [
+        *("omniglot", "glyphs", "maml", "cosine", "cpu", "null", "true", "0", "1", "-1", "5", "1e9", "1e999", "nan"),
+        *("[1,2]", "{a:1}", "{way:3}", "???", "@", ".", "..", "../../etc/passwd", "~", "+", "++", "'", '"', "\\"),
+        *("${way}", "${oc.env:HOME}", "${oc.env:NONE}", "${now:%Y}", "${hydra:runtime.cwd}", "${fewshot_root:..}"),
+        *("${method}", "${oc.decode:x}", "${x:y}", "${", ",", ":", ";", "=", "[", "{", "("),
+        *("glob(*)", "choice(1,2)", "range(1,9)", "sort(3,1)", "int(2)", "str(5)", "cast(a)", "interval(0,1)"),
+    ]
+)
+NUMBERS = st.integers().map(str) | st.floats().map(str)
+VALUES = WORDS | NUMBERS | st.text(max_size=8) | st.lists(WORDS, max_size=4).map("".join)
+
+
+@st.composite
+def overrides(draw: st.DrawFn) -> str:
+    """What a command line may say, mostly of keys that there are."""
+    kind = draw(st.sampled_from(["good", "plausible", "plausible", "wild"]))
+    if kind == "good":
+        return draw(st.sampled_from(GOOD))
+    key = draw(st.sampled_from(keys()))
+    if kind == "plausible":
+        return f"{key}={draw(WORDS | NUMBERS)}"
+    key = draw(st.sampled_from([key, key[:-1]]) | VALUES)
+    return draw(st.sampled_from(["", "+", "++", "~"])) + key + draw(st.sampled_from(["=", "", "@"])) + draw(VALUES)
+
+
+@given(st.lists(overrides(), max_size=3))
+@example(["dataset=5"])  # what fuzzing found; Hydra has no error of its own for the first three
+@example(["~dataset=5"])
+@example(["+=omniglot"])
+@example(["val=???"])
+@example(["seed=${oc.env:HOME}"])
+def test_whatever_a_command_line_says_it_is_a_configuration_or_refused_in_one_line(given_overrides):
+    try:
+        with nothing_touched():
+            config = compose("run_dir=x", *given_overrides)
+            check(config)
+    except Exception as error:
+        told = _explain(error)
+        assert told is not None and len(told.splitlines()) == 1, error  # noqa: PT017
+    else:
+        assert isinstance(config, DictConfig) and config.way >= 2

@@ -229,7 +229,7 @@ BAD = {
     ("dataset=miniimagenet", "data_dir=/proc/none"): ("/proc/none/miniimagenet",),
     ("hardware=gpu",): ("gpu",),
     ("dataset.normalise=no", "method.on_nan=pray"): (
-        "method.on_nan=pray must be stop or skip; dataset.normalise=no must be range or standardise",
+        "method.on_nan=pray must be stop or skip; dataset.normalise=no must be range or standardise or plain",
     ),
     ("method=maml", "method.order=3", "method.task_batching=magic"): ("method.order=3 must be 1 or 2; method.task_",),
     ("method=maml", "train.way=6"): ("made for 5 classes, and the episode has 6",),

@@ -10,6 +10,7 @@ from typing import Any, Self
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError, Interrupted
@@ -47,7 +48,8 @@ class Record(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         if self._random is not None:  # now that all is set up again
             torch.set_rng_state(self._random[0])
-            torch.cuda.set_rng_state_all(self._random[1 : torch.cuda.device_count() + 1])
+            if self._random[1:] and torch.cuda.is_available():
+                torch.cuda.set_rng_state(self._random[1])
             self._random = None
         # Lightning's epoch ends with a checkpoint, and not always with a validation.
         trainer.check_val_every_n_epoch = 1 if _data(trainer).validates else sys.maxsize
@@ -65,7 +67,8 @@ class Record(pl.Callback):
         self.seconds += now - self._since
         self._since = now
         data = _data(trainer)
-        data.trained = min(data.stage.start + (batch_idx + 1) * data.meta_batch, data.stage.stop)
+        if _ends_a_step(trainer, batch_idx):
+            data.trained = min(data.trained + data.meta_batch, data.stage.stop)
         if data.trained == data.train_episodes:
             trainer.should_stop = True
 
@@ -104,18 +107,27 @@ class Record(pl.Callback):
             del loops[key]
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        return {"seconds": self.seconds, "validations": self.validations, "random": random}
+        state = {"seconds": self.seconds, "validations": self.validations}
+        random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+        if not torch.distributed.is_initialized():
+            return state | {"random": random}
+        of_all = [random] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_all, random)  # the first process saves what belongs to all
+        return state | {"random": of_all[0], "random_elsewhere": of_all[1:]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
-        self.seconds, self.validations, self._random = state["seconds"], state["validations"], state["random"]
+        self.seconds, self.validations = state["seconds"], state["validations"]
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        of_all = dict(enumerate([state["random"], *state.get("random_elsewhere", [])]))
+        self._random = of_all.get(rank)  # none where there were fewer processes
 
 
 class FiniteGradients(pl.Callback):
     """Stops the run before a gradient that is not finite, or skips the step, as ``method.on_nan`` says.
 
     To stop costs an accelerator nothing: the norms are looked at when the log is, and before weights are judged or
-    saved. To skip is to know at once, so the host waits for every step.
+    saved. To skip is to know at once, so the host waits for every step. While the loss scaler of 16-mixed finds its
+    scale, some gradients are infinite, and it passes over those: there, what stops a run is that no scale will do.
 
     Attributes:
         skipped: how many steps were.
@@ -131,19 +143,27 @@ class FiniteGradients(pl.Callback):
         method: FewShotMethod,  # type: ignore[override]
         optimizer: torch.optim.Optimizer,  # noqa: ARG002
     ) -> None:
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return  # it skips by itself, and finds its scale that way
-        norm = torch.nn.utils.get_total_norm(of.grad for of in method.parameters() if of.grad is not None)
         data = _data(trainer)
         episodes = range(data.trained, min(data.trained + data.meta_batch, data.stage.stop))
-        if method.on_nan == "stop":
+        norm = torch.nn.utils.get_total_norm(of.grad for of in method.parameters() if of.grad is not None)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if method.on_nan == "skip":
+            if not norm.isfinite():
+                method.zero_grad()  # the optimizer passes over a parameter without a gradient
+                self.skipped += 1
+                method.print(f"skipped: {_not_finite(norm, episodes, data)}", flush=True)
+        elif scaler is None:
             self._norms.append((episodes, norm))
-            if norm.device.type == "cpu" or len(self._norms) >= trainer.log_every_n_steps:
+            if norm.device.type == "cpu" or len(self._norms) >= _log_every(trainer):
                 self._look(trainer)
-        elif not norm.isfinite():
-            method.zero_grad()  # the optimizer passes over a parameter without a gradient
-            self.skipped += 1
-            method.print(f"skipped: {_not_finite(norm, episodes, data)}", flush=True)
+        elif trainer.global_step % _log_every(trainer) == 0 and scaler.get_scale() < 1:
+            # The scaler passes over such a step by itself and halves its scale, which begins at 65536. An overflow is
+            # mended long before it is 1.
+            raise FewShotError(
+                f"{_not_finite(norm, episodes, data)}, as others before it, by however little 16-mixed multiplies the "
+                "loss. None of them has changed the weights. Choose hardware.precision=bf16-mixed, or lower "
+                "method.learning_rate, in a new run"
+            )
 
     def on_validation_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self._look(trainer)
@@ -217,12 +237,14 @@ class Interruption(pl.Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,
     ) -> None:
+        if not _ends_a_step(trainer, batch_idx):
+            return
         self._stop = self._received is not None
         if trainer.world_size > 1:  # all ranks leave after the same step; to agree on it they wait for each other
-            agree = batch_idx % trainer.log_every_n_steps == 0
-            self._stop = agree and trainer.strategy.reduce_boolean_decision(self._stop, all=False)
+            agree = batch_idx // trainer.accumulate_grad_batches % _log_every(trainer) == 0
+            self._stop = agree and self._any(trainer)
         data = _data(trainer)
-        if self._stop and data.trained < data.stage.stop and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if self._stop and data.trained < data.stage.stop:
             trainer.should_stop, trainer.check_val_every_n_epoch = True, sys.maxsize
 
     def on_train_epoch_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
@@ -232,10 +254,13 @@ class Interruption(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self._training = False
 
-    def check(self) -> None:
-        """Raise ``Interrupted`` if a signal came while the training went on."""
-        if self._stop or self._received is not None:
+    def check(self, trainer: pl.Trainer) -> None:
+        """Raise ``Interrupted`` if a signal came, to whichever process, while the training went on."""
+        if self._any(trainer):
             raise Interrupted(self._received or signal.SIGTERM, self.resume)
+
+    def _any(self, trainer: pl.Trainer) -> bool:
+        return trainer.strategy.reduce_boolean_decision(self._received is not None, all=False)
 
     def _listen(self) -> None:
         for number in self._before:
@@ -245,7 +270,8 @@ class Interruption(pl.Callback):
         if not self._training or self._received is not None:
             raise Interrupted(number, self.resume)
         self._received = number
-        print("finishing the step at hand; once more to stop at once", file=sys.stderr, flush=True)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            print("finishing the step at hand; once more to stop at once", file=sys.stderr, flush=True)
 
 
 def _move(state: dict[str, Any], directory: str) -> None:
@@ -259,7 +285,16 @@ def _move(state: dict[str, Any], directory: str) -> None:
     }
 
 
+def _ends_a_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer has stepped after this batch, or still gathers the gradient of a meta-batch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
 def _data(trainer: pl.Trainer) -> EpisodeDataModule:
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, EpisodeDataModule)
     return data
+
+
+def _log_every(trainer: pl.Trainer) -> int:
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]

@@ -76,7 +76,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise _not_ours(path, "it holds no weights, or no configuration")
     if foreign:
         raise _not_ours(path, f"its configuration names {', '.join(foreign)}, which no file in conf names")
-    return checkpoint  # type: ignore[no-any-return]
+    return checkpoint
 
 
 @cache

@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
@@ -17,10 +18,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fewshot.config import CONF, compose_unresolved
-from fewshot.errors import Interrupted, mistake
+from fewshot.errors import Interrupted, mistake, printable
+from fewshot.processes import PATIENCE
 from fewshot.sweeps import FAILURE, Sweep, failures
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
@@ -107,7 +110,7 @@ def _guard(function: Callable[[], Any]) -> Any:
     except KeyboardInterrupt as interrupt:
         _exit_interrupted(interrupt)
     except SystemExit as exit_:
-        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's way to end
+        if isinstance(exit_.__context__, KeyboardInterrupt) and exit_.code == 1:  # Lightning's way to end
             _exit_interrupted(exit_.__context__)
         raise
     except Exception as error:
@@ -132,6 +135,10 @@ def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
 
 
 def _exit(message: str, status: int) -> None:
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    if rank > 0:
+        time.sleep(PATIENCE)  # what befell all processes, the first one tells, and ends this one
+        message = f"process {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -153,10 +160,12 @@ def _explain(error: BaseException) -> str | None:
             )
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             return f"{cause.strerror}; what was saved before is kept: make room, then go on by resume=RUN_DIR"
-    libraries = [cause for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
+    known = HydraException | OmegaConfBaseException
+    libraries = [cause for cause in causes if isinstance(cause, known) or _raised_in_hydra(cause)]
     if not libraries:
         return None
-    return f"{'; '.join(_wrong_overrides()) or _plain(*libraries)} {help_}"
+    line = "; ".join(_wrong_overrides()) or _plain(*libraries) or "an argument is not understood"
+    return f"{printable(line)} {help_}"
 
 
 def _plain(*errors: BaseException) -> str:
@@ -166,7 +175,11 @@ def _plain(*errors: BaseException) -> str:
 
 def _wrong_overrides() -> Iterator[str]:
     """What is wrong with each override of the command line by itself, with the nearest name that exists."""
-    name, groups, keys = _program(), [], []
+    name = _program()
+    if not (CONF / f"{name}.yaml").exists():
+        return  # not one of our programs
+    groups: list[tuple[str, str]] = []
+    keys: list[tuple[str, str]] = []
     for argument in sys.argv[1:]:
         if argument.startswith("-") or "=" not in argument:
             continue
@@ -181,7 +194,7 @@ def _wrong_overrides() -> Iterator[str]:
         tried = argument
         if override.is_sweep_override():
             one = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
-            tried = f"{override.input_line.partition('=')[0]}={one}"
+            tried = f"{argument.partition('=')[0]}={one}"
         of_group = (CONF / override.key_or_group).is_dir() or override.key_or_group.startswith("hydra/")
         (groups if of_group else keys).append((override.key_or_group, tried))
     chosen: list[str] = []
@@ -194,12 +207,12 @@ def _wrong_overrides() -> Iterator[str]:
             yield _plain(error) + (plugin or _nearest(option, _options(group)))
         else:
             chosen.append(tried)
-    known = list(_keys(compose_unresolved(*chosen, name=name)))
+    names = list(_keys(compose_unresolved(*chosen, name=name)))
     for key, tried in keys:
         try:
             compose_unresolved(*chosen, tried, name=name)
         except (HydraException, OmegaConfBaseException) as error:
-            yield _plain(error) + ("" if key in known else _nearest(key, known))
+            yield _plain(error) + ("" if key in names else _nearest(key, names))
 
 
 def _program() -> str:
@@ -224,10 +237,16 @@ def _options(group: str) -> dict[str, Path]:
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     for key in node:
-        yield f"{prefix}{key}"
+        yield f"{prefix}{key!s}"
         value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():
-            yield from _keys(value, f"{prefix}{key}.")
+            yield from _keys(value, f"{prefix}{key!s}.")
+
+
+def _raised_in_hydra(error: BaseException) -> bool:
+    """Whether Hydra itself stumbled over the command line; not all that it finds has a type of its own."""
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].startswith(("hydra.core", "hydra._internal"))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

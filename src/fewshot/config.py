@@ -1,6 +1,6 @@
 """The configuration: its types, its ranges, and how to compose it without the command line."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -94,9 +94,16 @@ AT_LEAST = {
     "checkpoint_every": 1,
     "log_every": 1,
     "method.halve_every": 1,
+    "hardware.num_nodes": 1,
+    "hardware.accumulate_grad_batches": 1,
 }
+NODES = ("dataset", "method", "distance", "encoder", "hardware", "train", "val", "test")
 ABOVE_ZERO = ("method.learning_rate",)
-ONE_OF = {"method.on_nan": ("stop", "skip"), "dataset.normalise": ("range", "standardise"), "dataset.channels": (1, 3)}
+ONE_OF = {
+    "method.on_nan": ("stop", "skip"),
+    "dataset.normalise": ("range", "standardise", "plain"),
+    "dataset.channels": (1, 3),
+}
 
 
 def check(config: DictConfig) -> None:
@@ -108,23 +115,23 @@ def check(config: DictConfig) -> None:
     Raises:
         FewShotError: names every such key, and what it must be.
     """
+    absent = [key for key in NODES if not OmegaConf.is_dict(OmegaConf.select(config, key))]
+    if absent:
+        raise FewShotError(f"the configuration has no {', '.join(absent)}; leave out the override that takes it away")
     wrong = [told for key, node in _targets(config) for told in _wrong_types(key, node, get_object(node._target_))]
     hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
     wrong += _wrong_types("hardware", hardware, pl.Trainer)
     if not isinstance(config.hardware.compile, bool):
         wrong.append(f"hardware.compile={config.hardware.compile} must be true or false")
-    if not wrong:  # else the comparisons below could fail
-        values = {key: OmegaConf.select(config, key) for key in (*AT_LEAST, *ABOVE_ZERO, *ONE_OF)}
-        known = {key: value for key, value in values.items() if value is not None}
-        wrong += [
-            f"{key}={known[key]} must be at least {of}" for key, of in AT_LEAST.items() if known.get(key, of) < of
-        ]
-        wrong += [f"{key}={known[key]} must be positive" for key in ABOVE_ZERO if known.get(key, 1) <= 0]
-        wrong += [
-            f"{key}={known[key]} must be {' or '.join(map(str, of))}"
-            for key, of in ONE_OF.items()
-            if known.get(key, of[0]) not in of
-        ]
+    of_a_wrong_type = bool(wrong)
+    values = {key: OmegaConf.select(config, key) for key in (*AT_LEAST, *ABOVE_ZERO, *ONE_OF)}
+    for key, least in AT_LEAST.items():
+        whole = _fits(values[key], int)
+        if values[key] < least if whole else not key.startswith("method."):
+            wrong.append(f"{key}={values[key]} must be at least {least}")
+    if not of_a_wrong_type:
+        wrong += [f"{key}={values[key]} must be positive" for key in ABOVE_ZERO if not values[key] > 0]
+        wrong += [f"{key}={values[key]} must be {_or(of)}" for key, of in ONE_OF.items() if values[key] not in of]
         wrong += _refused(config)
     if wrong:
         raise FewShotError("; ".join(dict.fromkeys(wrong)))
@@ -135,8 +142,8 @@ def _targets(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConf
     for key, value in node.items():
         if isinstance(value, DictConfig) and (prefix != "method." or "_target_" not in value):
             if "_target_" in value:
-                yield f"{prefix}{key}", value
-            yield from _targets(value, f"{prefix}{key}.")
+                yield f"{prefix}{key!s}", value
+            yield from _targets(value, f"{prefix}{key!s}.")
 
 
 def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[..., Any]) -> Iterator[str]:
@@ -150,7 +157,11 @@ def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[...,
         if key not in hints:
             yield f"{prefix}.{key} is not a setting of {target.__name__}"
         elif not _fits(value, hints[key]):
-            yield f"{prefix}.{key}={value} must be {' or '.join(dict.fromkeys(_told(hints[key])))}"
+            yield f"{prefix}.{key}={value} must be {_or(_told(hints[key]))}"
+
+
+def _or(choices: Iterable[Any]) -> str:
+    return " or ".join(dict.fromkeys(map(str, choices)))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -58,13 +58,11 @@ class Dashboard(pl.Callback):
         method: pl.LightningModule,  # noqa: ARG002
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        if trainer.logger is not None and trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.logger is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             trainer.logger.log_metrics({"train/learning_rate": optimizer.param_groups[0]["lr"]}, trainer.global_step)
 
     def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
-        loader = trainer.test_dataloaders
-        assert loader is not None
-        self._numbers, self._answers = list(loader.batch_sampler), {}
+        self._numbers, self._answers = list(trainer.test_dataloaders.batch_sampler), {}  # type: ignore[union-attr]
 
     def on_test_batch_end(  # noqa: D102
         self,
@@ -84,7 +82,7 @@ class Dashboard(pl.Callback):
         data: EpisodeDataModule = trainer.datamodule  # type: ignore[attr-defined]
         answers = {number: of.cpu().numpy() for number, of in self._answers.items()}
         meetings = torch.from_numpy(meetings_of(data.datasets["test"], answers)).to(trainer.strategy.root_device)
-        met, taken = trainer.strategy.reduce(meetings, reduce_op="sum").cpu().numpy()  # type: ignore[union-attr]
+        met, taken = trainer.strategy.reduce(meetings, reduce_op="sum").cpu().numpy()
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             number = min(answers)
             episode = data.datasets["test"][number]

@@ -1,11 +1,32 @@
 """What a user is meant to see of what went wrong."""
 
+from textwrap import shorten
+
+LONGEST = 4000  # characters of a line
+
 
 class FewShotError(Exception):
     """A mistake the user can mend: one line that names the thing at fault and what to do about it.
 
     The command line prints it without a traceback and exits with a non-zero status; see ``fewshot.cli``.
+
+    Args:
+        lines: the message; each argument is a line, and most messages have one. What a line may quote from a file can
+            neither break it nor steer the terminal.
     """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(line)) for line in self.args)
+
+
+def printable(text: str) -> str:
+    """One line for a terminal: what is no printable character is shown as its escape, and what is too long is cut."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def mistake(error: BaseException | None) -> FewShotError | None:
@@ -13,6 +34,13 @@ def mistake(error: BaseException | None) -> FewShotError | None:
     while error is not None and not isinstance(error, FewShotError):
         error = error.__cause__
     return error
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, in a line; of one about weights that do not fit, the first that does not."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    of_weights = lines[0].startswith("Error(s) in loading state_dict") and len(lines) > 1
+    return shorten(lines[1] if of_weights else lines[0], 200)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torchmetrics import Metric
 
 
@@ -60,3 +62,19 @@ class EpisodeAccuracy(Metric):
         # The sample variance of the counts, exact until this one division.
         variance = (n * squared - right * right) / (n * (n - 1)) if n > 1 else float("nan")
         return Estimate(right / queries, 1.96 * variance**0.5 / n**0.5 / per_episode, n)
+
+
+def paired_difference(right: NDArray[np.int64], others: NDArray[np.int64], queries: int) -> Estimate:
+    """The mean difference of two methods' accuracies on the same episodes, with its 95% confidence interval.
+
+    Episodes differ in difficulty far more than good methods do, and what they share falls out of a difference: its
+    interval is narrower than those of the two accuracies would make believe.
+
+    Args:
+        right: the right answers of one method in each episode, int64 ``[episodes]``.
+        others: those of the other.
+        queries: of each episode.
+    """
+    difference = (right - others) / queries
+    spread = float(difference.std(ddof=1)) if len(difference) > 1 else float("nan")
+    return Estimate(float(difference.mean()), 1.96 * spread / len(difference) ** 0.5, len(difference))

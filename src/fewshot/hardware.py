@@ -27,17 +27,20 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never: the largest threshold, 2 GiB, is less than a step at 84x84 frees
         mallopt(M_TOP_PAD, 2**28)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """What a speed was measured on: the ``processor``, its ``threads`` in use, and the ``accelerator`` if it is a GPU.
 
     Args:
         device: that does the work.
+        processes: that share it, if there are several; each has that many threads, and an accelerator of its own.
     """
     found: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
+    if processes > 1:
+        found["processes"] = processes
     return found | {"accelerator": torch.cuda.get_device_name(device)} if device.type == "cuda" else found
 
 

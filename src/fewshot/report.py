@@ -308,5 +308,5 @@ def _duration(seconds: float) -> str:
 
 
 def _machine(of: Mapping[str, Any]) -> str:
-    threads = [f"{of['threads']} threads"] if "threads" in of else []
-    return ", ".join([*(str(of[key]) for key in ("accelerator", "processor") if of.get(key)), *threads])
+    counts = [f"{of[key]} {key}" for key in ("processes", "threads") if key in of]
+    return ", ".join([*(str(of[key]) for key in ("accelerator", "processor") if of.get(key)), *counts])

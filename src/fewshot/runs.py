@@ -58,7 +58,7 @@ def only_run_in(run_dir: Path) -> Iterator[None]:
         FewShotError: another run is at work there.
     """
     lock = FileLock(run_dir / ".lock", timeout=0)
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         run_dir.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
@@ -91,7 +91,8 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
     path = last_checkpoint(run_dir)
     if config.resume is None:
         # Other ranks are started by the one that looked, and by now it may have written.
-        if rank_zero_only.rank == 0 and (path.exists() or results_file(run_dir).exists()):
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        if first and (path.exists() or results_file(run_dir).exists()):
             raise FewShotError(
                 f"{run_dir} holds a run already: go on with it by resume={run_dir}, or choose another directory with "
                 "hydra.run.dir=PATH"
@@ -157,6 +158,6 @@ def _differences(ours: DictConfig, theirs: DictConfig, keys: Iterable[str]) -> I
     for key in keys:
         one, other = OmegaConf.select(ours, key), OmegaConf.select(theirs, key)
         if isinstance(one, DictConfig) and isinstance(other, DictConfig):
-            yield from _differences(ours, theirs, (f"{key}.{name}" for name in {**one, **other}))
+            yield from _differences(ours, theirs, (f"{key}.{name!s}" for name in {**one, **other}))
         elif one != other:
             yield key, f"{key}={one} (there {other})"

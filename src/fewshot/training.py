@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +30,7 @@ from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
+from fewshot.processes import as_one
 from fewshot.runs import (
     best_checkpoint,
     last_checkpoint,
@@ -70,14 +75,22 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
     run_dir = Path(config.run_dir)
     method = make_method(config)
     record, finite, dashboard = Record(), FiniteGradients(), Dashboard(config.get("pictures", True))
-    keep = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
+    keep: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False, **keep)
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **keep)
     step = checkpoint["global_step"] if checkpoint is not None else 0
     trainer = make_trainer(config, record, finite, interruption, dashboard, best, last, step=step)
+    _check_hardware(config, method, trainer)
     data = make_data(config)
+    data.trainer = trainer
     data.prepare_data()
     data.setup()
+    if data.meta_batch > config.train.meta_batch:
+        pieces = f" in each of {data.pieces} pieces" if data.pieces > 1 else ""
+        _say(
+            f"a training step takes {data.meta_batch} episodes, and not train.meta_batch={config.train.meta_batch}: "
+            f"one for each of {data.processes} processes{pieces}"
+        )
     _list_classes(data.bank, run_dir)
     if checkpoint is not None:
         data.load_state_dict(checkpoint[type(data).__qualname__])
@@ -86,12 +99,14 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
             f"train.episodes={data.train_episodes} is less than the {data.trained} that the run in {run_dir} has "
             "trained on already; ask for at least as many"
         )
-    # Of a training that is complete already, this restores the state and no more.
-    trainer.fit(method, data, ckpt_path=last_checkpoint(run_dir) if checkpoint is not None else None, weights_only=True)
-    interruption.check()
-    # The test restores the older state that the callbacks had at the best weights.
-    seconds, validations, skipped = record.seconds, record.validations, finite.skipped
-    trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
+    from_here = last_checkpoint(run_dir) if checkpoint is not None else None
+    with as_one(trainer, interruption.resume):
+        # Of a training that is complete already, this restores the state and no more.
+        trainer.fit(method, data, ckpt_path=from_here, weights_only=True)
+        interruption.check(trainer)
+        # The test restores the older state that the callbacks had at the best weights.
+        seconds, validations, skipped = record.seconds, record.validations, finite.skipped
+        trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
 
     validation = max(estimate["accuracy"] for estimate in validations)
     results = {
@@ -101,26 +116,27 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         **method.estimates["test"]._asdict(),
         "val_accuracy": validation,
         "seed": config.seed,
-        "machine": machine(trainer.strategy.root_device),
+        "machine": machine(trainer.strategy.root_device, trainer.world_size),
+        "meta_batch": data.meta_batch,
         "train_seconds": seconds,
         "train_episodes_per_second": config.train.episodes / seconds,
         "skipped_steps": skipped,
-        "versions": {"python": python_version(), **{package: version(package) for package in PACKAGES}},
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
         "overrides": overrides(run_dir),
         "validations": validations,
         "config": OmegaConf.to_container(config),
     }
-    assert isinstance(trainer.logger, Log)
+    assert isinstance(trainer.logger, TensorBoardLogger)
     log_hyperparameters(trainer.logger, results, trainer.global_step)
     _report(results, run_dir)
     return validation
 
 
-def make_data(config: DictConfig) -> EpisodeDataModule:
-    """The data module, its images not read yet."""
+def make_data(config: DictConfig, kind: Callable[..., EpisodeDataModule] = EpisodeDataModule) -> EpisodeDataModule:
+    """The data module, of a given kind, its images not read yet."""
     keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "checkpoint_every", "cache_dir")
-    return EpisodeDataModule(config.dataset, **{key: config[key] for key in keys})
+    return kind(config.dataset, **{key: config[key] for key in keys})
 
 
 def make_method(config: DictConfig) -> FewShotMethod:
@@ -148,7 +164,11 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # a resumed run's
     warnings.filterwarnings("ignore", message=".*Total length of .* is zero")  # of one that is complete
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting")  # they are equal
+    warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # told as an error
+    warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)` before")  # a loss scaler passes over steps
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
+    logging.getLogger("lightning_fabric.utilities").setLevel(logging.WARNING)
     hardware = {str(key): value for key, value in config.hardware.items() if key != "compile"}
     return pl.Trainer(
         **hardware,
@@ -166,6 +186,35 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
     )
 
 
+def _check_hardware(config: DictConfig, method: FewShotMethod, trainer: pl.Trainer) -> None:
+    """Refuse what only the trainer knows not to go together.
+
+    Raises:
+        FewShotError: names what does not.
+    """
+    scaled = str(config.hardware.precision) in {"16", "16-mixed"}
+    if scaled and trainer.precision != "16-mixed":
+        raise FewShotError("hardware.precision=16-mixed needs a GPU; choose bf16-mixed on the CPU")
+    if scaled and not method.automatic_optimization:
+        raise FewShotError(
+            "hardware.precision=16-mixed scales the loss so that half precision holds its gradient, and not those of "
+            f"the inner steps of method={config.choices.method}; choose bf16-mixed, which needs no scale"
+        )
+    if trainer.accumulate_grad_batches > 1 and not method.automatic_optimization:
+        raise FewShotError(
+            f"hardware.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: method="
+            f"{config.choices.method} takes the gradient of one task after another as it is, however many "
+            "train.meta_batch has"
+        )
+    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    started = trainer.world_size > 1 and not trainer.strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
+    if sweep and started:
+        raise FewShotError(
+            f"hardware.devices={config.hardware.devices}: the jobs of a sweep (-m) have one process each; choose "
+            "hardware.devices=1, or start the runs one by one"
+        )
+
+
 @rank_zero_only
 def _list_classes(bank: ImageBank, run_dir: Path) -> None:
     """Write down which classes each split holds, since seeds and data decide it."""
@@ -180,6 +229,12 @@ def _report(results: dict[str, Any], run_dir: Path) -> None:
     _tell(results, run_dir)
 
 
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@rank_zero_only
 def _tell(results: dict[str, Any], run_dir: Path) -> None:
     table = Table(title=f"{results['way']}-way {results['shot']}-shot accuracy on test classes, with its 95% interval")
     shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder") if results[key]} | {
@@ -198,7 +253,12 @@ def _tell(results: dict[str, Any], run_dir: Path) -> None:
     )
 
 
-def _commit() -> str | None:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
+    return {"python": python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def commit() -> str | None:
     """The commit of this code, marked when files differ from it; None outside a git checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +147,95 @@ def test_a_truncated_bank_is_built_again(file, tmp_path, kept):
     (images,) = (tmp_path / "cache").glob("*/images.npy")
     os.truncate(images, int(kept * images.stat().st_size))
     assert torch.equal(open_bank("toy", make_source(file), {}, tmp_path / "cache").images, whole)
+
+
+def test_the_index_of_another_bank_is_not_taken_for_this_ones(file, tmp_path):
+    open_bank("toy", make_source(file), {}, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*/index.json")
+    index = json.loads(path.read_text())
+    for wrong in ({"offsets": [0, 3, 4, 6, 9]}, {"names": ["a"]}, {"splits": ["train"] * 5}, {"offsets": [2**70] * 5}):
+        path.write_text(json.dumps(index | wrong))
+        assert open_bank("toy", make_source(file), {}, tmp_path / "cache").names == tuple(IMAGES)
+        assert json.loads(path.read_text()) == index
+
+
+def test_what_is_odd_about_the_images_is_kept_with_them(file, tmp_path):
+    def classes():
+        listed = make_source(file).classes()
+        return [*listed, ImageClass("class 9", "test", 3, listed[0].load)]
+
+    for _ in ("built", "opened"):
+        findings = open_bank("toy", Source([file], classes), {}, tmp_path / "cache").findings
+        assert any(
+            "more than one split" in of and "class 9 number 3 (test) = class 0 number 1 (train)" in of
+            for of in findings
+        )
+
+
+def test_files_that_are_gone_when_a_bank_is_opened_are_named(file, tmp_path):
+    source = make_source(file)
+    file.unlink()
+    with pytest.raises(FewShotError, match=rf"cannot read {file}: No such file"):
+        open_bank("toy", source, {}, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("fault", ["changed", "removed"])
+def test_files_that_change_while_a_bank_is_built_leave_no_bank(file, tmp_path, fault):
+    good = make_source(file)
+
+    def change():
+        file.write_text("two, longer") if fault == "changed" else file.unlink()
+        return np.zeros((1, 4, 4, 1), dtype=np.uint8)
+
+    source = Source([file], lambda: [*good.classes(), ImageClass("late", "val", 1, change)])
+    with pytest.raises(FewShotError, match="changed while they were read" if fault == "changed" else str(file)):
+        open_bank("toy", source, {}, tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_files_may_have_names_that_are_no_text(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    path.touch()
+    assert open_bank("toy", make_source(path), {}, tmp_path / "cache").names == tuple(IMAGES)
+
+
+def test_a_cache_that_is_removed_while_a_bank_is_built_is_told(file, tmp_path):
+    def remove():
+        shutil.rmtree(tmp_path / "cache")
+        return np.zeros((1, 4, 4, 1), dtype=np.uint8)
+
+    source = Source([file], lambda: [*make_source(file).classes(), ImageClass("late", "val", 1, remove)])
+    with pytest.raises(FewShotError, match=r"cannot build the image bank of toy: .*cache.*cache_dir=PATH"):
+        open_bank("toy", source, {}, tmp_path / "cache")
+
+
+def test_a_cache_may_be_removed_while_a_bank_is_open(file, tmp_path):
+    bank = open_bank("toy", make_source(file), {}, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(bank.images, torch.from_numpy(np.concatenate(list(IMAGES.values()))))
+
+
+SHORTENED = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from fewshot.data.bank import ImageClass, Source, open_bank
+load = lambda: np.full((64, 64, 64, 1), 7, dtype=np.uint8)
+bank = open_bank("toy", Source([], lambda: [ImageClass("a", "train", 64, load)]), {}, sys.argv[1])
+(images,) = Path(sys.argv[1]).glob("*/images.npy")
+os.truncate(images, 4096)
+print("shortened", flush=True)
+print(bank.images[32:].sum())
+"""
+
+
+def test_a_bank_that_is_shortened_while_it_is_open_ends_the_process_rather_than_lie(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", SHORTENED, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGBUS, done.stderr
+    assert done.stdout.split() == ["shortened"]
 
 
 @pytest.mark.parametrize("place", ["/proc/none", "{file}/cache"])

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import zip_longest
 from types import SimpleNamespace
 
@@ -64,7 +65,7 @@ def test_evaluation_meets_the_same_episodes_every_time_and_under_every_training_
 
 def after(trained, *overrides, rank=0, world_size=1):
     """The module of a run that has trained on so many episodes."""
-    module = make(*overrides, trainer=SimpleNamespace(global_rank=rank, world_size=world_size))
+    module = make(*overrides, trainer=trainer_of(rank=rank, world_size=world_size))
     module.load_state_dict({"trained": trained})
     return module
 
@@ -111,6 +112,15 @@ def test_ranks_share_out_the_episodes_of_one_process():
         assert all(torch.equal(a.query, b.query) for a, b in zip(interleaved, expected, strict=True))
 
 
+def test_a_step_has_an_episode_for_each_piece_of_each_process():
+    module = make("train.meta_batch=2", "val.every=4", trainer=trainer_of(rank=1, world_size=3, pieces=2))
+    assert module.meta_batch == module.every == 6
+    batches = list(module.train_dataloader().batch_sampler)
+    assert [[number for _, number in batch] for batch in batches] == [[1], [4]] and module.weights == [1, 1]
+    with pytest.raises(FewShotError, match=r"val\.episodes=5 cannot be shared out to 6 processes; ask for at least"):
+        make(trainer=trainer_of(world_size=6)).setup()
+
+
 def test_stages_end_between_whole_meta_batches_and_the_last_one_takes_what_is_left():
     found = list(stages("train.meta_batch=3", "checkpoint_every=2"))  # val.every=4, train.episodes=10
     assert [(of.start, of.stop, validates) for of, _, validates in found] == [
@@ -122,9 +132,17 @@ def test_stages_end_between_whole_meta_batches_and_the_last_one_takes_what_is_le
     assert [[len(batch) for batch in batches] for _, batches, _ in found] == [[3], [3], [3], [1]]
 
 
-def trainer_of(dtype=torch.float32, training=True):
+def trainer_of(dtype=torch.float32, training=True, rank=0, world_size=1, pieces=1):
     method = SimpleNamespace(dtype=dtype, device=torch.device("cpu"))
-    return SimpleNamespace(global_rank=0, world_size=1, training=training, lightning_module=method)
+    strategy = SimpleNamespace(reduce=lambda tensor, **_: tensor)
+    return SimpleNamespace(
+        global_rank=rank,
+        world_size=world_size,
+        accumulate_grad_batches=pieces,
+        training=training,
+        lightning_module=method,
+        strategy=strategy,
+    )
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("range", torch.float32), ("standardise", torch.float64)])
@@ -163,13 +181,47 @@ def test_in_evaluation_every_image_in_use_is_embedded_once():
     assert module.on_after_batch_transfer(raw, 0).query.shape == (1, 30, 3, 16, 16)
 
 
+@pytest.mark.parametrize("processes", [2, 15])
+def test_processes_share_out_the_images_to_embed(monkeypatch, processes):
+    monkeypatch.setattr(datamodule, "EMBEDDED_TOGETHER", 8)
+    batches = []
+
+    def embeddings(rank, world_size):
+        module = make("val.episodes=15", "test.episodes=15", trainer=trainer_of(rank=rank, world_size=world_size))
+        module.embed("test", lambda images: batches.append(len(images)) or images.flatten(1))
+        return module._embedded[1]
+
+    whole = embeddings(0, 1)
+    pieces = batches.copy()
+    assert sum(pieces) == len(whole) and len(pieces) == 9
+    batches.clear()
+    assert torch.equal(sum(embeddings(rank, processes) for rank in range(processes)), whole)
+    assert sorted(batches) == sorted(pieces + [8] * max(0, processes - len(pieces)))
+
+
 def test_the_bank_depends_on_the_settings_of_its_source_resolved_or_not(monkeypatch):
-    monkeypatch.setattr(datamodule, "open_bank", lambda *arguments: arguments)
+    asked: list[tuple] = []
+    monkeypatch.setattr(datamodule, "open_bank", lambda *arguments: asked.append(arguments) or BANK)
     source = {"_target_": "fewshot.data.glyphs.glyphs", "size": "${dataset.size}", "samples": 3, "seed": 0}
     config = OmegaConf.merge(compose("run_dir=x"), {"dataset": {"size": 14, "source": source}})
     module = EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="somewhere")
-    name, _, settings, cache_dir = module.bank
+    assert module.bank is BANK
+    ((name, _, settings, cache_dir),) = asked
     assert (name, settings, cache_dir) == ("glyphs", source | {"size": 14}, "somewhere")
+
+
+def test_what_is_odd_about_the_images_is_told_in_a_line_each_by_one_process(monkeypatch, capsys):
+    odd = replace(BANK, findings=("blank classes: a", "pictures twice: b\nc"))
+    monkeypatch.setattr(datamodule, "open_bank", lambda *_: odd)
+    monkeypatch.setattr(datamodule, "instantiate", lambda _: None)
+    config = compose("run_dir=x", "dataset=omniglot")
+    modules = [EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="") for _ in "ab"]
+    assert modules[0].bank is modules[0].bank is odd
+    told = "warning: omniglot: blank classes: a\nwarning: omniglot: pictures twice: b\\nc\n"
+    assert capsys.readouterr().out == told
+    monkeypatch.setattr(datamodule.rank_zero_only, "rank", 1)
+    assert modules[1].bank is odd
+    assert capsys.readouterr().out == ""
 
 
 def test_every_split_is_checked_before_training():

@@ -1,4 +1,4 @@
-from itertools import zip_longest
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -81,14 +81,29 @@ def test_support_and_query_are_the_images_of_the_labelled_classes():
     assert all(bank.splits[found.pop()] == "val" for found in of_label)
 
 
-@given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 5))
-def test_ranks_share_every_meta_batch_without_overlap(episodes, meta_batch, world_size):
-    whole = list(MetaBatchSampler(episodes, meta_batch, 3))
-    assert sum(whole, []) == [EpisodeNumber(3, number) for number in range(episodes)]
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(0, 9))
+def test_a_meta_batch_is_whole_but_for_the_last(episodes, meta_batch, first):
+    sampler = MetaBatchSampler(episodes, meta_batch, epoch=3, first=first)
+    whole = list(sampler)
+    assert sum(whole, []) == [EpisodeNumber(3, number) for number in range(first, first + episodes)]
     assert [len(batch) for batch in whole[:-1]] == [meta_batch] * (len(whole) - 1) and 0 < len(whole[-1]) <= meta_batch
-    shares = [MetaBatchSampler(episodes, meta_batch, 3, rank, world_size) for rank in range(world_size)]
-    assert all(len(share) == len(list(share)) <= len(whole) for share in shares)
-    assert [sorted(sum(parts, [])) for parts in zip_longest(*shares, fillvalue=[])] == whole
+    assert len(sampler) == len(whole) and sampler.weights == [1] * len(whole)
+
+
+@given(st.integers(1, 50), st.integers(1, 5), st.integers(1, 3), st.integers(0, 9))
+def test_ranks_and_pieces_share_every_meta_batch_and_their_mean_is_that_of_its_episodes(episodes, ranks, pieces, more):
+    meta_batch = ranks * pieces + more
+    samplers = [MetaBatchSampler(episodes, meta_batch, 3, 0, rank, ranks, pieces) for rank in range(ranks)]
+    batches = list(zip(*samplers, strict=True))  # as many for every rank
+    weights = list(zip(*(sampler.weights for sampler in samplers), strict=True))
+    assert all(of[0] > 0 for of in weights)  # whose batch norm is kept
+    for step, whole in enumerate(MetaBatchSampler(episodes, meta_batch, 3)):
+        of_step = slice(step * pieces, (step + 1) * pieces)
+        shares = list(zip(chain(*batches[of_step]), chain(*weights[of_step]), strict=True))
+        assert sorted(sum((batch for batch, weight in shares if weight), [])) == whole
+        assert all(set(batch) <= set(whole) for batch, _ in shares)
+        mean = sum(weight * np.mean([number for _, number in batch]) for batch, weight in shares) / (ranks * pieces)
+        assert mean == pytest.approx(np.mean([number for _, number in whole]))
 
 
 def test_a_meta_batch_can_be_taken_apart():
@@ -116,6 +131,13 @@ def test_an_episode_that_cannot_be_drawn_is_refused(changes, told):
     bank = make_bank({"train": [9], "test": [6, 6, 4, 6]})
     with pytest.raises(FewShotError, match=told):
         EpisodeDataset(bank, "test", **{"way": 2, "shot": 1, "query": 1, "seed": 0} | changes)
+
+
+@pytest.mark.parametrize(("counts", "told"), [([5], "only the class class 1"), ([], "no class")])
+def test_a_split_with_nothing_to_tell_apart_is_refused(counts, told):
+    bank = make_bank({"train": [9], "val": counts, "test": [6] * 8})
+    with pytest.raises(FewShotError, match=f"the val split has {told}, and there is nothing to tell apart"):
+        EpisodeDataset(bank, "val", way=5, shot=1, query=1, seed=0)
 
 
 def test_the_support_comes_shuffled():

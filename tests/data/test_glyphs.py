@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fewshot.data.audit import Audit
 from fewshot.data.bank import SPLITS
 from fewshot.data.glyphs import SCRIPTS, glyphs
 from fewshot.errors import FewShotError
@@ -56,6 +57,13 @@ def test_every_sample_is_distinct_and_legible(images):
         ink = drawn.mean((1, 2, 3)) / 255
         assert ink.min() > 0.01 and ink.max() < 0.6, name
         assert drawn.max((1, 2, 3)).min() > 100, name
+
+
+def test_nothing_is_odd_about_the_images(classes, images):
+    audit = Audit()
+    for image_class in classes:
+        audit.add(image_class.name, image_class.split, images[image_class.name])
+    assert audit.findings() == []
 
 
 def test_it_is_drawn_alike_alone_again_and_with_another_number_of_threads(classes, images):

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import listing
+from conftest import damaged, listing, nothing_touched
 from fewshot.data.bank import SPLITS, open_bank
+from fewshot.data.episodes import EpisodeDataset
 from fewshot.data.miniimagenet import miniimagenet
 from fewshot.errors import FewShotError
 
@@ -236,6 +239,143 @@ def test_a_broken_table_is_named(tmp_path, table):
         read(tmp_path).classes()
 
 
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        (b"", "has no rows"),
+        (b"filename,label\n", "has no rows"),
+        (b"filename,label\nx.jpg\n", "rows without a filename or a label"),
+        (b"filename,class\nx.jpg,n03\n", "has no column 'label': it needs filename and label, with commas"),
+        (b"filename;label\nx.jpg;n03\n", "has no column 'filename'"),
+        ("filename,label\nx.jpg,n03\n".encode("utf-16"), "is not text in UTF-8, at byte 0: save it as such"),
+        ("filename,label\nx.jpg,für\n".encode("latin1"), "is not text in UTF-8, at byte 22"),
+        (b"filename,label\nx.jpg," + b"n" * 200_000 + b"\n", "field larger than field limit"),
+        (b'filename,label\n"n0300000000.jpg,n03\nn0300000001.jpg,n03\n', "unexpected end of data"),
+        (b"filename,label\nx.jpg\0,n03\n", "1 of the 1 images"),
+        (b"filename,label\n\x1b[2J.jpg,n03\n", r"\\x1b\[2J\.jpg for one"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_told_in_one_line(tmp_path, table, told):
+    write_images(tmp_path / "miniimagenet")
+    (tmp_path / "miniimagenet" / "val.csv").write_bytes(table)
+    with pytest.raises(FewShotError, match=told) as caught:
+        read(tmp_path).classes()
+    assert "val.csv" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_an_image_that_is_listed_twice_is_refused(tmp_path, split):
+    write_images(tmp_path / "miniimagenet")
+    with (tmp_path / "miniimagenet" / f"{split}.csv").open("a") as file:
+        file.write("n0300000001.jpg,n03\n")
+    with pytest.raises(FewShotError, match=r"1 images are listed more than once .*n0300000001\.jpg for one"):
+        read(tmp_path).classes()
+
+
+@pytest.mark.parametrize("layout", ["images", "zips"])
+def test_two_files_of_one_name_are_refused_since_a_table_cannot_tell_them_apart(tmp_path, layout):
+    folder = tmp_path / "miniimagenet"
+    LAYOUTS[layout](folder)
+    if layout == "images":
+        (folder / "images" / "more").mkdir()
+        (folder / "images" / "more" / "n0300000001.jpg").write_bytes(as_jpeg(photo("val", 0)))
+    else:
+        with zipfile.ZipFile(folder / "images_val.zip", "a") as archive:
+            archive.writestr("more/n0300000001.jpg", as_jpeg(photo("val", 0)))
+            archive.writestr("README", b"")
+            archive.writestr("more/README", b"")
+    with pytest.raises(FewShotError, match=r"two files n0300000001\.jpg, .*more/n0300000001\.jpg"):
+        read(tmp_path).classes()
+
+
+def test_a_table_of_one_label_leaves_nothing_to_tell_apart(tmp_path):
+    write_images(tmp_path / "miniimagenet")
+    table = tmp_path / "miniimagenet" / "train.csv"
+    table.write_text(table.read_text().replace(",n02", ",n01"))
+    bank = open_bank("miniimagenet", read(tmp_path), {}, tmp_path / "cache")
+    with pytest.raises(FewShotError, match="the train split has only the class n01"):
+        EpisodeDataset(bank, "train", way=2, shot=1, query=1, seed=0)
+
+
+def test_the_same_photo_under_two_names_in_two_splits_is_told(tmp_path):
+    write_images(tmp_path / "miniimagenet")
+    images = tmp_path / "miniimagenet" / "images"
+    for name in members("train") | members("val") | members("test"):
+        noise = np.random.default_rng(int(name[1:11])).integers(0, 256, (84, 84, 3), dtype=np.uint8)
+        (images / name).write_bytes(as_jpeg(noise))
+    (images / "n0400000001.jpg").write_bytes((images / "n0100000002.jpg").read_bytes())
+    (finding,) = open_bank("miniimagenet", read(tmp_path), {}, tmp_path / "cache").findings
+    assert "in more than one split" in finding and "n04 number 2 (test) = n01 number 3 (train)" in finding
+
+
+def test_photos_that_vanish_after_they_were_listed_are_named(tmp_path):
+    write_images(tmp_path / "miniimagenet")
+    source = read(tmp_path)
+    listed = source.classes()
+    (tmp_path / "miniimagenet" / "images" / "n0400000002.jpg").unlink()
+    with pytest.raises(FewShotError, match=r"n0400000002\.jpg: .*No such file"):
+        next(of for of in listed if of.name == "n04").load()
+    with pytest.raises(FewShotError, match=r"cannot read .*n0400000002\.jpg: No such file"):
+        open_bank("miniimagenet", source, {}, tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tables") / "miniimagenet"
+    write_images(folder)
+    (folder.parent / "secret.jpg").write_bytes(as_jpeg(photo("val", 0)))
+    return folder
+
+
+FIELDS = st.sampled_from(
+    [
+        *(
+            "n0300000000.jpg",
+            "n0300000001.jpg",
+            "n0300000002.jpg",
+            "n0100000000.jpg",
+            "n03",
+            "n03",
+            "n01",
+            "../secret.jpg",
+        ),
+        *("/etc/passwd", "", '"', "a\0", "\x1b[2J", "x" * 140_000, "é", "\ufeff", "\u2028", "filename", "label"),
+    ]
+)
+
+
+@st.composite
+def csv_files(draw):
+    """Tables that are often good, in a good encoding or another."""
+    names = st.sampled_from([f"n030000000{number}.jpg" for number in range(COUNT)])
+    good = st.tuples(names, st.sampled_from(["n03", "n03", "n30", "n01"]))
+    rows = draw(
+        st.lists(good, max_size=4, unique_by=lambda row: row[0]) | st.lists(st.lists(FIELDS, max_size=4), max_size=5)
+    )
+    header = draw(
+        st.just(["filename", "label"]) | st.permutations(["filename", "label", "x"]) | st.lists(FIELDS, max_size=3)
+    )
+    comma, end = draw(st.sampled_from([",", ",", ",", ";", "\t"])), draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    text = end.join(comma.join(row) for row in [header, *rows])
+    return text.encode(draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-7", "cp1252"])), "replace")
+
+
+@given(table=damaged(csv_files(), FIELDS.map(str.encode)))
+def test_whatever_a_table_holds_it_is_read_or_refused_in_one_line(tables, table):
+    (tables / "val.csv").write_bytes(table)
+    before = listing(tables.parent)
+    try:
+        with nothing_touched():
+            of_val = [c for c in read(tables.parent).classes() if c.split == "val"]
+            images = [c.load() for c in of_val]
+    except FewShotError as error:
+        assert str(tables) in str(error) and len(str(error).splitlines()) == 1  # noqa: PT017
+    else:
+        assert of_val and len({c.name for c in of_val}) == len(of_val)
+        assert [of.shape for of in images] == [(c.count, 84, 84, 3) for c in of_val]
+    assert listing(tables.parent) == before
+
+
 def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
     write_images(tmp_path / "miniimagenet")
     table = tmp_path / "miniimagenet" / "val.csv"
@@ -244,11 +384,12 @@ def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["images", "caches"])
-def test_a_folder_in_place_of_a_file_is_named(tmp_path, layout):
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_folder_or_a_pipe_in_place_of_a_file_is_named(tmp_path, layout, make):
     LAYOUTS[layout](tmp_path / "miniimagenet")
     file = tmp_path / "miniimagenet" / ("val.csv" if layout == "images" else "mini-imagenet-cache-val.pkl")
     file.unlink()
-    file.mkdir()
+    make(file)
     with pytest.raises(FewShotError, match=str(file)):
         open_bank("miniimagenet", read(tmp_path), {}, tmp_path / "cache")
 

@@ -1,7 +1,9 @@
 import hashlib
 import http.server
 import io
+import socket
 import threading
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -152,7 +154,11 @@ def test_a_corrupt_image_is_named_and_no_cache_is_left(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serves the zips from the loopback address as their official home; ``server.cut`` breaks transfers off."""
+    """Serves the zips from the loopback address as their official home.
+
+    ``server.cut`` says how answers break off, and ``server.cut_first`` how many do; 0 for all. The first answer of a
+    download tells no more than whether there is a redirection.
+    """
     write(tmp_path / "served" / "omniglot")
     served = tmp_path / "served" / "omniglot"
 
@@ -161,6 +167,11 @@ def server(tmp_path, monkeypatch):
             pass
 
         def do_GET(self):
+            started.gets += 1
+            if started.cut_first and started.gets > started.cut_first:
+                started.cut = ""
+            if started.cut == "silence":
+                time.sleep(2)
             if started.cut == "in a chunk":
                 self.send_response(200)
                 self.send_header("Transfer-Encoding", "chunked")
@@ -174,12 +185,13 @@ def server(tmp_path, monkeypatch):
             outputfile.write(contents[: len(contents) // 2] if started.cut == "half way" else contents)
 
     started = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(served)))
-    started.cut = ""
+    started.cut, started.gets, started.cut_first = "", 0, 0
     threading.Thread(target=started.serve_forever, daemon=True).start()
     checksums = {part: hashlib.md5((served / f"{part}.zip").read_bytes()).hexdigest() for part in PARTS}
     home = f"http://127.0.0.1:{started.server_address[1]}"
     monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", home)
     monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", checksums)
+    monkeypatch.setattr(module, "PAUSES", (0, 0.01))
     yield started
     started.shutdown()
 
@@ -191,18 +203,33 @@ def test_it_is_downloaded_where_it_is_absent(server, tmp_path):
     assert {p.name for p in (tmp_path / "data" / "omniglot").glob("[!.]*")} == {f"{part}.zip" for part in PARTS}
 
 
-@pytest.mark.parametrize("fault", ["wrong checksum", "half way", "in a chunk", "no server"])
-def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(server, tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize("fault", ["half way", "in a chunk", "silence"])
+def test_a_download_that_breaks_off_is_tried_again(server, tmp_path, monkeypatch, capsys, fault):
+    if fault == "silence":
+        monkeypatch.setattr(module, "SILENCE", 0.5)
+    server.cut, server.cut_first = fault, 2
+    assert len(read(tmp_path / "data").classes()) == 40
+    assert capsys.readouterr().out.count("trying again in") == (2 if fault == "silence" else 1)
+    assert {p.name for p in (tmp_path / "data" / "omniglot").glob("[!.]*")} == {f"{part}.zip" for part in PARTS}
+
+
+@pytest.mark.parametrize("fault", ["wrong checksum", "half way", "in a chunk", "silence", "no server"])
+def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(
+    server, tmp_path, monkeypatch, capsys, fault
+):
     if fault == "wrong checksum":
         monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", dict.fromkeys(PARTS, "0" * 32))
     elif fault != "no server":
         server.cut = fault
+        monkeypatch.setattr(module, "SILENCE", 0.5)
     else:
         monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", "http://127.0.0.1:9")
     told = r"cannot be downloaded from http://127\.0\.0\.1.*data_dir=PATH"
     with pytest.raises(FewShotError, match=told) as caught:
         read(tmp_path / "data")
-    assert "<urlopen" not in str(caught.value)
+    assert "<urlopen" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert capsys.readouterr().out.count("trying again in") == 2
+    assert socket.getdefaulttimeout() is None
     assert not list((tmp_path / "data" / "omniglot").glob("[!.]*"))
 
 

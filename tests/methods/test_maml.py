@@ -239,10 +239,48 @@ def test_frozen_parameters_are_neither_adapted_nor_trained():
     assert frozen.grad is None
 
 
-def test_another_way_is_refused():
-    for act in (lambda: method()(next(tasks(1, way=4).tasks())), lambda: method().meta_gradient(tasks(1, way=4))):
-        with pytest.raises(FewShotError, match=r"made for 3 classes, and the episode has 4: .* train\.way"):
-            act()
+def test_another_way_is_not_trained_at():
+    with pytest.raises(FewShotError, match=r"made for 3 classes, and the episode has 4: .* train\.way"):
+        method().meta_gradient(tasks(1, way=4))
+
+
+@pytest.mark.parametrize("way", [2, 4, 7])
+def test_another_way_is_learnt_at_test(way):
+    maml = method(conv4, test_inner_steps=30).eval()
+    task = next(tasks(1, way=way).tasks())
+    again = task._replace(query=task.support, query_labels=task.support_labels)
+    assert maml(again).shape == (2 * way, way)
+    assert (maml(again).argmax(1) == again.query_labels).all()
+
+
+def test_rows_beyond_the_classes_stay_and_rows_that_lack_are_used_over_again():
+    maml = method()
+    assert all(torch.equal(of, maml.weights()[name]) for name, of in maml.weights(way=2).items())
+    more = maml.weights(way=7)
+    assert torch.equal(more["head.weight"][:3], maml.head.weight) and torch.equal(
+        more["head.bias"][3:6], maml.head.bias
+    )
+
+
+def test_own_images_are_classified_beside_the_support_set():
+    maml = method(conv4, test_inner_steps=3).eval()
+    task = next(tasks(1).tasks())
+    weights = maml.adapt(maml.weights(), task.support, task.support_labels, 3)
+    expected = maml.classify(weights, torch.cat([task.support, task.query[:1]]))[-1:]
+    torch.testing.assert_close(maml.classifier(task.support, task.support_labels, 3)(task.query[:1]), expected)
+
+
+def test_a_class_with_more_samples_weighs_no_more():
+    maml = method(conv4, test_inner_steps=3).eval()
+    task = next(tasks(1).tasks())
+    # The samples of class 1, or of all, three times each: nothing new is told.
+    of_one = task.support_labels == 1
+    more = [torch.cat([of, *[of[of_one]] * 2]) for of in (task.support, task.support_labels)]
+    thrice = [torch.cat([of] * 3) for of in (task.support, task.support_labels)]
+    found = maml.classifier(*more, 3)(task.query)
+    torch.testing.assert_close(found, maml.classifier(*thrice, 3)(task.query))
+    unbalanced = maml(task._replace(support=more[0], support_labels=more[1]))
+    assert (unbalanced - maml(task)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,21 @@ def test_every_query_is_classified_by_itself():
         torch.testing.assert_close(method(task)[2:3], method(task._replace(query=task.query[2:3])))
 
 
+@pytest.mark.parametrize("make", [plain, full_context])
+def test_a_support_set_is_learnt_once_and_no_class_is_likelier_for_its_samples(make):
+    task, method = episode(shots=(2, 1, 3)), make()
+    logits = method.classifier(task.support, task.support_labels, 3)(task.query)
+    torch.testing.assert_close(logits, method(task) - torch.tensor([2, 1, 3], dtype=torch.float64).log())
+    if make is plain:
+        # One class's samples over again: the sum of equation 1 turns to it, the mean does not.
+        again = torch.cat([task.support, task.support[:2]]), torch.cat([task.support_labels, task.support_labels[:2]])
+        probabilities = method.classifier(*again, 3)(task.query).softmax(1)
+        torch.testing.assert_close(probabilities, logits.softmax(1))
+    even = episode(shots=(2, 2, 2))
+    same = method.classifier(even.support, even.support_labels, 3)(even.query).softmax(1)
+    torch.testing.assert_close(same, method(even).softmax(1))
+
+
 def test_no_unrolling_step_is_refused():
     with pytest.raises(FewShotError, match=r"method\.unrolling_steps=0 .* method=matching"):
         full_context(0)

@@ -4,6 +4,7 @@ from torch import nn
 
 from fewshot.data.episodes import Episode
 from fewshot.distances import cosine, l2
+from fewshot.errors import FewShotError
 from fewshot.methods.protonet import PrototypicalNetwork, prototypes
 
 
@@ -44,3 +45,15 @@ def test_the_learning_rate_is_halved():
         optimizer.step(), schedule.step()
     assert rates == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4]
     assert optimizers["lr_scheduler"]["interval"] == "step"
+
+
+def test_a_support_set_is_learnt_once():
+    torch.manual_seed(0)
+    labels = torch.tensor([1, 0, 1, 1])
+    episode = Episode(torch.randn(4, 1, 2, 2), labels, torch.randn(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64), 2)
+    torch.testing.assert_close(method().classifier(episode.support, labels, 2)(episode.query), method()(episode))
+
+
+def test_nothing_to_train_is_told():
+    with pytest.raises(FewShotError, match=r"nothing to train: .* encoder\.frozen=false"):
+        method().configure_optimizers()

@@ -5,6 +5,7 @@ Reading files happens here, once; whatever comes after is a gather on a tensor.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from numpy.typing import NDArray
 from rich.progress import track
 
+from fewshot.data.audit import Audit
 from fewshot.errors import FewShotError
 
 SPLITS = ("train", "val", "test")
-FORMAT = 1  # raised whenever what a bank holds changes, so that older caches are built anew
+FORMAT = 2  # raised whenever what a bank holds changes, so that older caches are built anew
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,14 @@ class ImageBank:
         offsets: int64 ``[classes + 1]``; class ``c`` is ``images[offsets[c]:offsets[c + 1]]``.
         names: the name of each class.
         splits: the split of each class.
+        findings: what is odd about the images, a line each; see ``Audit``.
     """
 
     images: torch.Tensor
     offsets: NDArray[np.int64]
     names: tuple[str, ...]
     splits: tuple[str, ...]
+    findings: tuple[str, ...] = ()
 
     def classes(self, split: str) -> NDArray[np.int64]:
         """The numbers of the classes of ``split``, int64 ``[classes of the split]``."""
@@ -85,6 +89,8 @@ def open_bank(name: str, source: Source, settings: Any, cache_dir: str | Path) -
 
     A bank is built under a lock in a directory of another name and moved into place when it is whole: two
     processes never build the same bank, and a build that dies leaves nothing that could be taken for a bank.
+    A bank may be deleted while it is open. It must not be shortened: its size is checked only when it is opened, and
+    the system ends a process (SIGBUS) that reads beyond the end of a file it has mapped.
 
     Args:
         name: the data set's name, for the file name and messages.
@@ -93,34 +99,41 @@ def open_bank(name: str, source: Source, settings: Any, cache_dir: str | Path) -
         cache_dir: where banks are kept; ``~`` is the home directory.
 
     Raises:
-        FewShotError: the cache directory cannot be written, or an image cannot be read.
+        FewShotError: the cache directory cannot be written, an image cannot be read, or a file changes under way.
     """
-    directory = Path(cache_dir).expanduser() / f"{name}-{_fingerprint(source, settings)}"
-    bank = _read(directory)
+
+    def directory() -> Path:
+        return Path(cache_dir).expanduser() / f"{name}-{_fingerprint(source, settings)}"
+
+    found = directory()
+    bank = _read(found)
     if bank is not None:
         return bank
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(directory.with_name(f"{directory.name}.lock"), name):
-            bank = _read(directory)
+        found.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(found.with_name(f"{found.name}.lock"), name):
+            bank = _read(found)
             if bank is None:
                 _build(name, source, directory)
-                bank = _read(directory)
+                bank = _read(found)
     except OSError as error:
         raise FewShotError(
-            f"cannot build the image bank of {name}: {error.filename or directory.parent}: {error.strerror or error}; "
+            f"cannot build the image bank of {name}: {error.filename or found.parent}: {error.strerror or error}; "
             "make it usable, or name another directory with cache_dir=PATH"
         ) from error
     if bank is None:
-        raise FewShotError(f"the image bank {directory} vanished while it was opened; run again")
+        raise FewShotError(f"the image bank {found} vanished while it was opened; run again")
     return bank
 
 
 def _fingerprint(source: Source, settings: Any) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, PIL.__version__, settings], sort_keys=True).encode())
     for path in source.files:
-        status = path.stat()
-        digest.update(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise FewShotError(f"cannot read {path}: {error.strerror}; put it back, or run again") from error
+        digest.update(os.fsencode(path.absolute()) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -148,13 +161,15 @@ def _list_classes(name: str, source: Source) -> Sequence[ImageClass]:
     return classes
 
 
-def _build(name: str, source: Source, directory: Path) -> None:
+def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
+    directory = place()
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # a build that was killed
     partial.mkdir()
     try:
         classes = _list_classes(name, source)
         offsets = [0, *accumulate(c.count for c in classes)]
+        audit = Audit()
         # Written rather than mapped: a full disk is an error then, not the end of the process.
         with (partial / "images.npy").open("wb") as file:
             description = f"building the image bank of {name}"
@@ -167,8 +182,18 @@ def _build(name: str, source: Source, directory: Path) -> None:
                 assert images.dtype == np.uint8, image_class.name
                 assert images.shape == (image_class.count, *shape), image_class.name
                 file.write(np.ascontiguousarray(images).data)
-        index = {"offsets": offsets, "names": [c.name for c in classes], "splits": [c.split for c in classes]}
+                audit.add(image_class.name, image_class.split, images)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that dies could keep the name of a bank and not all of its images
+        index = {
+            "offsets": offsets,
+            "names": [c.name for c in classes],
+            "splits": [c.split for c in classes],
+            "findings": audit.findings(),
+        }
         (partial / "index.json").write_text(json.dumps(index))
+        if place() != directory:
+            raise FewShotError(f"the files of {name} changed while they were read; run again when they are at rest")
         shutil.rmtree(directory, ignore_errors=True)  # a bank that could not be read
         partial.rename(directory)
     finally:
@@ -179,12 +204,15 @@ def _read(directory: Path) -> ImageBank | None:
     try:
         index = json.loads((directory / "index.json").read_text())
         # Copy-on-write, since torch has no read-only tensors: nothing written to it would reach the disk.
-        images = np.load(directory / "images.npy", mmap_mode="c")
-        return ImageBank(
+        images = np.lib.format.open_memmap(directory / "images.npy", mode="c")
+        bank = ImageBank(
             images=torch.from_numpy(images),
             offsets=np.array(index["offsets"], dtype=np.int64),
             names=tuple(index["names"]),
             splits=tuple(index["splits"]),
+            findings=tuple(index["findings"]),
         )
-    except (FileNotFoundError, NotADirectoryError, EOFError, KeyError, TypeError, ValueError):
+        whole = len(bank.offsets) - 1 == len(bank.names) == len(bank.splits) and len(images) == bank.offsets[-1]
+        return bank if whole and images.ndim == 4 and images.dtype == np.uint8 else None
+    except (FileNotFoundError, NotADirectoryError, EOFError, LookupError, OverflowError, TypeError, ValueError):
         return None  # there is none, or a broken one

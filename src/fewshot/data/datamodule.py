@@ -1,19 +1,21 @@
 """The Lightning data module: from a data set's configuration to normalised episodes on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from fewshot.data.bank import ImageBank, open_bank
 from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber, MetaBatchSampler, stack
 from fewshot.data.images import normalise
+from fewshot.errors import FewShotError, printable
 
-EVALUATED_TOGETHER = 20  # episodes in a meta-batch of validation and test; changes no result
+EVALUATED_TOGETHER = 20  # episodes of a process in a meta-batch of validation and test; changes no result
 EMBEDDED_TOGETHER = 256  # images
 
 
@@ -35,8 +37,9 @@ class EpisodeDataModule(pl.LightningDataModule):
         cache_dir: where image banks are kept.
 
     Attributes:
-        trained: how many training episodes are done, over all ranks.
+        trained: how many training episodes are done, over all processes.
         stage: the training episodes from the last checkpoint to the next, counted likewise.
+        weights: of this process's batches in that stage, see ``MetaBatchSampler``.
     """
 
     def __init__(
@@ -58,12 +61,11 @@ class EpisodeDataModule(pl.LightningDataModule):
         self.dataset, self.cache_dir = dataset, cache_dir
         self.episode = {"way": way, "shot": shot, "query": query, "seed": eval_seed}
         self.train_episode = {"way": train.way, "shot": train.shot, "query": train.query, "seed": seed}
-        self.train_episodes, self.meta_batch = train.episodes, train.meta_batch
-        self.every, self.checkpoint_every = (
-            -(-every // train.meta_batch) * train.meta_batch for every in (val.every, checkpoint_every)
-        )
+        self.train_episodes, self._meta_batch = train.episodes, train.meta_batch
+        self._every, self._checkpoint_every = val.every, checkpoint_every
         self.trained = 0
         self.stage = range(0)
+        self.weights: list[float] = []
         self.episodes = {"val": val.episodes, "test": test.episodes}
         self._bank: ImageBank | None = None
         self._resident: torch.Tensor | None = None  # the bank's images on the GPU
@@ -78,6 +80,8 @@ class EpisodeDataModule(pl.LightningDataModule):
             name = source._target_.rpartition(".")[2]
             settings = OmegaConf.to_container(source, resolve=True)
             self._bank = open_bank(name, instantiate(source), settings, self.cache_dir)
+            for finding in self._bank.findings:
+                rank_zero_only(print)(f"warning: {name}: {printable(finding)}", flush=True)
         return self._bank
 
     def prepare_data(self) -> None:
@@ -85,11 +89,41 @@ class EpisodeDataModule(pl.LightningDataModule):
         self.bank  # noqa: B018
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Check all three splits against what is asked of them before anything slow begins."""
+        """Check all three splits against what is asked of them before anything slow begins.
+
+        Raises:
+            FewShotError: there are too few classes, images of a class, or episodes for all processes.
+        """
+        for split, episodes in self.episodes.items():
+            if episodes < self.processes:
+                raise FewShotError(
+                    f"{split}.episodes={episodes} cannot be shared out to {self.processes} processes; ask for at least "
+                    "as many, or for fewer processes by hardware.devices"
+                )
         self.datasets = {
             split: EpisodeDataset(self.bank, split, **(self.train_episode if split == "train" else self.episode))
             for split in ("train", "val", "test")
         }
+
+    @property
+    def processes(self) -> int:
+        """How many share out the episodes."""
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def pieces(self) -> int:
+        """Batches that each of them takes its part of a meta-batch in, to accumulate the gradient."""
+        return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+
+    @property
+    def meta_batch(self) -> int:
+        """Episodes in a training step: as many as asked for, or one for each piece of each process if that is more."""
+        return max(self._meta_batch, self.processes * self.pieces)
+
+    @property
+    def every(self) -> int:
+        """Training episodes from one validation to the next."""
+        return self._in_whole_steps(self._every)
 
     @property
     def validates(self) -> bool:
@@ -99,10 +133,15 @@ class EpisodeDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Episode]:
         """The meta-batches from the episodes trained so far to the next checkpoint or validation."""
         epoch, first = divmod(self.trained, self.every)
-        checkpoint = (first // self.checkpoint_every + 1) * self.checkpoint_every
+        checkpoint_every = self._in_whole_steps(self._checkpoint_every)
+        checkpoint = (first // checkpoint_every + 1) * checkpoint_every
         stop = min(epoch * self.every + min(checkpoint, self.every), self.train_episodes)
         self.stage = range(self.trained, stop)
-        return self._loader("train", len(self.stage), self.meta_batch, epoch, first)
+        sampler = MetaBatchSampler(
+            len(self.stage), self.meta_batch, epoch, first, self._rank, self.processes, self.pieces
+        )
+        self.weights = sampler.weights
+        return self._loader("train", sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -114,37 +153,47 @@ class EpisodeDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Episode]:
         """The validation episodes, the same at every epoch."""
-        return self._loader("val", self.episodes["val"], EVALUATED_TOGETHER)
+        return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Episode]:
         """The test episodes."""
-        return self._loader("test", self.episodes["test"], EVALUATED_TOGETHER)
+        return self._evaluation_loader("test")
 
-    def _loader(
-        self, split: str, episodes: int, meta_batch: int, epoch: int = 0, first: int = 0
-    ) -> DataLoader[Episode]:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = MetaBatchSampler(episodes, max(meta_batch, world_size), epoch, first, rank, world_size)
+    def _in_whole_steps(self, episodes: int) -> int:
+        return -(-episodes // self.meta_batch) * self.meta_batch
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Episode]:
+        own = [EpisodeNumber(0, number) for number in range(self._rank, self.episodes[split], self.processes)]
+        return self._loader(split, [own[i : i + EVALUATED_TOGETHER] for i in range(0, len(own), EVALUATED_TOGETHER)])
+
+    def _loader(self, split: str, meta_batches: Iterable[list[EpisodeNumber]]) -> DataLoader[Episode]:
         # No worker processes: an episode is drawn far quicker than it could be sent from one. PyTorch's loaders draw a
         # number they do not need; from a generator of its own, so that a resumed run draws on as the first would have.
         generator = torch.Generator()
-        return DataLoader(self.datasets[split], batch_sampler=sampler, collate_fn=stack, generator=generator)
+        return DataLoader(self.datasets[split], batch_sampler=meta_batches, collate_fn=stack, generator=generator)
 
     def embed(self, split: str, encoder: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Have the episodes of validation or test hold embeddings in place of images, each image embedded once.
+
+        The processes share out the work. An embedding's last bit may depend on its batch, so the batches are those of a
+        single process.
 
         Args:
             split: "val" or "test".
             encoder: ``[images, channels, height, width]`` to ``[images, features]``, each image by itself.
         """
         episodes = (self.datasets[split][EpisodeNumber(0, number)] for number in range(self.episodes[split]))
-        # All processes embed the images of all, in the same order: an embedding's last bit may depend on its batch.
-        used = torch.cat([torch.cat([episode.support, episode.query]) for episode in episodes]).unique()
         device = self._method.device
+        used = torch.cat([torch.cat([episode.support, episode.query]) for episode in episodes]).unique().to(device)
         rows = torch.zeros(len(self.bank.images), dtype=torch.int64, device=device)
-        rows[used.to(device)] = torch.arange(len(used), device=device)
-        pieces = (self.images_at(piece.to(device)) for piece in used.split(EMBEDDED_TOGETHER))
-        self._embedded = rows, torch.cat([encoder(images) for images in pieces])
+        rows[used] = torch.arange(len(used), device=device)
+        pieces = used.split(EMBEDDED_TOGETHER)
+        # A process for which there is none embeds the first, to learn how many features an embedding has.
+        own = [encoder(self.images_at(piece)) for piece in pieces[self._rank :: self.processes] or pieces[:1]]
+        embeddings = own[0].new_zeros(len(used), own[0].shape[1])
+        for place, of in zip(embeddings.split(EMBEDDED_TOGETHER)[self._rank :: self.processes], own, strict=False):
+            place.copy_(of)
+        self._embedded = rows, self.trainer.strategy.reduce(embeddings, reduce_op="sum")  # type: ignore[union-attr]
 
     def images_at(self, positions: torch.Tensor) -> torch.Tensor:
         """Images of the bank as a method takes them: ``[..., channels, height, width]``, floating point.
@@ -164,6 +213,10 @@ class EpisodeDataModule(pl.LightningDataModule):
             rows, embeddings = self._embedded
             return batch._replace(support=embeddings[rows[batch.support]], query=embeddings[rows[batch.query]])
         return batch._replace(support=self.images_at(batch.support), query=self.images_at(batch.query))
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
 
     @property
     def _method(self) -> pl.LightningModule:

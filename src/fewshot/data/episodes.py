@@ -110,6 +110,11 @@ class EpisodeDataset(Dataset[Episode]):
 
     def _check(self, names: list[str]) -> None:
         prefix = "train." if self.split == "train" else ""
+        if len(names) < 2:
+            raise FewShotError(
+                f"the {self.split} split has {f'only the class {names[0]}' if names else 'no class'}, and there is "
+                "nothing to tell apart; correct the labels or the splits of the data set"
+            )
         if self.way > len(self.counts):
             raise FewShotError(
                 f"{prefix}way={self.way} is more than the {len(self.counts)} classes of the {self.split} split; "
@@ -143,26 +148,46 @@ def stack(episodes: Sequence[Episode]) -> Episode:
 
 
 class MetaBatchSampler(Sampler[list[EpisodeNumber]]):
-    """The numbers of one rank's episodes in a stretch of an epoch, a meta-batch at a time.
+    """The numbers of one rank's training episodes in a stretch of an epoch, a meta-batch at a time.
+
+    Every rank gets as many batches as any other, since all take part in every step. Where there is no episode left for
+    a rank, it is given one that counts for nothing.
 
     Args:
         episodes: how many there are, over all ranks; the last meta-batch takes what is left.
         meta_batch: episodes in a meta-batch, which the ranks share out.
-        epoch: see ``draw_episode``; 0 in validation and test.
+        epoch: see ``draw_episode``.
         first: the number of the first one in its epoch.
         rank: this process, in ``0..world_size-1``.
         world_size: how many processes share the episodes.
+        pieces: batches that a meta-batch comes in, over which the gradient is accumulated.
+
+    Attributes:
+        weights: of each batch's mean loss: the mean over all ranks and pieces is then the mean over all episodes of the
+            meta-batch, however unequal the shares are.
     """
 
     def __init__(
-        self, episodes: int, meta_batch: int, epoch: int = 0, first: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        episodes: int,
+        meta_batch: int,
+        epoch: int = 0,
+        first: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pieces: int = 1,
     ) -> None:
         self.epoch = epoch
-        shares = (
-            range(start + rank, min(start + meta_batch, first + episodes), world_size)
-            for start in range(first, first + episodes, meta_batch)
-        )
-        self.batches = [share for share in shares if share]
+        self.batches: list[range] = []
+        self.weights: list[float] = []
+        for start in range(first, first + episodes, meta_batch):
+            together = range(start, min(start + meta_batch, first + episodes))
+            for piece in range(pieces):
+                of_all = together[meta_batch * piece // pieces : meta_batch * (piece + 1) // pieces]
+                if of_all:
+                    own = of_all[rank::world_size]
+                    self.batches.append(own or of_all[:1])
+                    self.weights.append(len(own) * world_size * pieces / len(together))
 
     def __iter__(self) -> Iterator[list[EpisodeNumber]]:
         return ([EpisodeNumber(self.epoch, number) for number in batch] for batch in self.batches)

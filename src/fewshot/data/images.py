@@ -1,7 +1,7 @@
 """One image: from an encoded file to uint8 pixels, and from pixels to what an encoder takes."""
 
 import io
-import zlib
+import warnings
 
 import numpy as np
 import torch
@@ -26,12 +26,16 @@ def decode(file: ImageFile, size: int, channels: int) -> NDArray[np.uint8]:
         uint8 ``[size, size, channels]``.
 
     Raises:
-        FewShotError: the file cannot be read, is no image, or a broken one.
+        FewShotError: the file cannot be read, is no image, or a broken one, or has more pixels than Pillow allows.
     """
     try:
-        with Image.open(io.BytesIO(file.read())) as image:
-            return to_pixels(image, size, channels)
-    except (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # between its limit and twice that
+            with Image.open(io.BytesIO(file.read())) as image:
+                if image.format == "EPS":
+                    raise ValueError("PostScript is a program, and is not run")
+                return to_pixels(image, size, channels)
+    except Exception as error:  # each format's decoder raises what it stumbles over
         reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise FewShotError(f"cannot read the image {file.name}: {reason}; replace or remove it") from error
 
@@ -54,13 +58,14 @@ def normalise(images: torch.Tensor, kind: str) -> torch.Tensor:
     Args:
         images: uint8 ``[..., height, width, channels]``.
         kind: "range": the darkest pixel becomes 0 and the brightest 1 (Omniglot: ink is 1);
-            "standardise": zero mean and unit variance over the image's pixels and channels.
+            "standardise": zero mean and unit variance over the image's pixels and channels;
+            "plain": 0 to 255 becomes 0 to 1, for encoders that bring a normalisation of their own.
 
     Returns:
         float32 ``[..., channels, height, width]``, stored with the channels last.
 
     Raises:
-        FewShotError: ``kind`` is neither.
+        FewShotError: ``kind`` is none of these.
     """
     pixels = images.float()
     whole = (-3, -2, -1)
@@ -70,6 +75,8 @@ def normalise(images: torch.Tensor, kind: str) -> torch.Tensor:
     elif kind == "standardise":
         variance, mean = torch.var_mean(pixels, whole, correction=0, keepdim=True)
         pixels = (pixels - mean) * variance.clamp_min(1).rsqrt()
+    elif kind == "plain":
+        pixels = pixels / 255
     else:
-        raise FewShotError(f"dataset.normalise={kind} is unknown: choose range or standardise")
+        raise FewShotError(f"dataset.normalise={kind} is unknown: choose range, standardise or plain")
     return pixels.movedim(-1, -3)

@@ -1,25 +1,37 @@
 """miniImageNet (Vinyals et al., 2016) in the split of Ravi & Larochelle (2017): 64 + 16 + 20 classes."""
 
 import csv
-import pickle
-import re
-from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+import io
+from collections import Counter, defaultdict
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from fewshot.data.bank import SPLITS, ImageClass, Source
-from fewshot.data.files import ImageFile, list_folder, list_zip
+from fewshot.data.files import ImageFile, list_folder, list_zip, plain, read_file
 from fewshot.data.images import decode, to_pixels
+from fewshot.data.pickles import to_array, to_list, unpickle
 from fewshot.errors import FewShotError
 
 FOLDERS = ("miniimagenet", "mini-imagenet", "mini_imagenet", "miniImageNet")  # under data_dir
 IMAGES = (".jpg", ".jpeg", ".png")
+# What a broken pickle is found out by.
+BROKEN = (
+    UnpicklingError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
 
 
 def miniimagenet(data_dir: str, size: int) -> Source:
@@ -47,43 +59,71 @@ def miniimagenet(data_dir: str, size: int) -> Source:
         if all(pickles.values()):
             return _from_pickles({split: path for split, path in pickles.items() if path}, size)
     raise FewShotError(
-        f"miniImageNet is not in {folders[0]}, and its licence allows no automatic download.\n"
-        "Put there: images/ (or zips of it) with train.csv, val.csv, test.csv; or train/, val/, test/ with a folder\n"
-        "a class; or the pickled caches mini-imagenet-cache-{train,val,test}.pkl. Or name its parent: data_dir=PATH"
+        f"miniImageNet is not in {folders[0]}, and its licence allows no automatic download.",
+        "Put there: images/ (or zips of it) with train.csv, val.csv, test.csv; or train/, val/, test/ with a folder",
+        "a class; or the pickled caches mini-imagenet-cache-{train,val,test}.pkl. Or name its parent: data_dir=PATH",
     )
 
 
 def _from_tables(folder: Path, tables: Mapping[str, Path], size: int) -> Source:
     zips = sorted(folder.glob("*.zip"))
     unpacked = list_folder(folder / "images")
-    files = [*tables.values(), *zips, *(Path(file.name) for file in unpacked.values())]
+    files = [*tables.values(), *zips, *(folder / "images" / name for name in unpacked)]
 
     def classes() -> list[ImageClass]:
-        by_name = {Path(name).name: file for archive in zips for name, file in list_zip(archive).items()}
-        by_name |= {Path(name).name: file for name, file in unpacked.items()}
-        listed = []
-        for split, table in tables.items():
-            rows = _read_table(table)
-            missing = [name for name, _ in rows if name not in by_name]
+        rows = {split: _read_table(table) for split, table in tables.items()}
+        listed = Counter(name for of_split in rows.values() for name, _ in of_split)
+        repeated = [name for name, count in listed.items() if count > 1]
+        if repeated:
+            raise FewShotError(
+                f"{len(repeated)} images are listed more than once in {', '.join(map(str, tables.values()))}, "
+                f"{repeated[0]} for one: what is tested must not have been trained on; correct the tables"
+            )
+        by_name: dict[str, ImageFile] = {}
+        for place, found in [*((archive, list_zip(archive)) for archive in zips), (folder / "images", unpacked)]:
+            by_name |= _by_name(place, found, listed)
+        classes = []
+        for split, of_split in rows.items():
+            missing = [name for name, _ in of_split if name not in by_name]
             if missing:
                 raise FewShotError(
-                    f"{len(missing)} of the {len(rows)} images that {table} lists are neither in {folder / 'images'} "
-                    f"nor in a zip beside it, {missing[0]} for one: unpack the images again"
+                    f"{len(missing)} of the {len(of_split)} images that {tables[split]} lists are neither in "
+                    f"{folder / 'images'} nor in a zip beside it, {missing[0]} for one: unpack the images again"
                 )
             of_class = defaultdict(list)
-            for name, label in rows:
+            for name, label in of_split:
                 of_class[label].append(by_name[name])
-            listed += [_image_class(label, split, images, size) for label, images in of_class.items()]
-        return listed
+            classes += [_image_class(label, split, images, size) for label, images in of_class.items()]
+        return classes
 
     return Source(files, classes)
 
 
+def _by_name(place: Path, found: Mapping[str, ImageFile], listed: Container[str]) -> dict[str, ImageFile]:
+    """The files that the tables list, by their bare name, whatever folder of ``place`` they lie in."""
+    by_name: dict[str, ImageFile] = {}
+    for path, file in found.items():
+        name = path.rpartition("/")[2]
+        if name in by_name:
+            raise FewShotError(
+                f"{place} has two files {name}, {by_name[name].name} and {file.name}: the tables cannot tell them "
+                "apart; remove one"
+            )
+        if name in listed:
+            by_name[name] = file
+    return by_name
+
+
 def _read_table(table: Path) -> list[tuple[str, str]]:
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(row["filename"], row["label"]) for row in csv.DictReader(file)]
-    except (OSError, KeyError, ValueError, csv.Error) as error:
+        text = read_file(table).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = [(row["filename"], row["label"]) for row in reader]
+    except KeyError as error:
+        raise FewShotError(f"{table} has no column {error}: it needs filename and label, with commas") from error
+    except UnicodeDecodeError as error:
+        raise FewShotError(f"{table} is not text in UTF-8, at byte {error.start}: save it as such") from error
+    except (OSError, csv.Error) as error:
         raise FewShotError(f"{table} is not a table with the columns filename and label: {error}") from error
     if not rows or not all(name and label for name, label in rows):
         raise FewShotError(f"{table} has no rows, or rows without a filename or a label; fetch it again")
@@ -105,7 +145,7 @@ def _from_folders(folder: Path, size: int) -> Source:
             found += [_image_class(name, split, images, size) for name, images in of_class.items()]
         return found
 
-    return Source([Path(file.name) for files in listed.values() for file in files.values()], classes)
+    return Source([folder / split / name for split, files in listed.items() for name in files], classes)
 
 
 def _image_class(name: str, split: str, files: Sequence[ImageFile], size: int) -> ImageClass:
@@ -138,105 +178,36 @@ def _from_pickles(pickles: Mapping[str, Path], size: int) -> Source:
     return Source(list(pickles.values()), classes)
 
 
-def _resized(images: NDArray[np.uint8], members: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+def _resized(images: NDArray[np.uint8], members: Sequence[int], size: int) -> NDArray[np.uint8]:
     return np.stack([to_pixels(Image.fromarray(images[member]), size, channels=3) for member in members])
 
 
-def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], Mapping[Any, NDArray[np.int64]]]:
+def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], Mapping[Any, list[int]]]:
     """The images of one pickled cache, uint8 ``[images, height, width, 3]``, and the members of each class."""
     try:
-        with path.open("rb") as file:
-            cache = _ArraysOnly(file, encoding="latin1").load()
-        if "image_data" in cache:
-            images, of_class = cache["image_data"], cache["class_dict"]
-        else:
-            labels = np.asarray(cache["labels"])
-            images = np.asarray(cache["data"])
-            if labels.shape != (len(images),):
-                raise ValueError(f"it has {len(images)} images and labels {list(labels.shape)}")
-            of_class = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()}
-        images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        with plain(path).open("rb") as file:
+            cache = unpickle(file)
+        if not isinstance(cache, dict):
+            raise TypeError("it holds no dictionary")
+        images = to_array(cache["image_data" if "image_data" in cache else "data"])
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
             raise ValueError(f"its images are {images.dtype} {list(images.shape)}, not uint8 [images, h, w, 3]")
-        of_class = {label: np.asarray(members) for label, members in of_class.items()}
-        if any(members.ndim != 1 or members.dtype.kind not in "iu" for members in of_class.values()):
-            raise ValueError("the images of a class are not a list of whole numbers")
-        if any(members.min() < 0 or members.max() >= len(images) for members in of_class.values()):
+        of_class: dict[Any, list[int]] = defaultdict(list)
+        if "image_data" in cache:
+            of_class |= {label: to_list(members, len(images)) for label, members in cache["class_dict"].items()}
+        else:
+            for member, label in zip(range(len(images)), to_list(cache["labels"], len(images)), strict=True):
+                if not isinstance(label, int | str):
+                    raise TypeError("its labels are not whole numbers or text")
+                of_class[label].append(member)
+            of_class = dict(sorted(of_class.items()))
+        if not all(of_class.values()):
+            raise ValueError("a class has no images")
+        if not all(isinstance(member, int) for members in of_class.values() for member in members):
+            raise TypeError("the images of a class are not a list of whole numbers")
+        if not all(0 <= member < len(images) for members in of_class.values() for member in members):
             raise ValueError("a class names images that it does not hold")
-    except (
-        OSError,
-        pickle.UnpicklingError,
-        EOFError,
-        LookupError,
-        OverflowError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        raise FewShotError(f"{path} is not a pickled miniImageNet cache: {error}; fetch it again") from error
+    except BROKEN as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise FewShotError(f"{path} is not a pickled miniImageNet cache: {reason}; fetch it again") from error
     return images, of_class
-
-
-class _Dtype:
-    """What numpy.dtype is read as: numbers and strings only, and nothing of it can be changed afterwards.
-
-    numpy's own takes its flags from the pickle, which can pass bytes off as pointers to objects.
-    """
-
-    def __init__(self, name: str, *_: object) -> None:
-        if not re.fullmatch(r"[biufSU]\d+", name):
-            raise pickle.UnpicklingError(f"it has an array of {name}, which are no numbers")
-        self.dtype = np.dtype(name)
-
-    def __setstate__(self, state: Sequence[Any]) -> None:
-        if state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array:
-    """What numpy.ndarray is read as; ``numpy.asarray`` makes an array of it."""
-
-    def __init__(self, *_: object) -> None:
-        self.array: NDArray[Any] = np.empty(0)
-
-    def __setstate__(self, state: Sequence[Any]) -> None:
-        _, shape, dtype, fortran, contents = state
-        self.array = _from_bytes(contents, dtype, shape, "F" if fortran else "C")
-
-    def __array__(self, *_: object, **__: object) -> NDArray[Any]:
-        return self.array
-
-
-def _from_bytes(contents: bytes | str, dtype: _Dtype, shape: Sequence[int], order: Literal["C", "F"]) -> NDArray[Any]:
-    raw = contents.encode("latin1") if isinstance(contents, str) else contents  # Python 2 had one type for both
-    return np.frombuffer(raw, dtype.dtype).reshape(shape, order=order)
-
-
-def _scalar(dtype: _Dtype, contents: bytes | str) -> Any:
-    return _from_bytes(contents, dtype, (1,), "C")[0]
-
-
-def _encode(text: str, _encoding: str) -> bytes:
-    return text.encode("latin1")
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Reads numpy arrays and plain containers; a pickle that names anything else, code say, is refused."""
-
-    ADMITTED: Mapping[tuple[str, str], Any] = {
-        **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
-        **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
-        **{(f"numpy.{core}.numeric", "_frombuffer"): _from_bytes for core in ("core", "_core")},
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): _encode,
-        ("collections", "OrderedDict"): OrderedDict,
-        ("collections", "defaultdict"): defaultdict,
-        ("builtins", "list"): list,
-        ("builtins", "range"): range,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
-        return self.ADMITTED[module, name]

@@ -1,7 +1,9 @@
 """Omniglot (Lake et al., 2015): 1,623 hand-written characters of 50 alphabets, each drawn by 20 people."""
 
 import hashlib
+import socket
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -24,6 +26,8 @@ FOLDERS = ("omniglot", "omniglot-py")  # under data_dir; the second is torchvisi
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWERS = 20
 TRAIN_CHARACTERS = 1200
+PAUSES = (1, 4)  # seconds before a download is tried again
+SILENCE = 60  # seconds after which a server that sends nothing is given up
 
 
 def omniglot(data_dir: str, size: int, split: str, split_seed: int, val_characters: int, rotations: bool) -> Source:
@@ -47,7 +51,7 @@ def omniglot(data_dir: str, size: int, split: str, split_seed: int, val_characte
     places = [_find(Path(data_dir).expanduser(), part) for part in CHARACTERS]
     files: list[Path] = []
     for place in places:
-        files += [Path(f.name) for f in list_folder(place).values()] if place.is_dir() else [place]
+        files += [place / name for name in list_folder(place)] if place.is_dir() else [place]
 
     def classes() -> list[ImageClass]:
         background, evaluation = (_characters(place) for place in places)
@@ -126,10 +130,9 @@ def _download(folder: Path, part: str) -> Path:
     url = f"{Omniglot.download_url_prefix}/{archive.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{part}.lock"), tempfile.TemporaryDirectory(dir=folder) as fresh:
+        with FileLock(folder / f".{part}.lock"):
             if not archive.exists():
-                download_url(url, fresh, archive.name, Omniglot.zips_md5[part])
-                Path(fresh, archive.name).replace(archive)
+                _fetch(url, archive, Omniglot.zips_md5[part])
     except (OSError, RuntimeError, HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else error
         raise FewShotError(
@@ -137,3 +140,22 @@ def _download(folder: Path, part: str) -> Path:
             f"put {archive.name} there, or name the folder that holds omniglot/ with data_dir=PATH"
         ) from error
     return archive
+
+
+def _fetch(url: str, archive: Path, checksum: str) -> None:
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        for pause in (*PAUSES, None):
+            try:
+                with tempfile.TemporaryDirectory(dir=archive.parent) as fresh:
+                    download_url(url, fresh, archive.name, checksum)
+                    Path(fresh, archive.name).replace(archive)
+                break
+            except (URLError, ConnectionError, TimeoutError, HTTPException, RuntimeError) as error:
+                if pause is None:
+                    raise
+                print(f"{url}: {error}; trying again in {pause} s", flush=True)
+                time.sleep(pause)
+    finally:
+        socket.setdefaulttimeout(timeout)

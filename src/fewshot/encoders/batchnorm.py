@@ -30,9 +30,9 @@ class BatchStatisticsNorm2d(nn.Module):
 
 
 def use_batch_statistics(module: nn.Module) -> None:
-    """Replace every ``BatchNorm2d`` inside ``module`` by one that takes the statistics of its batch."""
+    """Replace every ``BatchNorm2d`` inside ``module`` that is trained by one that takes the statistics of its batch."""
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
+        if isinstance(child, nn.BatchNorm2d) and child.weight.requires_grad:
             setattr(module, name, BatchStatisticsNorm2d(child))
         else:
             use_batch_statistics(child)

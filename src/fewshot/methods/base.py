@@ -1,6 +1,7 @@
 """What every method shares: it takes an episode and returns logits; all else follows from that."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
 import pytorch_lightning as pl
@@ -10,7 +11,10 @@ from torch.nn.functional import cross_entropy
 
 from fewshot.data.episodes import Episode
 from fewshot.distances import Distance
+from fewshot.errors import FewShotError
 from fewshot.evaluation import EpisodeAccuracy, Estimate
+
+Classifier = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to logits [images, way]
 
 
 class Optimization(TypedDict):
@@ -54,11 +58,27 @@ class FewShotMethod(pl.LightningModule, ABC):
             Logits, ``[queries, way]``.
         """
 
-    def log_training(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Log the loss and the accuracy of a training step.
+    def weight(self, batch_idx: int) -> float:
+        """Of a training batch's mean loss: the mean over all processes is then that over all their episodes."""
+        return self.trainer.datamodule.weights[batch_idx]  # type: ignore[attr-defined]
+
+    def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        """Learn a support set once, to classify any number of images by it afterwards, a batch at a time.
+
+        Other than in an episode, classes may differ in shot; none is thought the likelier for having more samples.
 
         Args:
-            loss: the mean over the meta-batch.
+            support: ``[support samples, channels, height, width]``.
+            labels: int64 ``[support samples]``, every class at least once.
+            way: the number of classes.
+        """
+        return lambda images: self(_unlabelled(support, labels, images, way))
+
+    def log_training(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Log the loss and the accuracy of a training step, of this process's part of the meta-batch.
+
+        Args:
+            loss: the mean over that.
             logits: ``[tasks, queries, way]``.
             labels: int64 ``[tasks, queries]``.
         """
@@ -94,7 +114,16 @@ class FewShotMethod(pl.LightningModule, ABC):
         self.log(f"{split}/ci95", estimate.ci95)
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate halved every ``halve_every`` steps."""
+        """Adam, its learning rate halved every ``halve_every`` steps.
+
+        Raises:
+            FewShotError: there is nothing to train.
+        """
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise FewShotError(
+                "there is nothing to train: the encoder is frozen, and what follows it has no weights; set "
+                "encoder.frozen=false, or leave training out: python src/predict.py works without"
+            )
         optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
         if self.halve_every is None:
             return optimizer
@@ -129,12 +158,17 @@ class MetricMethod(FewShotMethod):
         support, query = embeddings.tensor_split([len(episode.support)])
         return self.compare(episode._replace(support=support, query=query))
 
-    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+    def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        """See ``FewShotMethod``; the support is embedded once."""
+        embedded = self.encoder(support)
+        return lambda images: self.compare(_unlabelled(embedded, labels, self.encoder(images), way))
+
+    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:
         """The cross-entropy of the queries, over all episodes of the meta-batch: both papers' loss."""
         logits = torch.stack([self(episode) for episode in meta_batch.tasks()])
         loss = cross_entropy(logits.flatten(0, 1), meta_batch.query_labels.flatten())
         self.log_training(loss, logits, meta_batch.query_labels)
-        return loss
+        return loss * self.weight(batch_idx)
 
     # In validation and test an embedding depends on nothing but its image, so each image is embedded once.
     def on_validation_epoch_start(self) -> None:
@@ -146,9 +180,18 @@ class MetricMethod(FewShotMethod):
         self._embed("test")
 
     def _embed(self, split: str) -> None:
+        if self.trainer.world_size > 1:
+            # What batch norm remembers differs between processes that train on different episodes. The first one's is
+            # what a checkpoint holds.
+            for remembered in self.encoder.buffers():
+                torch.distributed.broadcast(remembered, src=0)
         with self.trainer.precision_plugin.forward_context():
             self.trainer.datamodule.embed(split, self.encoder)  # type: ignore[attr-defined]
 
     def evaluate(self, meta_batch: Episode) -> torch.Tensor:
         """See ``FewShotMethod``; the episodes hold embeddings already."""
         return torch.stack([self.compare(episode) for episode in meta_batch.tasks()])
+
+
+def _unlabelled(support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, way: int) -> Episode:
+    return Episode(support, labels, query, labels.new_zeros(len(query)), way)

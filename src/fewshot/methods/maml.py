@@ -15,7 +15,7 @@ from fewshot.data.episodes import Episode
 from fewshot.encoders.batchnorm import use_batch_statistics
 from fewshot.errors import FewShotError
 from fewshot.hardware import map_in_threads
-from fewshot.methods.base import FewShotMethod, Optimization
+from fewshot.methods.base import Classifier, FewShotMethod, Optimization
 
 Weights = dict[str, torch.Tensor]
 TASK_BATCHING = ("auto", "loop", "threads", "vmap")
@@ -106,17 +106,44 @@ class MAML(FewShotMethod):
     def forward(self, episode: Episode) -> torch.Tensor:
         """Adapt to the support samples, then classify the queries: logits ``[queries, way]``.
 
-        Raises:
-            FewShotError: the episode has another number of classes than the head.
+        For another way than the head's, see ``weights``.
         """
-        self._check(episode)
-        with torch.enable_grad():
-            weights = self.adapt(self.weights(), episode.support, episode.support_labels, self.test_inner_steps)
-        return self.classify(weights, episode.query)
+        weights = self._adapted(episode.support, episode.support_labels, episode.way)
+        return self.classify(weights, episode.query)[:, : episode.way]
 
-    def weights(self) -> Weights:
-        """The trainable parameters, by name: theta of the paper."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        """See ``FewShotMethod``; images that are classified in one batch share its statistics.
+
+        The samples of the smaller classes are repeated to the shot of the largest, so that every class has the same
+        part in the loss and in the statistics. The support set is in every batch again: the statistics of one image,
+        or of a few alike, would be nothing like those that the weights were trained with.
+        """
+        of_class = [(labels == label).nonzero()[:, 0] for label in range(way)]
+        shot = max(map(len, of_class))
+        order = torch.cat([members.repeat(-(-shot // len(members)))[:shot] for members in of_class])
+        support = support[order]
+        weights = {name: of.detach() for name, of in self._adapted(support, labels[order], way).items()}
+        return lambda images: self.classify(weights, torch.cat([support, images]))[len(support) :, :way]
+
+    def _adapted(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Weights:
+        with torch.enable_grad():
+            return self.adapt(self.weights(way), support, labels, self.test_inner_steps)
+
+    def weights(self, way: int | None = None) -> Weights:
+        """The trainable parameters, by name: theta of the paper.
+
+        Args:
+            way: of an episode with another number of classes than the head has rows. With fewer, the rows beyond them
+                stay, as those of classes that no sample has. With more, the rows are used over again: classes that
+                share one begin alike, and the inner steps tell them apart. (The mean of the rows, as a start for every
+                class, would favour none; but then the first inner step leaves the encoder as it is, and there may
+                be no other.)
+        """
+        weights: Weights = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if way is None or way <= self.head.out_features:
+            return weights
+        row = torch.arange(way, device=self.head.weight.device) % self.head.out_features
+        return weights | {name: of[row] for name, of in weights.items() if name.startswith("head.")}
 
     def classify(self, weights: Weights, images: torch.Tensor) -> torch.Tensor:
         """The logits ``[images, way]`` of the network with the given weights: f of the paper.
@@ -232,12 +259,12 @@ class MAML(FewShotMethod):
             return map_in_threads(learn, meta_batch.tasks())
         return map(learn, meta_batch.tasks())
 
-    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:
         """One meta-update: algorithm 2. Returns the mean loss of the tasks after adaptation."""
         optimizer: Any = self.optimizers()
         gradients, loss, logits = self.meta_gradient(meta_batch)
         if self.trainer.world_size > 1:
-            gradients = self._mean_over_processes(gradients, len(meta_batch.query))
+            gradients = self._mean_over_processes(gradients, self.weight(batch_idx))
         for parameter, gradient in zip(self.weights().values(), gradients, strict=True):
             parameter.grad = gradient
         if self.clip_norm is not None:
@@ -249,13 +276,13 @@ class MAML(FewShotMethod):
         self.log_training(loss, logits, meta_batch.query_labels)
         return loss
 
-    def _mean_over_processes(self, gradients: list[torch.Tensor], tasks: int) -> list[torch.Tensor]:
-        """The mean over the tasks of all processes, be their numbers equal or not, from that over one's own."""
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), gradients[0].new_ones(1)]) * tasks
-        *sums, total = cast(torch.Tensor, self.trainer.strategy.reduce(flat, reduce_op="sum")).split(
-            [gradient.numel() for gradient in gradients] + [1]
+    def _mean_over_processes(self, gradients: list[torch.Tensor], weight: float) -> list[torch.Tensor]:
+        """The mean over the tasks of all processes, from that over one's own."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) * weight
+        means = cast(torch.Tensor, self.trainer.strategy.reduce(flat, reduce_op="mean")).split(
+            [gradient.numel() for gradient in gradients]
         )
-        return [(of / total).view_as(gradient) for of, gradient in zip(sums, gradients, strict=True)]
+        return [mean.view_as(gradient) for mean, gradient in zip(means, gradients, strict=True)]
 
     def _check(self, episode: Episode) -> None:
         if episode.way != self.head.out_features:

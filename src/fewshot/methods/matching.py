@@ -8,7 +8,7 @@ from torch import nn
 from fewshot.data.episodes import Episode
 from fewshot.distances import Distance
 from fewshot.errors import FewShotError
-from fewshot.methods.base import MetricMethod, Optimization
+from fewshot.methods.base import Classifier, MetricMethod, Optimization
 
 
 class MatchingNetwork(MetricMethod):
@@ -24,6 +24,15 @@ class MatchingNetwork(MetricMethod):
         """Logits ``[queries, way]``: the logarithms of the probabilities of equation 1."""
         attention = (-self.distance(embedded.query, embedded.support)).log_softmax(dim=1)  # log a, section 2.1.1
         return sum_by_class(attention, embedded.support_labels, embedded.way)
+
+    def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        """See ``FewShotMethod``; a class has the mean of the attention on its samples.
+
+        Equation 1 has the sum: of two classes that are alike, the one with twice the samples would have twice the
+        probability. Where all have as many, the two are the same.
+        """
+        classify, samples = super().classifier(support, labels, way), labels.bincount(minlength=way)
+        return lambda images: classify(images) - samples.log()
 
 
 class FullContextMatchingNetwork(MatchingNetwork):

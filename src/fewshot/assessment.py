@@ -1,0 +1,283 @@
+"""Test the weights of a checkpoint: at any way and shot, class by class, and against those of another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from fewshot.config import TrainConfig, check
+from fewshot.data.bank import SPLITS
+from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
+from fewshot.errors import FewShotError
+from fewshot.evaluation import Estimate, paired_difference
+from fewshot.hardware import keep_freed_memory, machine
+from fewshot.runs import overrides, write_json
+from fewshot.trained import Trained, load_trained
+from fewshot.training import commit, make_data, make_trainer, versions
+
+TASK = ("way", "shot", "query", "eval_seed")
+TOLD = 5  # classes that are printed
+
+
+class OneSplit(EpisodeDataModule):
+    """Serves the episodes of one split as those of the test, and looks at no other.
+
+    Args:
+        split: "train", "val" or "test".
+        dataset: see ``EpisodeDataModule``.
+        settings: likewise.
+    """
+
+    def __init__(self, split: str, dataset: DictConfig, **settings: Any) -> None:
+        super().__init__(dataset, **settings)
+        self.split = split
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Check the split against what is asked of it."""
+        self.datasets = {"test": EpisodeDataset(self.bank, self.split, **self.episode)}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a method answered in every episode, by the numbers of the classes in their split.
+
+    Attributes:
+        classes: those of each episode, int64 ``[episodes, way]``.
+        truth: of each query, int64 ``[episodes, queries]``.
+        given: the answer, likewise.
+    """
+
+    classes: NDArray[np.int64]
+    truth: NDArray[np.int64]
+    given: NDArray[np.int64]
+
+    @property
+    def right(self) -> NDArray[np.int64]:
+        """Right answers, int64 ``[episodes]``."""
+        return (self.truth == self.given).sum(1)
+
+    def confusion(self, count: int) -> NDArray[np.float64]:
+        """How often a query of one class was taken for another, of the times that both were in the episode.
+
+        Args:
+            count: of the classes of the split.
+
+        Returns:
+            Shares ``[class of the query, class answered]``; the accuracy of each class on the diagonal. NaN where two
+            classes never met.
+        """
+        taken, met = np.zeros((count, count)), np.zeros((count, count))
+        np.add.at(taken, (self.truth, self.given), 1)
+        np.add.at(met, (self.truth[:, :, None], self.classes[:, None, :]), 1)
+        return np.divide(taken, met, out=np.full_like(taken, np.nan), where=met > 0)
+
+
+def assess(config: DictConfig) -> float:
+    """Test the weights of a checkpoint, and write ``results.json`` and ``confusion.png``.
+
+    The episodes are those of the run's own test, if nothing else is asked for: the accuracy is then the same to the
+    last digit.
+
+    Args:
+        config: the composed ``conf/evaluate.yaml``.
+
+    Returns:
+        The accuracy, a fraction.
+
+    Raises:
+        FewShotError: a checkpoint is broken, a number is out of range, or the data are not there; or the other
+            checkpoint was trained on another choice of classes, so that the two cannot be compared.
+    """
+    OmegaConf.resolve(config)
+    if config.checkpoint is None:
+        raise FewShotError("no checkpoint is named; name the directory of a run by checkpoint=RUN_DIR")
+    if config.split not in SPLITS:
+        raise FewShotError(f"split={config.split} must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
+    if not isinstance(config.pictured, int) or config.pictured < 1:
+        raise FewShotError(f"pictured={config.pictured} must be a whole number of at least 1")
+    trained = [load_trained(place) for place in (config.checkpoint, config.against) if place is not None]
+    asked = [_asked(of.config, config) for of in trained]
+    for other in asked[1:]:
+        _comparable(asked[0], other)
+        for key in (*TASK, "test"):
+            other[key] = asked[0][key]
+    for one in asked:
+        check(one)
+    keep_freed_memory()
+    (answers, estimate, device), *others = (
+        _test(of, one, config.split) for of, one in zip(trained, asked, strict=True)
+    )
+
+    out = Path(config.out).expanduser()
+    names = make_data(asked[0]).bank.class_names(config.split)
+    confusion = answers.confusion(len(names))
+    results = _results(trained[0], asked[0], config, estimate) | {"machine": machine(device)}
+    seen = np.flatnonzero(~np.isnan(confusion.diagonal()))
+    results["classes"] = {names[of]: confusion[of, of] for of in seen}
+    for rival, (theirs, their_estimate, _) in zip(trained[1:], others, strict=True):
+        queries = answers.truth.shape[1]
+        difference = paired_difference(answers.right, theirs.right, queries)
+        results |= {
+            "against": {"checkpoint": str(rival.path), **their_estimate._asdict()},
+            "difference": {"mean": difference.accuracy, "ci95": difference.ci95, "episodes": difference.episodes},
+        }
+    # The report counts what is called results.json as the accuracy on test classes.
+    written = out / ("results.json" if config.split == "test" else f"results_{config.split}.json")
+    write_json(written, results)
+    worst = seen[np.argsort(confusion.diagonal()[seen], kind="stable")]
+    picture = draw_confusion(confusion, names, worst[: config.pictured], out / "confusion.png")
+    _tell(results, [names[of] for of in worst[:TOLD]])
+    print(written, picture, sep="\n")
+    return estimate.accuracy
+
+
+def draw_confusion(
+    confusion: NDArray[np.float64], names: Sequence[str], classes: NDArray[np.int64], path: Path
+) -> Path:
+    """Draw how often queries of some classes were taken for each other.
+
+    Args:
+        confusion: see ``Answers.confusion``.
+        names: of all classes.
+        classes: the numbers of those to draw, in their order.
+        path: of the picture.
+
+    Returns:
+        The path.
+    """
+    side = 2.6 + 0.24 * len(classes)
+    with mpl.rc_context({"font.size": 8, "text.parse_math": False}):
+        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(confusion[np.ix_(classes, classes)], cmap="cividis", vmin=0, vmax=1)
+        labels = [name if len(name) <= 24 else f"…{name[-23:]}" for name in (names[of] for of in classes)]
+        axes.set_xticks(range(len(classes)), labels, rotation=90)
+        axes.set_yticks(range(len(classes)), labels)
+        axes.set(xlabel="answered", ylabel="class of the query")
+        figure.colorbar(image, shrink=0.7, label="share, of the times that both were in the episode")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    return path
+
+
+class _Collect(pl.Callback):
+    """Keeps the answers, ``0..way-1``, in the order of the episodes."""
+
+    def __init__(self) -> None:
+        self.answers: list[torch.Tensor] = []
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        method: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+        dataloader_idx: int = 0,  # noqa: ARG002
+    ) -> None:
+        self.answers.append(outputs.argmax(-1).cpu())
+
+
+def _asked(run: DictConfig, config: DictConfig) -> DictConfig:
+    """The configuration of a run, with what is asked for in place of what it had."""
+    asked = OmegaConf.merge(OmegaConf.structured(TrainConfig), run)
+    assert isinstance(asked, DictConfig)
+    for key in TASK:
+        if config[key] is not None:
+            asked[key] = config[key]
+    if config.episodes is not None:
+        asked.test.episodes = config.episodes
+    if config.data_dir is not None and "data_dir" in asked.dataset.source:
+        asked.dataset.source.data_dir = config.data_dir
+    precision = config.hardware.precision or run.hardware.precision
+    asked.hardware = OmegaConf.merge(config.hardware, {"precision": precision})
+    asked.cache_dir, asked.run_dir = config.cache_dir, config.out
+    if asked.hardware.devices not in (1, "auto"):
+        raise FewShotError(f"hardware.devices={asked.hardware.devices}: a test runs on one, hardware.devices=1")
+    return asked
+
+
+def _comparable(one: DictConfig, other: DictConfig) -> None:
+    """Refuse to compare on classes that one of the two may have been trained on."""
+    free = ("data_dir", "size", "channels")  # what may differ
+    sources = [{key: value for key, value in of.dataset.source.items() if key not in free} for of in (one, other)]
+    if sources[0] != sources[1]:
+        differ = [key for key in {**sources[0], **sources[1]} if sources[0].get(key) != sources[1].get(key)]
+        raise FewShotError(
+            f"the two checkpoints cannot be compared: they were trained on other data or other classes "
+            f"(dataset.source.{', dataset.source.'.join(map(str, differ))}), so that one may know what the other is "
+            "tested on"
+        )
+
+
+def _test(trained: Trained, asked: DictConfig, split: str) -> tuple[Answers, Estimate, torch.device]:
+    data = make_data(asked, partial(OneSplit, split))
+    collect = _Collect()
+    trainer = make_trainer(asked, collect)
+    trainer.loggers = []
+    trainer.test(trained.method, data, verbose=False)
+    episodes = [data.datasets["test"][EpisodeNumber(0, number)] for number in range(asked.test.episodes)]
+    given = torch.cat(collect.answers).numpy()
+    # Of each episode the class of each label, by where the class's images begin in the bank.
+    starts = data.bank.offsets[data.bank.classes(split)]
+    positions = np.stack([of.query.numpy()[:: asked.query] for of in episodes])
+    classes = np.searchsorted(starts, positions, side="right") - 1
+    labels = np.stack([of.query_labels.numpy() for of in episodes])
+    answers = Answers(classes, np.take_along_axis(classes, labels, 1), np.take_along_axis(classes, given, 1))
+    return answers, trained.method.estimates["test"], trainer.strategy.root_device
+
+
+def _results(trained: Trained, asked: DictConfig, config: DictConfig, estimate: Estimate) -> dict[str, Any]:
+    """What ``fewshot.training`` writes of a run, of this test."""
+    record = trained.checkpoint.get("callbacks", {}).get("Record", {})
+    run_dir = trained.path.parents[1] if len(trained.path.parents) > 1 else trained.path.parent
+    changes = [f"{key}={config[key]}" for key in TASK if config[key] is not None]
+    changes += [f"test.episodes={config.episodes}"] if config.episodes is not None else []
+    validations = record.get("validations", [])
+    return {
+        **asked.choices,
+        "distance": asked.choices.distance if "distance" in asked.method else None,  # MAML has none
+        **{key: asked[key] for key in ("way", "shot", "query")},
+        **estimate._asdict(),
+        "split": config.split,
+        "checkpoint": str(trained.path),
+        "val_accuracy": max((of["accuracy"] for of in validations), default=None),
+        "seed": asked.seed,
+        "train_seconds": record.get("seconds"),
+        "validations": validations,
+        "versions": versions(),
+        "commit": commit(),
+        "overrides": [*overrides(run_dir), *changes],
+        "config": OmegaConf.to_container(asked),
+    }
+
+
+def _tell(results: dict[str, Any], worst: Sequence[str]) -> None:
+    task = f"{results['way']}-way {results['shot']}-shot"
+    table = Table(title=f"{task} accuracy on {results['split']} classes, with its 95% interval")
+    for column in ("checkpoint", "accuracy", "episodes"):
+        table.add_column(column, overflow="fold")
+    for of in (results, results.get("against")):
+        if of is not None:
+            table.add_row(of["checkpoint"], f"{of['accuracy']:.2%} ± {of['ci95']:.2%}", f"{of['episodes']:,}")
+    Console().print(table)
+    if "difference" in results:
+        difference = results["difference"]
+        mean, ci95 = difference["mean"], difference["ci95"]
+        verdict = (
+            "no difference is shown" if abs(mean) <= ci95 else f"the {'first' if mean > 0 else 'second'} is better"
+        )
+        print(f"first - second, episode by episode: {100 * mean:+.2f} ± {100 * ci95:.2f} points: {verdict}")
+    print("lowest: " + ", ".join(f"{name} {results['classes'][name]:.1%}" for name in worst))

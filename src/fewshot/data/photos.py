@@ -1,0 +1,83 @@
+"""Images as people have them: from any camera, scanner or drawing program, of any shape."""
+
+import io
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fewshot.data.files import ImageFile
+from fewshot.data.images import MODES, to_pixels
+from fewshot.errors import FewShotError
+
+
+def read_photo(file: ImageFile, size: int, channels: int, ink: bool = False) -> NDArray[np.uint8]:
+    """Read an image file as an encoder is to see it.
+
+    It is turned upright as its EXIF data says. What is transparent becomes white; grey of more than 8 bits is stretched
+    from its darkest to its brightest; of an animation the first picture counts. Of a photo that is not square the
+    middle is taken, at its full height or width, since to squeeze it would change every shape in it.
+
+    Args:
+        file: where the image lies.
+        size: height and width of the result.
+        channels: 1 for grey, 3 for RGB.
+        ink: it is a letter or a drawing, for a network that knows such as bright on black: what has a bright background
+            is inverted, and what is not square is filled up with its background, so that no stroke is cut off.
+
+    Returns:
+        uint8 ``[size, size, channels]``.
+
+    Raises:
+        FewShotError: the file cannot be read, is no image, or a broken one, or has more pixels than Pillow allows.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # between its limit and twice that
+            with Image.open(io.BytesIO(file.read())) as image:
+                if image.format == "EPS":
+                    raise ValueError("PostScript is a program, and is not run")
+                upright = _opaque(_eight_bits(ImageOps.exif_transpose(image)))
+                return _bright_ink(upright, size, channels) if ink else to_pixels(_middle(upright), size, channels)
+    except Exception as error:  # each format's decoder raises what it stumbles over
+        reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise FewShotError(f"cannot read the image {file.name}: {reason}; replace or remove it") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are not finite")
+    low, high = values.min(), values.max()
+    return Image.fromarray((255 * (values - low) / max(high - low, 1e-9)).round().astype(np.uint8))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _bright_ink(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
+    image = image.convert(MODES[channels])
+    sides = (max(image.size),) * 2
+    background = _background(np.asarray(image).reshape(image.height, image.width, channels))
+    pixels = to_pixels(ImageOps.pad(image, sides, color=tuple(background.tolist())), size, channels)
+    bright = _background(pixels).mean() > (float(pixels.min()) + float(pixels.max())) / 2
+    return 255 - pixels if bright else pixels
+
+
+def _background(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The median of the outermost pixels, uint8 ``[channels]``."""
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return np.median(edges, axis=0).astype(np.uint8)

@@ -1,0 +1,120 @@
+"""An encoder for other programs: ONNX, from pixels to embeddings."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewshot.checkpoints import write_whole
+from fewshot.data.images import normalise
+from fewshot.errors import FewShotError
+from fewshot.methods.base import MetricMethod
+from fewshot.trained import load_trained
+
+TOLERANCE = 1e-3  # of the largest embedding value: what float32 in another order may differ by
+BATCHES = (1, 5)  # images in the inputs of the check
+
+
+class Embedder(nn.Module):
+    """An encoder with the normalisation that it was trained with.
+
+    Args:
+        encoder: normalised images to embeddings.
+        kind: see ``normalise``.
+
+    Shape:
+        uint8 ``[images, height, width, channels]`` to float32 ``[images, features]``.
+    """
+
+    def __init__(self, encoder: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.encoder, self.kind = encoder, kind
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Embed images."""
+        embeddings: torch.Tensor = self.encoder(normalise(pixels, self.kind))
+        return embeddings
+
+
+def export(checkpoint: str | None, out: str) -> float:
+    """Write the encoder of a checkpoint as ONNX, checked against PyTorch on random images.
+
+    Its input ``pixels`` is uint8 ``[images, size, size, channels]``, any number of images; its output ``embeddings``
+    float32 ``[images, features]``.
+
+    Args:
+        checkpoint: see ``load_trained``.
+        out: the file to write.
+
+    Returns:
+        The largest difference from PyTorch that the check found, as a share of the largest value.
+
+    Raises:
+        FewShotError: the checkpoint is broken; its method has no encoder that stands by itself; the packages of the
+            extra ``export`` are not there; or the two programs do not agree.
+    """
+    if checkpoint is None:
+        raise FewShotError("no checkpoint is named; name the directory of a run by checkpoint=RUN_DIR")
+    trained = load_trained(checkpoint)
+    if not isinstance(trained.method, MetricMethod):
+        raise FewShotError(
+            f"the encoder in {trained.path} is of no use by itself, since its method changes it for every support set; "
+            "export one of method=protonet or method=matching"
+        )
+    dataset = trained.config.dataset
+    size, channels = dataset.size, dataset.channels
+    embedder = Embedder(trained.method.encoder.float(), dataset.normalise).eval()
+    content = _to_onnx(embedder, (max(BATCHES), size, size, channels))
+    difference = _largest_difference(embedder, content, (size, size, channels))
+    if difference > TOLERANCE:
+        raise FewShotError(
+            f"ONNX Runtime differs from PyTorch by {difference:.2g} of the largest value, more than {TOLERANCE:g}, so "
+            "nothing was written; try other versions of onnxruntime and torch"
+        )
+    path = Path(out).expanduser()
+    write_whole(path, content)
+    print(
+        f"{path}: pixels, uint8 [images, {size}, {size}, {channels}], to embeddings, float32 [images, features]; "
+        f"differs from PyTorch by {difference:.1g} of the largest value"
+    )
+    return difference
+
+
+def _to_onnx(embedder: Embedder, shape: tuple[int, ...]) -> bytes:
+    try:
+        import onnxruntime  # noqa: F401, PLC0415
+        import onnxscript  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise FewShotError(f"{error.name} is not installed; install the extra: pip install -e '.[export]'") from error
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter's own inside
+        program: Any = torch.onnx.export(
+            embedder,
+            (torch.zeros(shape, dtype=torch.uint8),),
+            input_names=["pixels"],
+            output_names=["embeddings"],
+            dynamic_shapes=({0: "images"},),
+            dynamo=True,
+            verbose=False,
+        )
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
+def _largest_difference(embedder: Embedder, content: bytes, shape: tuple[int, ...]) -> float:
+    import onnxruntime  # noqa: PLC0415
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    largest = 0.0
+    for number, images in enumerate(BATCHES):
+        generator = torch.Generator().manual_seed(number)
+        pixels = torch.randint(256, (images, *shape), dtype=torch.uint8, generator=generator)
+        with torch.no_grad():
+            expected = embedder(pixels)
+        (found,) = session.run(None, {"pixels": pixels.numpy()})
+        largest = max(largest, float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()))
+    return largest

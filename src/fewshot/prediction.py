@@ -1,0 +1,344 @@
+"""Classify images of one's own: a folder of examples a class, and a method that needs no more than those."""
+
+import csv
+import hashlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object, instantiate
+from lightning_fabric import Fabric
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+from omegaconf.errors import InterpolationKeyError
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from fewshot.data.files import ImageFile, list_folder
+from fewshot.data.folder import by_class
+from fewshot.data.glyphs import glyphs
+from fewshot.data.images import normalise
+from fewshot.data.omniglot import omniglot
+from fewshot.data.photos import read_photo
+from fewshot.errors import FewShotError
+from fewshot.methods.base import FewShotMethod
+from fewshot.trained import load_trained
+
+BRIGHT_INK = (glyphs, omniglot)  # data sets of letters, bright on black
+GROUPS = ("dataset", "method", "distance", "encoder")  # what a checkpoint decides
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one query.
+
+    Attributes:
+        file: the query.
+        label: the most probable class.
+        probability: its, by the softmax over the classes of the support set. It tells how much likelier this class is
+            than the others of the set, not whether the image shows any of them.
+        runner_up: the second.
+    """
+
+    file: str
+    label: str
+    probability: float
+    runner_up: str
+
+
+class Predictor:
+    """A method, with what it takes to show it images of one's own.
+
+    Args:
+        method: trained, or one that needs no training.
+        dataset: the ``size``, ``channels`` and ``normalise`` of the images that its encoder takes.
+        ink: it knows letters that are bright on black, see ``read_photo``.
+        hardware: the group of that name; one device is used.
+
+    Raises:
+        FewShotError: more than one device is asked for.
+    """
+
+    def __init__(self, method: FewShotMethod, dataset: DictConfig, ink: bool, hardware: DictConfig) -> None:
+        if hardware.devices not in (1, "auto"):
+            raise FewShotError(f"hardware.devices={hardware.devices}: predictions are made on one, hardware.devices=1")
+        self.size, self.channels, self.kind, self.ink = dataset.size, dataset.channels, dataset.normalise, ink
+        self._fabric = Fabric(accelerator=hardware.accelerator, devices=1, precision=hardware.precision)
+        self.method = method.eval().to(self._fabric.device)
+        if hardware.precision.startswith("64"):
+            self.method.double()
+
+    def read(self, file: ImageFile) -> Pixels:
+        """An image as the network is to see it: uint8 ``[size, size, channels]``; see ``read_photo``."""
+        return read_photo(file, self.size, self.channels, self.ink)
+
+    def learn(self, support: Mapping[str, Sequence[Pixels]]) -> Callable[[Sequence[Pixels]], torch.Tensor]:
+        """Learn some classes from examples.
+
+        Args:
+            support: the images of each class, by its name, as ``read`` gives them; at least one each.
+
+        Returns:
+            A function of such images, at least one, to logits ``[images, way]`` on the CPU, the classes in the order
+            of ``support``; their softmax is the probabilities.
+
+        Raises:
+            FewShotError: there are fewer than two classes, or one is empty.
+        """
+        if len(support) < 2 or not all(support.values()):
+            raise FewShotError("a support set needs two classes or more, and an image or more of each")
+        labels = torch.arange(len(support)).repeat_interleave(torch.tensor([len(of) for of in support.values()]))
+        # Full context embeddings read the support as a sequence, and were trained on shuffled ones.
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        images = self._input([image for of in support.values() for image in of])
+        with torch.no_grad(), self._fabric.autocast():
+            classify = self.method.classifier(images[order], labels[order].to(images.device), len(support))
+
+        def answer(queries: Sequence[Pixels]) -> torch.Tensor:
+            with torch.no_grad(), self._fabric.autocast():
+                return classify(self._input(queries)).float().cpu()
+
+        return answer
+
+    def _input(self, images: Sequence[Pixels]) -> torch.Tensor:
+        pixels = torch.from_numpy(np.stack(images)).to(self._fabric.device)
+        return normalise(pixels, self.kind).to(self.method.dtype)
+
+
+def make_predictor(config: DictConfig) -> Predictor:
+    """The predictor that ``conf/predict.yaml`` describes: of a checkpoint, or of a method that needs no training.
+
+    Raises:
+        FewShotError: the checkpoint is broken, or a group is chosen beside it; or without one, there are weights that
+            nobody has trained.
+    """
+    if config.checkpoint is not None:
+        _refuse_choices()
+        trained = load_trained(config.checkpoint)
+        ink = get_object(trained.config.dataset.source._target_) in BRIGHT_INK
+        return Predictor(trained.method, trained.config.dataset, ink, config.hardware)
+    untrained = FewShotError(
+        "this method or its encoder has weights that nobody has trained: name those of a run by checkpoint=RUN_DIR, or "
+        "choose encoder=pretrained with method=protonet or method=matching"
+    )
+    try:
+        method: FewShotMethod = instantiate(config.method)
+    except InterpolationKeyError as error:  # it depends on keys of a training
+        raise untrained from error
+    if any(parameter.requires_grad for parameter in method.parameters()):
+        raise untrained
+    return Predictor(method, config.dataset, ink=False, hardware=config.hardware)
+
+
+def predict(config: DictConfig) -> None:
+    """Classify the queries by the support set; write ``predictions.csv``, print the first, draw a sheet if asked.
+
+    Files that cannot be read are named, and the others go on. The queries are read a batch at a time, so any number
+    of them fits into memory.
+
+    Args:
+        config: the composed ``conf/predict.yaml``.
+
+    Raises:
+        FewShotError: the support set or the queries are not there; a class has no image that can be read; no query can
+            be read, or all are in the support set.
+    """
+    for key in ("batch", "sheet", "shown"):
+        least = 1 if key == "batch" else 0
+        if not isinstance(config[key], int) or config[key] < least:
+            raise FewShotError(f"{key}={config[key]} must be a whole number of at least {least}")
+    examples, queries = _find_support(config.support), _find_queries(config.query)
+    predictor = make_predictor(config)
+    support, known = _read_support(examples, predictor.read)
+    classify, classes = predictor.learn(support), list(support)
+    out = Path(config.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+
+    shown: list[Prediction] = []
+    drawn: list[tuple[Prediction, Pixels]] = []
+    right, counted, left_out = 0, 0, 0
+    partial = out / "predictions.csv.partial"
+    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "label", "probability", "runner-up"])
+        batches = np.array_split(np.arange(len(queries)), math.ceil(len(queries) / config.batch))
+        for batch in track(batches, description="classifying", transient=True):
+            readable = dict(_read_queries([queries[number] for number in batch], predictor.read, known))
+            left_out += len(batch) - len(readable)
+            if not readable:
+                continue
+            logits = classify(list(readable.values()))
+            for (name, pixels), prediction in zip(readable.items(), _answers(readable, logits, classes), strict=True):
+                table.writerow([name, prediction.label, f"{prediction.probability:.4f}", prediction.runner_up])
+                shown += [prediction] if len(shown) < config.shown else []
+                drawn += [(prediction, pixels)] if len(drawn) < config.sheet else []
+                truth = Path(name).parent.name
+                counted, right = counted + (truth in support), right + (truth == prediction.label)
+    if left_out == len(queries):
+        partial.unlink()
+        raise FewShotError("no query is left to classify: see the lines above for why each was left out")
+    written = partial.replace(out / "predictions.csv")
+
+    _tell(shown, len(queries) - left_out, support)
+    if counted:
+        print(f"{right:,} of the {counted:,} queries in folders named after a class are right: {right / counted:.2%}")
+    if left_out:
+        print(f"{left_out:,} left out, for the reasons above")
+    print(written)
+    if drawn:
+        print(contact_sheet(drawn, out / "predictions.png"))
+
+
+def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, columns: int = 6) -> Path:
+    """Draw queries as the network saw them, each with its answer and that answer's probability.
+
+    Args:
+        drawn: predictions, each with its pixels, uint8 ``[size, size, channels]``.
+        path: of the picture.
+        columns: pictures side by side.
+
+    Returns:
+        The path.
+    """
+    columns, rows = min(columns, len(drawn)), math.ceil(len(drawn) / columns)
+    with mpl.rc_context({"font.size": 8, "text.parse_math": False}):
+        figure = Figure(figsize=(1.6 * columns, 1.9 * rows), layout="constrained")
+        for axes in figure.subplots(rows, columns, squeeze=False).flat:
+            axes.set_axis_off()
+        for axes, (prediction, pixels) in zip(figure.axes, drawn, strict=False):
+            grey = pixels.shape[-1] == 1
+            axes.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=255)
+            label = prediction.label if len(prediction.label) <= 20 else f"{prediction.label[:19]}…"
+            axes.set_title(f"{label}\n{prediction.probability:.0%}", fontsize=8)
+        figure.savefig(path, dpi=120)
+    return path
+
+
+def _refuse_choices() -> None:
+    """Of what a checkpoint decides; on the command line they would be passed over in silence."""
+    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    chosen = [of for of in given if of.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
+    if chosen:
+        raise FewShotError(f"{chosen[0]}: a checkpoint brings its own {', '.join(GROUPS)}; leave it out")
+
+
+def _find_support(place: str | None) -> dict[str, list[ImageFile]]:
+    if place is None or not Path(place).expanduser().is_dir():
+        told = "no support set is named" if place is None else f"there is no folder {place}"
+        raise FewShotError(f"{told}; name one that holds a folder a class, with images in each: support=DIR")
+    classes = by_class(list_folder(Path(place).expanduser()))
+    if len(classes) < 2:
+        raise FewShotError(
+            f"{place} holds {len(classes)} folders with files in them, and two classes or more are needed: put the "
+            "images of each class into a folder of its name"
+        )
+    return classes
+
+
+def _find_queries(place: str | None) -> list[ImageFile]:
+    if place is None:
+        raise FewShotError("no queries are named; name them by query=DIR, query=FILE or 'query=\"GLOB\"'")
+    path = Path(place).expanduser()
+    if path.is_dir():
+        found = list(list_folder(path).values())
+    else:
+        paths = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        found = [ImageFile(str(of), of.read_bytes) for of in paths if not of.is_dir()]
+    if not found:
+        raise FewShotError(f"there is nothing to classify in query={place}; name a folder, a file or a pattern")
+    return found
+
+
+def _read_support(
+    examples: Mapping[str, Sequence[ImageFile]], read: Callable[[ImageFile], Pixels]
+) -> tuple[dict[str, list[Pixels]], dict[bytes, ImageFile]]:
+    """The images of each class, and each file by the hash of its bytes."""
+    support: dict[str, list[Pixels]] = {}
+    known: dict[bytes, ImageFile] = {}
+    class_of: dict[bytes, str] = {}
+    for name, files in examples.items():
+        support[name] = []
+        for file in files:
+            try:
+                digest, pixels = _read(file, read)
+            except FewShotError as error:
+                _leave_out(error)
+                continue
+            if class_of.setdefault(digest, name) != name:
+                _print_error(f"warning: {file.name} is the same image as {known[digest].name}, of another class")
+            known.setdefault(digest, file)
+            support[name].append(pixels)
+        if not support[name]:
+            raise FewShotError(f"no image of the class {name} in {Path(files[0].name).parent} can be read; add one")
+    return support, known
+
+
+def _read_queries(
+    files: Sequence[ImageFile], read: Callable[[ImageFile], Pixels], known: Mapping[bytes, ImageFile]
+) -> Iterator[tuple[str, Pixels]]:
+    for file in files:
+        try:
+            digest, pixels = _read(file, read)
+            if digest in known:
+                raise FewShotError(f"{file.name} is in the support set, as {known[digest].name}: its class is told")
+        except FewShotError as error:
+            _leave_out(error)
+        else:
+            yield file.name, pixels
+
+
+def _read(file: ImageFile, read: Callable[[ImageFile], Pixels]) -> tuple[bytes, Pixels]:
+    contents: list[bytes] = []  # read once, where what goes wrong with it is told
+
+    def once() -> bytes:
+        contents.append(file.read())
+        return contents[0]
+
+    pixels = read(ImageFile(file.name, once))
+    return hashlib.sha256(contents[0]).digest(), pixels
+
+
+def _answers(names: Mapping[str, Pixels], logits: torch.Tensor, classes: Sequence[str]) -> Iterator[Prediction]:
+    top = logits.softmax(dim=1).topk(2)
+    for name, (probability, _), (first, second) in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
+        yield Prediction(name, classes[first], probability, classes[second])
+
+
+def _leave_out(why: FewShotError) -> None:
+    _print_error(f"left out: {why}")
+
+
+def _print_error(line: str) -> None:
+    print(_printable(line), file=sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    """A file's name can neither break a line nor steer the terminal."""
+    return "".join(of if of.isprintable() else of.encode("unicode_escape").decode() for of in text)
+
+
+def _tell(shown: Sequence[Prediction], queries: int, support: Mapping[str, Sequence[Pixels]]) -> None:
+    shots = Counter(map(len, support.values()))
+    told = f"{min(shots)}" if len(shots) == 1 else f"{min(shots)} to {max(shots)}"
+    table = Table(title=f"{queries:,} queries, {len(support)} classes by {told} images each")
+    for column in ("file", "label", "probability", "runner-up"):
+        table.add_column(column, justify="right" if column == "probability" else "left", overflow="fold")
+    for of in shown:
+        cells = (Path(of.file).name, of.label, f"{of.probability:.1%}", of.runner_up)
+        table.add_row(*(Text(_printable(cell)) for cell in cells))
+    console = Console()
+    if shown:
+        console.print(table)
+    if len(shown) < queries:
+        print(f"... and {queries - len(shown):,} more:")

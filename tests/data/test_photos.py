@@ -1,0 +1,124 @@
+"""Images as people have them."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewshot.data.files import ImageFile
+from fewshot.data.images import decode
+from fewshot.data.photos import read_photo
+from fewshot.errors import FewShotError
+
+ORIENTATION = 0x0112  # of EXIF
+
+
+def file_of(image: Image.Image, kind: str = "png", **options: object) -> ImageFile:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return ImageFile(f"image.{kind}", content.getvalue)
+
+
+def quarters(*colours: tuple[int, ...], mode: str = "RGB", side: int = 8) -> Image.Image:
+    """An image of four fields: upper left, upper right, lower left, lower right."""
+    image = Image.new(mode, (2 * side, 2 * side))
+    for number, colour in enumerate(colours):
+        image.paste(colour, (number % 2 * side, number // 2 * side, (number % 2 + 1) * side, (number // 2 + 1) * side))
+    return image
+
+
+RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)
+PHOTO = quarters(RED, GREEN, BLUE, GREY)
+
+
+def corners(pixels):
+    return [tuple(map(int, pixels[y, x])) for y in (1, -2) for x in (1, -2)]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_upright_as_its_exif_says(orientation):
+    turns = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # back to how the camera stored it
+    stored = PHOTO if orientation == 1 else PHOTO.transpose(Image.Transpose(turns[orientation]))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    assert corners(read_photo(file_of(stored, exif=exif), 16, 3)) == [RED, GREEN, BLUE, GREY]
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "gif", "tiff", "webp", "ppm", "tga", "jpeg2000", "ico", "pcx"])
+def test_formats_of_pillow_are_read(kind):
+    options = {"lossless": True} if kind == "webp" else {}
+    pixels = read_photo(file_of(PHOTO, kind, **options), 16, 3)
+    assert np.abs(np.array(corners(pixels)) - [RED, GREEN, BLUE, GREY]).max() <= 6
+
+
+def test_what_is_transparent_becomes_white():
+    clear, half = (0, 0, 0, 0), (0, 0, 0, 128)
+    image = quarters((*RED, 255), clear, half, (*BLUE, 255), mode="RGBA")
+    assert corners(read_photo(file_of(image), 16, 3)) == [RED, (255,) * 3, (127,) * 3, BLUE]
+    grey = quarters((40, 255), (0, 0), (0, 0), (80, 255), mode="LA")
+    assert corners(read_photo(file_of(grey), 16, 1)) == [(40,), (255,), (255,), (80,)]
+    palette = PHOTO.quantize(4)
+    first = palette.getpixel((0, 0))
+    assert corners(read_photo(file_of(palette, transparency=first), 16, 3)) == [(255,) * 3, GREEN, BLUE, GREY]
+
+
+def test_grey_of_sixteen_bits_is_stretched_instead_of_clipped():
+    deep = (np.arange(256, dtype=np.uint16).reshape(16, 16)) * 200
+    for image in (Image.fromarray(deep), Image.fromarray(deep.astype(np.int32)), Image.fromarray(deep / np.float32(9))):
+        pixels = read_photo(file_of(image, "tiff"), 16, 1)[..., 0]
+        np.testing.assert_allclose(pixels, np.arange(256).reshape(16, 16), atol=1)
+    broken = deep.astype(np.float32)
+    broken[3, 3] = np.nan
+    with pytest.raises(FewShotError, match="not finite"):
+        read_photo(file_of(Image.fromarray(broken), "tiff"), 16, 1)
+
+
+def test_cmyk_and_black_and_white_are_read():
+    pixels = read_photo(file_of(PHOTO.convert("CMYK"), "tiff"), 16, 3)
+    assert np.abs(np.array(corners(pixels)) - [RED, GREEN, BLUE, GREY]).max() < 3
+    line = Image.new("1", (10, 10), 1)
+    assert read_photo(file_of(line), 10, 1).min() == 255
+
+
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40)])
+def test_of_a_photo_that_is_not_square_the_middle_is_taken(shape):
+    image = Image.new("RGB", shape, RED)
+    middle = ((shape[0] - 20) // 2, (shape[1] - 20) // 2)
+    image.paste(PHOTO.resize((20, 20), Image.Resampling.NEAREST), middle)
+    pixels = read_photo(file_of(image), 20, 3)
+    assert corners(pixels) == [RED, GREEN, BLUE, GREY]
+
+
+def test_letters_become_bright_on_black_whatever_they_were_and_none_is_cut():
+    letter = np.full((30, 60), 255, dtype=np.uint8)
+    letter[10:20, 2:58] = 0  # a dark stroke from edge to edge
+    dark, bright = (read_photo(file_of(Image.fromarray(of)), 30, 1, ink=True) for of in (letter, 255 - letter))
+    np.testing.assert_allclose(dark.astype(int), bright.astype(int), atol=1)
+    assert dark[15, 2:-2].min() > 200 and dark[:8].max() < 40 and dark[-8:].max() < 40
+    assert read_photo(file_of(Image.fromarray(letter)), 30, 1)[15].max() < 40  # as it is, without ink
+
+
+def test_a_square_drawing_is_read_as_omniglot_reads_it():
+    random = np.random.default_rng(0)
+    drawing = file_of(Image.fromarray(np.where(random.random((105, 105)) < 0.1, 0, 255).astype(np.uint8)))
+    np.testing.assert_array_equal(read_photo(drawing, 28, 1, ink=True), 255 - decode(drawing, 28, 1))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_what_is_no_image_is_named(content):
+    with pytest.raises(FewShotError, match=r"cannot read the image holiday\.jpg: .*; replace or remove it"):
+        read_photo(ImageFile("holiday.jpg", lambda: content), 8, 3)
+
+
+def test_a_file_that_cannot_be_read_or_is_cut_short_or_too_large_is_named(monkeypatch):
+    def fail() -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    short = file_of(PHOTO).read()[:-40]
+    for read in (fail, lambda: short):
+        with pytest.raises(FewShotError, match=r"cannot read the image x\.png"):
+            read_photo(ImageFile("x.png", read), 8, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(FewShotError, match="decompression bomb"):
+        read_photo(file_of(PHOTO), 8, 3)

@@ -1,0 +1,132 @@
+"""Networks of torchvision; their weights are not downloaded here, so random ones stand in for them."""
+
+import shutil
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import get_model, get_model_weights
+
+from fewshot.config import check, compose
+from fewshot.encoders.pretrained import Pretrained
+from fewshot.errors import FewShotError
+from fewshot.trained import load_trained
+from fewshot.training import train
+
+NAME = "mobilenet_v3_small"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file as torchvision's, and the network whose weights it holds."""
+    torch.manual_seed(0)
+    network = get_model(NAME, weights=None).eval()
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path, network
+
+
+def pretrained(path, **changes):
+    return Pretrained(**{"name": NAME, "weights": "DEFAULT", "file": str(path), "frozen": True} | changes)
+
+
+def test_an_embedding_is_what_reaches_the_last_layer_of_torchvisions_network(weights):
+    path, network = weights
+    pixels = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
+    reached = []
+    network.classifier[-1].register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0]))
+    # 224 of 224: torchvision's own transforms have nothing to resize or crop.
+    transforms = get_model_weights(NAME).DEFAULT.transforms(crop_size=224, resize_size=224)
+    with torch.no_grad():
+        network(transforms(pixels))
+        embeddings = pretrained(path)(pixels / 255)
+    torch.testing.assert_close(embeddings, reached[0], rtol=1e-4, atol=1e-5)
+    assert embeddings.shape == (2, pretrained(path).features)
+
+
+def test_images_of_another_size_are_resized_and_grey_ones_are_grey_in_colour(weights):
+    encoder = pretrained(weights[0])
+    grey = torch.rand(1, 1, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(grey), encoder(grey.expand(-1, 3, -1, -1)))
+
+
+def test_a_frozen_encoder_stays_as_it_is_and_another_learns(weights):
+    images = torch.rand(4, 3, 64, 64)
+    frozen, tuned = pretrained(weights[0]).train(), pretrained(weights[0], frozen=False).train()
+    before = {name: of.clone() for name, of in frozen.state_dict().items()}
+    frozen(images)
+    assert all(torch.equal(of, before[name]) for name, of in frozen.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    tuned(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in tuned.parameters())
+    assert not torch.equal(tuned.network.features[0][1].running_mean, frozen.network.features[0][1].running_mean)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "swin_t", "densenet121", "vgg11_bn", "convnext_tiny"])
+def test_models_of_many_kinds_lose_their_last_layer(name):
+    with torch.device("meta"):
+        encoder = Pretrained(name, "DEFAULT", None, frozen=True)
+        assert encoder(torch.zeros(1, 3, encoder.size, encoder.size)).shape == (1, encoder.features)
+        assert encoder.features != 1000
+
+
+def test_a_download_that_fails_names_the_file_and_where_it_is_looked_for(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    with pytest.raises(FewShotError) as caught:
+        pretrained(None, file=None)
+    told, known = str(caught.value), get_model_weights(NAME).DEFAULT
+    assert f"put {Path(known.url).name} there" in told and str(tmp_path / "hub" / "checkpoints") in told
+    assert "no network" in told and "encoder.file=PATH" in told and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"name": "resnet1"}, "encoder.name=resnet1 is no model of torchvision"),
+        ({"name": "squeezenet1_0"}, "encoder.name=squeezenet does not end in one linear layer"),
+        ({"name": "googlenet"}, "encoder.name=googlenet does not end in one linear layer"),
+        ({"weights": "BEST"}, "encoder.weights=BEST is unknown for mobilenet_v3_small: choose IMAGENET1K_V1"),
+        ({"name": "resnet18"}, "holds no weights of this network: Missing key"),
+        ({"file": "/nowhere/weights.pth"}, "cannot read encoder.file=/nowhere/weights.pth"),
+    ],
+)
+def test_what_cannot_be_had_is_told_in_one_line(weights, changes, told):
+    with pytest.raises(FewShotError) as caught:
+        pretrained(weights[0], **changes)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_broken_file_is_named(weights, tmp_path):
+    path = tmp_path / "broken.pth"
+    path.write_bytes(weights[0].read_bytes()[:1000])
+    with pytest.raises(FewShotError, match=rf"{path} is broken, or holds no weights of this network: .*; name another"):
+        pretrained(path)
+
+
+def test_it_brings_the_size_and_the_normalisation_of_the_images():
+    config = compose("encoder=pretrained", "dataset=folder", "run_dir=x")
+    assert (config.dataset.size, config.dataset.source.size, config.dataset.normalise) == (224, 224, "plain")
+    assert compose("encoder=pretrained", "dataset.size=84", "run_dir=x").dataset.size == 84
+    check(config)  # without a download
+    assert isinstance(Pretrained("resnet18", "DEFAULT", None, frozen=False, load=False).network, nn.Module)
+
+
+def test_it_is_fine_tuned_and_its_checkpoint_needs_no_other_file(weights, tmp_path, cache_dir):
+    file = tmp_path / "weights.pth"
+    shutil.copy(weights[0], file)
+    tiny = ["way=2", "query=1", "train.way=2", "train.query=1", "train.episodes=1", "val.episodes=1", "test.episodes=2"]
+    make = ["encoder=pretrained", f"encoder.name={NAME}", f"encoder.file={file}", "dataset.size=28"]
+    places = [f"run_dir={tmp_path / 'run'}", f"cache_dir={cache_dir}"]
+    with pytest.raises(FewShotError, match=r"nothing to train: the encoder is frozen"):
+        train(compose(*make, *tiny, f"run_dir={tmp_path / 'frozen'}", f"cache_dir={cache_dir}"))
+    train(compose(*make, *tiny, *places, "encoder.frozen=false"))
+    file.unlink()
+    tuned = load_trained(str(tmp_path / "run")).method.encoder
+    assert not torch.equal(tuned.network.features[0][0].weight, pretrained(weights[0]).network.features[0][0].weight)

@@ -1,0 +1,51 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import leaky_relu, max_pool2d
+
+from fewshot.encoders.resnet12 import ResNet12
+from fewshot.errors import FewShotError
+
+
+def textbook(block: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """As the papers write it: the ReLU before pooling."""
+    return max_pool2d(leaky_relu(block.body(images) + block.shortcut(images), 0.1), 2)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 16), (3, 84)])
+def test_it_computes_what_the_papers_write(channels, size):
+    torch.manual_seed(0)
+    encoder = ResNet12(channels, size).eval()
+    images = torch.randn(2, channels, size, size)
+    with torch.no_grad():
+        expected = images
+        for block in list(encoder)[:4]:
+            expected = textbook(block, expected)
+        found = encoder(images)
+    torch.testing.assert_close(found, expected.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    assert found.shape == (2, encoder.features) == (2, 640)
+
+
+def test_the_size_of_the_network():
+    widths = [3, 64, 160, 320, 640]
+    of_block = [9 * i * w + 2 * 9 * w * w + 3 * 2 * w + i * w + 2 * w for i, w in pairwise(widths)]
+    assert sum(p.numel() for p in ResNet12(3, 84).parameters()) == sum(of_block)
+
+
+def test_squares_are_dropped_while_training_only():
+    torch.manual_seed(0)
+    encoder, images = ResNet12(1, 84, drop=0.3), torch.randn(2, 1, 84, 84)
+    with torch.no_grad():
+        third = nn.Sequential(*list(encoder)[:3])
+        assert 0.05 < (third(images) == 0).float().mean() < 0.5
+        assert (third.eval()(images) != 0).all()
+        encoder.eval()
+        torch.testing.assert_close(encoder(images), encoder(images))
+
+
+@pytest.mark.parametrize("wrong", [{"size": 15}, {"channels": 0}, {"drop": 1.0}, {"drop": -0.1}])
+def test_what_it_cannot_build_is_refused(wrong):
+    with pytest.raises(FewShotError, match=f"{next(iter(wrong))}="):
+        ResNet12(**{"channels": 1, "size": 28} | wrong)

@@ -1,0 +1,141 @@
+"""A checkpoint tested again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewshot.assessment import Answers, assess
+from fewshot.config import compose
+from fewshot.errors import FewShotError
+from fewshot.evaluation import paired_difference
+from fewshot.results import read_results
+from fewshot.training import train
+
+TINY = ["train.episodes=2", "train.way=5", "query=4", "encoder.filters=8", "val.episodes=3", "test.episodes=23"]
+METHODS = {
+    "protonet": ["method=protonet", "seed=1"],
+    "matching_fce": ["method=matching_fce", "hardware.precision=64-true"],
+    "maml": ["method=maml", "train.meta_batch=2", "hardware.precision=bf16-mixed"],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache_dir):
+    """Trains each method once, a little; returns the directory of its run."""
+    runs = {}
+
+    def of(method: str, *more: str):
+        key = (method, *more)
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp(method)
+            train(compose(*METHODS[method], *TINY, *more, f"run_dir={runs[key]}", f"cache_dir={cache_dir}"))
+        return runs[key]
+
+    return of
+
+
+@pytest.fixture
+def evaluate(cache_dir, tmp_path):
+    """Runs the evaluation; returns what it wrote."""
+
+    def act(run_dir, *overrides: str, written: str = "results.json"):
+        out = tmp_path / "out"
+        assess(compose(f"checkpoint={run_dir}", f"out={out}", f"cache_dir={cache_dir}", *overrides, name="evaluate"))
+        return json.loads((out / written).read_text())
+
+    return act
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_as_the_run_was_tested_the_accuracy_is_the_same_to_the_last_digit(run, evaluate, tmp_path, method):
+    trained = json.loads((run(method) / "results.json").read_text())
+    tested = evaluate(run(method))
+    same = ("accuracy", "ci95", "episodes", "dataset", "method", "distance", "encoder", "way", "shot", "query", "seed")
+    assert {key: tested[key] for key in same} == {key: trained[key] for key in same}
+    assert tested["validations"] == trained["validations"] and tested["val_accuracy"] == trained["val_accuracy"]
+    assert len(read_results([str(tmp_path / "out"), str(run(method))])) == 2  # as the report reads them
+    assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 300
+
+
+def test_another_task_and_another_split(run, evaluate):
+    config = ["way=3", "shot=2", "query=2", "episodes=5", "eval_seed=7"]
+    tested = evaluate(run("maml"), *config)
+    assert [tested[key] for key in ("way", "shot", "query", "episodes")] == [3, 2, 2, 5]
+    assert tested["config"]["eval_seed"] == 7 and tested["overrides"][-1] == "test.episodes=5"
+    assert evaluate(run("protonet"), "way=30", "episodes=2")["way"] == 30
+    # The validation of the run, once more.
+    best = max(of["accuracy"] for of in tested["validations"])
+    validated = evaluate(run("maml"), "split=val", "episodes=3", written="results_val.json")
+    assert validated["accuracy"] == best and validated["split"] == "val"
+    listed = json.loads((run("maml") / "classes.json").read_text())
+    assert set(validated["classes"]) <= set(listed["val"]) and set(tested["classes"]) <= set(listed["test"])
+
+
+def test_the_classes_accuracies_make_up_the_whole(run, evaluate):
+    tested = evaluate(run("protonet"), "episodes=200")
+    assert np.mean(list(tested["classes"].values())) == pytest.approx(tested["accuracy"], abs=0.03)
+
+
+def test_two_checkpoints_meet_the_same_episodes(run, evaluate, capsys):
+    alone = evaluate(run("protonet"), "way=4")
+    other = evaluate(run("matching_fce"), "way=4", "hardware.precision=32-true")
+    both = evaluate(run("protonet"), f"against={run('matching_fce')}", "way=4", "hardware.precision=32-true")
+    assert (both["accuracy"], both["against"]["accuracy"]) == (alone["accuracy"], other["accuracy"])
+    assert both["difference"]["mean"] == pytest.approx(alone["accuracy"] - other["accuracy"])
+    assert both["difference"]["episodes"] == 23
+    assert "first - second, episode by episode" in capsys.readouterr().out
+    same = evaluate(run("protonet"), f"against={run('protonet')}")["difference"]
+    assert (same["mean"], same["ci95"]) == (0, 0)
+
+
+def test_a_paired_difference_is_that_of_the_episodes():
+    right, others = np.array([5, 9, 7, 10]), np.array([4, 9, 5, 9])
+    found = paired_difference(right, others, 10)
+    assert found.accuracy == pytest.approx(0.1) and found.episodes == 4
+    assert found.ci95 == pytest.approx(1.96 * np.std([0.1, 0, 0.2, 0.1], ddof=1) / 2)
+
+
+def test_confusions_are_shares_of_the_times_that_two_classes_met():
+    classes = np.array([[0, 2], [2, 1]])
+    truth = np.array([[0, 0, 2, 2], [2, 2, 1, 1]])
+    given = np.array([[0, 2, 2, 2], [2, 2, 2, 2]])
+    expected = [[0.5, np.nan, 0.5], [np.nan, 0, 1], [0, 0, 1]]
+    answers = Answers(classes, truth, given)
+    np.testing.assert_allclose(answers.confusion(3), expected)
+    assert answers.right.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["checkpoint=null"], "no checkpoint is named"),
+        (["split=rest"], "split=rest must be train, val or test"),
+        (["way=1"], "way=1 must be at least 2"),
+        (["episodes=1"], "test.episodes=1 must be at least 2"),
+        (["way=9999"], "way=9999 is more than the"),
+        (["pictured=none"], "pictured=none must be a whole number"),
+        (["hardware=cpu", "hardware.devices=2"], "a test runs on one"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(run, evaluate, overrides, told):
+    with pytest.raises(FewShotError) as caught:
+        evaluate(run("protonet"), *overrides)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_runs_on_other_classes_are_not_compared(run, evaluate):
+    other = run("protonet", "dataset.source.seed=3")
+    with pytest.raises(FewShotError, match=r"cannot be compared: .*\(dataset\.source\.seed\)"):
+        evaluate(run("protonet"), f"against={other}")
+
+
+def test_the_command_tests(cli, run, tmp_path):
+    told = cli(f"checkpoint={run('protonet')}", "episodes=2", f"out={tmp_path / 'out'}", script="evaluate.py")
+    assert told.returncode == 0, told.stderr
+    assert "lowest: " in told.stdout and (tmp_path / "out" / "results.json").exists()
+    wrong = cli(f"checkpoint={run('protonet')}", "way=five", script="evaluate.py")
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "five" in wrong.stderr
+    assert torch.load(run("protonet") / "checkpoints" / "best.ckpt", weights_only=True)

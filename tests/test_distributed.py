@@ -1,0 +1,253 @@
+"""Two processes on the CPU, over gloo, beside one."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+
+from fewshot.callbacks import Record
+from fewshot.config import ROOT, compose
+from fewshot.data import datamodule
+from fewshot.errors import FewShotError, Interrupted
+from fewshot.methods.protonet import PrototypicalNetwork
+from fewshot.training import _check_hardware, make_data, make_method, make_trainer, train
+
+SMALL = [
+    "train.way=5",
+    "train.query=2",
+    "query=3",
+    "encoder.filters=8",
+    "val.every=100",
+    "val.episodes=5",
+    "test.episodes=7",
+    "log_every=1",
+    "seed=3",
+]
+# Steps of five episodes and of one: shares of three and two, then of one and none.
+UNEVEN = ["train.meta_batch=5", "train.episodes=6", "hardware.precision=64-true"]
+CASES = {
+    "protonet": ["method=protonet", *UNEVEN],
+    "protonet_in_pieces": ["method=protonet", *UNEVEN, "train.episodes=9", "hardware.accumulate_grad_batches=2"],
+    "matching": ["method=matching", "distance=scaled_cosine", "distance.learn=true", *UNEVEN],
+    "matching_fce": ["method=matching_fce", *UNEVEN],
+    "maml": ["method=maml", *UNEVEN],
+    "maml_1st": ["method=maml", "method.order=1", "method.clip_norm=0.1", *UNEVEN],
+    "protonet_in_bfloat16": [
+        "method=protonet",
+        "train.meta_batch=2",
+        "train.episodes=4",
+        "hardware.precision=bf16-mixed",
+    ],
+}
+# Processes that start with everything imported.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["fewshot.training"])
+
+
+class Gradients(pl.Callback):
+    """Keeps what the optimizer is given at each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_before_optimizer_step(self, trainer, method, optimizer):  # noqa: ARG002
+        self.steps.append({name: of.grad.clone() for name, of in method.named_parameters()})
+
+
+def learn(overrides):
+    """Test what is untrained, then train and validate."""
+    config = compose(*SMALL, *overrides)
+    method, data, record, gradients = make_method(config), make_data(config), Record(), Gradients()
+    trainer = make_trainer(config, record, gradients)
+    trainer.test(method, data, verbose=False)
+    trainer.fit(method, data)
+    return {
+        "test": tuple(method.estimates["test"]),
+        "validations": record.validations,
+        "gradients": gradients.steps,
+        "weights": dict(method.named_parameters()),
+        "state": method.state_dict(),
+        "embedded": data._embedded,  # in the validation
+    }
+
+
+def learn_all(rank, folder, cache_dir):
+    for name, overrides in CASES.items():
+        found = learn([*overrides, "hardware=ddp_cpu", f"run_dir={folder / name}", f"cache_dir={cache_dir}"])
+        torch.save(found, folder / f"{name}_{rank}.pt")
+
+
+def as_rank(rank, port, work, *arguments):
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank_zero_only.rank = rank
+    datamodule.EMBEDDED_TOGETHER = 32  # else one of them would have all images
+    work(rank, *arguments)
+
+
+def on_two(work, *arguments):
+    """Let two processes do it; returns what they exit with."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [SERVER.Process(target=as_rank, args=(rank, port, work, *arguments)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+        process.kill()  # where it hangs
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, cache_dir):
+    """What two processes have found, by case and by rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    learn(["train.episodes=1", "hardware=cpu", f"run_dir={folder / 'warm'}", f"cache_dir={cache_dir}"])
+    assert on_two(learn_all, folder, cache_dir) == [0, 0]
+    return {name: [torch.load(folder / f"{name}_{rank}.pt") for rank in (0, 1)] for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_of_two_processes_is_that_of_one_on_all_their_episodes(found, name, tmp_path, cache_dir):
+    first, second = found[name]
+    for of in ("test", "validations", "gradients", "weights"):
+        torch.testing.assert_close(first[of], second[of], rtol=0, atol=0)
+    alone = [of for of in CASES[name] if "accumulate" not in of]
+    expected = learn([*alone, "hardware=cpu", f"run_dir={tmp_path}", f"cache_dir={cache_dir}"])
+    assert first["test"] == expected["test"] and first["test"][2] == 7
+    near = {"rtol": 1e-9, "atol": 1e-12} if "bfloat16" not in name else {"rtol": 0.1, "atol": 1e-3}
+    assert len(first["gradients"]) == len(expected["gradients"]) == 2
+    assert max(gradient.abs().max() for gradient in first["gradients"][1].values()) > 1e-3
+    torch.testing.assert_close(first["gradients"], expected["gradients"], **near)
+    # Each step of Adam moves a weight by 1e-3; the bias below a batch norm, whose gradient is but rounding, by less.
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=max(near["atol"], 1e-8))
+
+
+@pytest.mark.parametrize("name", ["protonet_in_pieces", "maml"])
+def test_what_is_validated_is_what_the_first_process_saves(found, name, tmp_path, cache_dir):
+    config = compose(*SMALL, *CASES[name], "hardware=cpu", f"run_dir={tmp_path}", f"cache_dir={cache_dir}")
+    method, data = make_method(config), make_data(config)
+    method.double().load_state_dict(found[name][0]["state"])
+    make_trainer(config).validate(method, data, verbose=False)
+    (validation,) = found[name][0]["validations"]
+    torch.testing.assert_close(found[name][0]["embedded"], data._embedded, rtol=1e-9, atol=1e-12)
+    assert validation == {"trained_episodes": config.train.episodes, **method.estimates["val"]._asdict()}
+
+
+def draw(stop_at):
+    """Let each process draw numbers of its own in training, the second one more; and stop it after some episodes."""
+    learn_step = PrototypicalNetwork.training_step
+
+    def step(self, meta_batch, batch_idx):
+        if self.trainer.datamodule.trained == stop_at and self.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn_step(self, meta_batch, batch_idx) * torch.rand(1 + self.global_rank)[-1]
+
+    PrototypicalNetwork.training_step = step
+
+
+def attempt(rank, run_dir, cache_dir, stop_at=None):  # noqa: ARG001
+    draw(stop_at)
+    try:
+        train(compose(*SMALL, *RUN, f"run_dir={run_dir}", f"cache_dir={cache_dir}", "resume=auto"))
+    except Interrupted as interrupted:
+        raise SystemExit(interrupted.status) from None
+
+
+RUN = ["hardware=ddp_cpu", "train.meta_batch=3", "train.episodes=22", "val.every=9", "checkpoint_every=6"]
+
+
+def test_a_run_that_one_process_was_told_to_stop_ends_resumed_as_the_one_that_was_not(tmp_path, cache_dir):
+    assert on_two(attempt, tmp_path / "whole", cache_dir) == [0, 0]
+    assert on_two(attempt, tmp_path / "stopped", cache_dir, 12) == [128 + signal.SIGTERM] * 2
+    stopped = torch.load(tmp_path / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert stopped["EpisodeDataModule"] == {"trained": 15}
+    assert on_two(attempt, tmp_path / "stopped", cache_dir) == [0, 0]
+    runs = []
+    for name in ("whole", "stopped"):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        last = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        runs.append(
+            [
+                {key: results[key] for key in ("accuracy", "ci95", "val_accuracy", "validations", "meta_batch")},
+                [last[key] for key in ("state_dict", "optimizer_states", "lr_schedulers")],
+                [last["callbacks"]["Record"][key] for key in ("random", "random_elsewhere")],
+            ]
+        )
+        assert results["machine"]["processes"] == 2
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+def children(process):
+    return [int(of) for of in subprocess.run(["pgrep", "-P", str(process)], capture_output=True).stdout.split()]
+
+
+def end(signal_, whom, run_dir, *overrides):
+    """Start the command, send a signal once it has saved something, and return its status and what it told."""
+    last = run_dir / "checkpoints" / "last.ckpt"
+    before = last.stat().st_mtime_ns if last.exists() else 0
+    command = [sys.executable, str(ROOT / "src" / "train.py"), *map(str, overrides)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+        try:
+            while not last.exists() or last.stat().st_mtime_ns == before:
+                assert running.poll() is None, running.stderr.read()
+                time.sleep(0.2)
+            (child,) = children(running.pid)
+            os.kill({"first": running.pid, "second": child, "all": -running.pid}[whom], signal_)
+            _, told = running.communicate(timeout=100)  # not before all have ended
+        except BaseException:
+            os.killpg(running.pid, signal.SIGKILL)
+            raise
+    return running.returncode, told.strip().splitlines()
+
+
+def test_a_process_that_ends_ends_all_and_the_run_goes_on(cache_dir, tmp_path):
+    go_on = f"go on with: python {ROOT / 'src' / 'train.py'} resume={tmp_path}"
+    start = [*SMALL, "hardware=ddp_cpu", "train.episodes=1000000", "checkpoint_every=6", "val.every=1000000"]
+    start += [f"cache_dir={cache_dir}", f"hydra.run.dir={tmp_path}"]
+    assert end(signal.SIGINT, "all", tmp_path, *start) == (
+        130,
+        ["finishing the step at hand; once more to stop at once", f"error: interrupted; {go_on}"],
+    )
+    status, told = end(signal.SIGKILL, "second", tmp_path, f"resume={tmp_path}")
+    # Lightning looks every few seconds whether processes have died, and may be the first to see it.
+    if status == 1:
+        assert told == [f"error: process 1 of 2 has ended with status -9, and the run with it; {go_on}"]
+    else:
+        assert status == -signal.SIGKILL and "terminated with code -9" in told[0]
+    status, told = end(signal.SIGKILL, "first", tmp_path, f"resume={tmp_path}")
+    assert status == -signal.SIGKILL
+    assert told == [f"error: process 1: the first process has ended, and the run with it; {go_on}"]
+
+
+def test_what_does_not_go_together_is_refused(tmp_path, cache_dir):
+    here = [f"run_dir={tmp_path}", f"cache_dir={cache_dir}"]
+    for overrides, told in {
+        (
+            "hardware=ddp_cpu",
+            "hydra.mode=MULTIRUN",
+        ): r"hardware\.devices=2: the jobs of a sweep .* have one process each",
+        ("hardware=ddp_cpu", "test.episodes=2", "hardware.devices=3"): r"test\.episodes=2 cannot be shared out to 3",
+        ("hardware=cpu", "hardware.precision=16-mixed"): "16-mixed needs a GPU; choose bf16-mixed",
+        (
+            "method=maml",
+            "hardware.accumulate_grad_batches=2",
+        ): r"accumulate_grad_batches=2 must be 1: method=maml takes",
+    }.items():
+        with pytest.raises(FewShotError, match=told):
+            train(compose(*here, *overrides))
+    config = compose(*here, "method=maml", "hardware.precision=16-mixed")
+    gpu = SimpleNamespace(precision="16-mixed", accumulate_grad_batches=1, world_size=1)
+    with pytest.raises(FewShotError, match="the inner steps of method=maml; choose bf16-mixed"):
+        _check_hardware(config, make_method(config), gpu)

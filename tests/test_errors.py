@@ -1,0 +1,30 @@
+import pickle
+
+import pytest
+
+from fewshot.errors import LONGEST, FewShotError, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("naïve 漢字.png", "naïve 漢字.png"),
+        ("a\nerror: b", "a\\nerror: b"),
+        ("\x1b[2J\x1b]0;title\x07", "\\x1b[2J\\x1b]0;title\\x07"),
+        ("gnp\u202e.exe", "gnp\\u202e.exe"),
+        ("bad \udcff bytes", "bad \\udcff bytes"),
+    ],
+)
+def test_a_message_is_one_line_that_cannot_steer_the_terminal(text, shown):
+    assert printable(text) == str(FewShotError(text)) == shown
+    str(FewShotError(text)).encode()
+
+
+def test_each_argument_is_a_line():
+    assert str(FewShotError("a", "b\nc")) == "a\nb\\nc"
+    assert str(pickle.loads(pickle.dumps(FewShotError("a", "b")))) == "a\nb"
+
+
+def test_a_line_too_long_keeps_its_ends():
+    told = str(FewShotError("start" + "x" * 10**6 + "mend"))
+    assert told.startswith("start") and told.endswith("mend") and len(told) < LONGEST + 10

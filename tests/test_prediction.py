@@ -1,0 +1,304 @@
+"""Images of one's own, from folders to answers."""
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torchvision.models import get_model
+
+import fewshot.cli  # noqa: F401  for the help
+from fewshot.config import CONF, compose, compose_unresolved
+from fewshot.data.episodes import EpisodeNumber
+from fewshot.data.files import list_zip
+from fewshot.data.images import decode, normalise
+from fewshot.errors import FewShotError
+from fewshot.prediction import Predictor, make_predictor, predict
+from fewshot.trained import load_trained
+from fewshot.training import make_data, train
+
+TINY = ["train.episodes=2", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=2"]
+METHODS = {
+    "protonet": ["method=protonet"],
+    "matching": ["method=matching", "distance=scaled_cosine"],
+    "matching_fce": ["method=matching_fce"],
+    "maml": ["method=maml", "train.meta_batch=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache_dir):
+    """Trains each method once, a little; returns the directory of its run."""
+    runs: dict[str, Path] = {}
+
+    def of(method: str) -> Path:
+        if method not in runs:
+            runs[method] = tmp_path_factory.mktemp(method)
+            train(compose(*METHODS[method], *TINY, f"run_dir={runs[method]}", f"cache_dir={cache_dir}"))
+        return runs[method]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def episode(run):
+    """One of the test, and its images: uint8, bright letters on black."""
+    data = make_data(load_trained(str(run("protonet"))).config)
+    data.setup()
+    episode = data.datasets["test"][EpisodeNumber(0, 0)]
+    return episode, data.bank.images[episode.support].numpy(), data.bank.images[episode.query].numpy()
+
+
+@pytest.fixture
+def folders(episode, tmp_path):
+    """The same as dark letters on white, in folders."""
+    of, support, query = episode
+    for name, images, labels in (("support", support, of.support_labels), ("query", query, of.query_labels)):
+        for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            path = tmp_path / name / f"letter {label}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(255 - image[..., 0]).save(path)
+    return tmp_path
+
+
+def configure(folders, *overrides):
+    places = [f"support={folders / 'support'}", f"query={folders / 'query'}", f"out={folders / 'out'}"]
+    return compose(*places, *overrides, name="predict")
+
+
+def table(folders):
+    with (folders / "out" / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_own_images_are_answered_as_those_of_an_episode(run, episode, folders, method, capsys):
+    predict(configure(folders, f"checkpoint={run(method)}"))
+    of, *images = episode
+    support, query = (normalise(torch.from_numpy(image), "range") for image in images)
+    # Files in the order of their names, and the support as the predictor shuffles it.
+    order = torch.tensor(sorted(range(15), key=lambda number: (number // 3, f"{number}.png")))
+    support_order = of.support_labels.argsort()[torch.randperm(5, generator=torch.Generator().manual_seed(0))]
+    given = of._replace(
+        support=support[support_order], support_labels=of.support_labels[support_order], query=query[order]
+    )
+    solve = load_trained(str(run(method))).method
+    with torch.no_grad():
+        if method == "maml":  # which has the support set in the queries' batch
+            logits = solve.classifier(given.support, given.support_labels, 5)(given.query)
+        else:
+            logits = solve(given)
+    expected = logits.softmax(1)
+    rows = table(folders)
+    assert [row["label"] for row in rows] == [f"letter {label}" for label in expected.argmax(1)]
+    found = torch.tensor([float(row["probability"]) for row in rows])
+    torch.testing.assert_close(found, expected.amax(1), atol=1e-4, rtol=0)
+    assert [row["runner-up"] for row in rows] == [f"letter {label}" for label in expected.topk(2).indices[:, 1]]
+    right = (expected.argmax(1) == of.query_labels[order]).sum()
+    assert f"{right} of the 15 queries in folders named after a class are right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_of_classes_and_of_images_a_class(run, folders, method):
+    shutil.rmtree(folders / "support" / "letter 4")
+    for number in range(3):
+        shutil.copy(
+            folders / "query" / "letter 0" / f"{number}.png", folders / "support" / "letter 0" / f"{number}.png"
+        )
+    predict(configure(folders, f"checkpoint={run(method)}", "query=" + str(folders / "query" / "letter 1")))
+    assert {row["label"] for row in table(folders)} <= {f"letter {label}" for label in range(4)}
+    for number in range(3):
+        (folders / "support" / f"letter {7 + number}").mkdir()
+        shutil.copy(folders / "query" / "letter 2" / f"{6 + number}.png", folders / "support" / f"letter {7 + number}")
+    predict(configure(folders, f"checkpoint={run(method)}", "query=" + str(folders / "query" / "letter 1")))
+    assert len(table(folders)) == 3
+
+
+def test_the_batch_changes_no_answer_of_a_method_that_classifies_one_by_one(run, folders):
+    answers = []
+    for batch in (1, 4, 64):
+        predict(configure(folders, f"checkpoint={run('matching')}", f"batch={batch}"))
+        answers.append([(row["file"], row["label"]) for row in table(folders)])
+    assert answers[0] == answers[1] == answers[2] and len(answers[0]) == 15
+
+
+def test_queries_are_read_a_batch_at_a_time(run, folders, monkeypatch):
+    sizes = []
+    learn = Predictor.learn
+
+    def spy(self, support):
+        classify = learn(self, support)
+        return lambda queries: (sizes.append(len(queries)), classify(queries))[1]
+
+    monkeypatch.setattr(Predictor, "learn", spy)
+    predict(configure(folders, f"checkpoint={run('protonet')}", "batch=7"))
+    assert sizes == [5, 5, 5]  # alike, so that none is left alone in the last batch
+
+
+def test_broken_files_are_named_and_the_rest_goes_on(run, folders, capsys):
+    (folders / "query" / "letter 1" / "3.png").write_bytes(b"no image")
+    (folders / "query" / "notes.txt").write_text("hello")
+    (folders / "support" / "letter 0" / "broken.jpg").write_bytes(b"")
+    predict(configure(folders, f"checkpoint={run('protonet')}", "batch=2"))
+    told = capsys.readouterr()
+    assert [re.sub(r".*/", "", line.split(":")[1]) for line in told.err.splitlines()] == [
+        "broken.jpg",
+        "notes.txt",
+        "3.png",
+    ]
+    assert all(line.startswith("left out: cannot read the image ") for line in told.err.splitlines())
+    assert len(table(folders)) == 14 and "2 left out" in told.out
+
+
+def test_a_class_without_an_image_that_can_be_read_is_refused(run, folders):
+    for file in (folders / "support" / "letter 2").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(FewShotError, match=r"no image of the class letter 2 in .*letter 2 can be read"):
+        predict(configure(folders, f"checkpoint={run('protonet')}"))
+    assert not (folders / "out").exists()
+
+
+def test_queries_of_the_support_set_are_left_out(run, folders, capsys):
+    seen = next((folders / "support" / "letter 3").iterdir())
+    shutil.copy(seen, folders / "query" / "copy.png")
+    predict(configure(folders, f"checkpoint={run('protonet')}"))
+    assert f"copy.png is in the support set, as {seen}: its class is told" in capsys.readouterr().err
+    assert len(table(folders)) == 15
+    with pytest.raises(FewShotError, match="no query is left to classify"):
+        predict(configure(folders, f"checkpoint={run('protonet')}", f"query={folders / 'support'}"))
+    assert not list((folders / "out").glob("*.partial"))
+
+
+def test_the_same_image_in_two_classes_is_told(run, folders, capsys):
+    shutil.copy(next((folders / "support" / "letter 3").iterdir()), folders / "support" / "letter 4" / "copy.png")
+    predict(configure(folders, f"checkpoint={run('protonet')}"))
+    assert re.search(r"warning: .*letter 4/copy\.png is the same image as .*letter 3", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("query", "count"), [("query/letter 1/4.png", 1), ("query/*/1*.png", 6), ("query", 15)])
+def test_queries_are_a_file_a_pattern_or_a_folder(run, folders, query, count, monkeypatch):
+    for place in (folders / query, Path(query)):
+        monkeypatch.chdir(folders)
+        config = configure(folders, f"checkpoint={run('protonet')}")
+        config.query = str(place)
+        predict(config)
+        assert len(table(folders)) == count
+
+
+def test_a_contact_sheet_shows_what_the_network_saw(run, folders, capsys):
+    predict(configure(folders, f"checkpoint={run('protonet')}", "sheet=8", "shown=3"))
+    assert Image.open(folders / "out" / "predictions.png").size[0] > 500
+    told = capsys.readouterr().out
+    assert "... and 12 more:" in told and "15 queries, 5 classes by 1 images each" in told
+
+
+def test_names_cannot_steer_the_terminal_and_are_kept_in_the_table(run, folders, capsys):
+    odd = folders / "query" / "=\x1b[31m\nred [bold].png"
+    shutil.copy(folders / "query" / "letter 0" / "0.png", odd)
+    predict(configure(folders, f"checkpoint={run('protonet')}", "shown=99"))
+    told = capsys.readouterr()
+    assert "\x1b[31m" not in told.out + told.err and "[bold]" in told.out
+    assert str(odd) in [row["file"] for row in table(folders)]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_pretrained_encoder_needs_no_training_if_it_is_frozen(folders, tmp_path, frozen):
+    name = "mobilenet_v3_small"
+    torch.save(get_model(name, weights=None).state_dict(), tmp_path / "weights.pth")
+    encoder = ["encoder=pretrained", f"encoder.name={name}", f"encoder.file={tmp_path / 'weights.pth'}"]
+    config = configure(folders, *encoder, f"encoder.frozen={frozen}", "method=matching", "dataset.size=32")
+    if frozen:
+        predict(config)
+        assert len(table(folders)) == 15
+        assert make_predictor(config).kind == "plain" and not make_predictor(config).ink
+    else:
+        with pytest.raises(FewShotError, match=r"weights that nobody has trained: .* checkpoint=RUN_DIR"):
+            predict(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["encoder=conv4", "dataset.channels=1"], "weights that nobody has trained"),
+        (["checkpoint=RUN", "method=matching"], "method=matching: a checkpoint brings its own"),
+        (["checkpoint=RUN", "dataset.size=9"], "dataset.size=9: a checkpoint brings its own"),
+        (["checkpoint=/none"], "there is no checkpoint /none"),
+        (["checkpoint=RUN", "support=null"], "no support set is named"),
+        (["checkpoint=RUN", "support=/none"], "there is no folder /none"),
+        (["checkpoint=RUN", "query=null"], "no queries are named"),
+        (["checkpoint=RUN", "query=/none"], "there is nothing to classify in query=/none"),
+        (["checkpoint=RUN", "batch=0"], "batch=0 must be a whole number of at least 1"),
+        (["checkpoint=RUN", "sheet=many"], "sheet=many must be a whole number of at least 0"),
+        (["checkpoint=RUN", "hardware=cpu", "hardware.devices=2"], "predictions are made on one"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(run, folders, overrides, told):
+    with pytest.raises(FewShotError) as caught:
+        predict(configure(folders, *(of.replace("RUN", str(run("protonet"))) for of in overrides)))
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_support_set_without_folders_is_explained(run, folders):
+    with pytest.raises(FewShotError, match="holds 0 folders with files in them, and two classes or more are needed"):
+        predict(configure(folders, f"checkpoint={run('protonet')}", f"support={folders / 'query' / 'letter 1'}"))
+
+
+@pytest.mark.parametrize("damage", ["weights", "configuration", "method"])
+def test_weights_that_do_not_fit_are_told_in_one_line(run, tmp_path, damage):
+    content = torch.load(run("protonet") / "checkpoints" / "best.ckpt", weights_only=True)
+    if damage == "weights":
+        content["state_dict"].pop("encoder.0.0.weight")
+    elif damage == "configuration":
+        content["hyper_parameters"]["method"]["encoder"]["filters"] = 9
+    else:
+        content["hyper_parameters"]["method"] = content["hyper_parameters"]["dataset"]["source"]
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(FewShotError) as caught:
+        load_trained(str(tmp_path / "other.ckpt"))
+    told = str(caught.value)
+    expected = {"weights": "encoder.0.0.weight", "configuration": "size mismatch", "method": ""}[damage]
+    assert f"the weights in {tmp_path / 'other.ckpt'} do not fit" in told and expected in told and "\n" not in told
+
+
+@pytest.mark.parametrize("name", ["predict", "evaluate", "export"])
+def test_help_shows_every_key_with_a_comment(name):
+    shown = compose_unresolved(name=name).hydra.help.template
+    config = OmegaConf.load(CONF / f"{name}.yaml")
+    for key, value in config.items():
+        if key not in ("defaults", "hydra"):
+            for of in value if OmegaConf.is_dict(value) else [key]:
+                assert re.search(rf"^ *{of}:.*  # \w", shown, re.MULTILINE), of
+
+
+def test_the_command_predicts(cli, run, folders):
+    places = [f"support={folders / 'support'}", f"query={folders / 'query'}", f"out={folders / 'out'}"]
+    done = cli(f"checkpoint={run('protonet')}", *places, script="predict.py", cwd=folders)
+    assert done.returncode == 0, done.stderr
+    assert "letter 0" in done.stdout and str(folders / "out" / "predictions.csv") in done.stdout
+    assert {path.name for path in folders.iterdir()} == {"support", "query", "out"}
+    wrong = cli("checkpiont=x", *places, script="predict.py")
+    assert wrong.returncode == 1 and "did you mean checkpoint?" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_maml_cannot_go_without_a_checkpoint(folders):
+    places = [f"support={folders / 'support'}", f"query={folders / 'query'}"]
+    config = compose_unresolved(*places, "method=maml", name="predict")
+    with pytest.raises(FewShotError, match="weights that nobody has trained"):
+        predict(config)
+
+
+@pytest.mark.real_data
+def test_omniglots_own_files_are_read_as_its_bank_reads_them(run, real_data):
+    """Characters as PNG files of 105 by 105 pixels, as they are published."""
+    archive = real_data / "omniglot" / "images_evaluation.zip"
+    if not archive.exists():
+        pytest.skip("Omniglot lies unpacked here")
+    predictor = make_predictor(compose(f"checkpoint={run('protonet')}", name="predict"))
+    files = [file for name, file in list_zip(archive).items() if name.endswith(".png")]
+    for file in files[:: len(files) // 40]:
+        np.testing.assert_array_equal(predictor.read(file), 255 - decode(file, 28, 1))
