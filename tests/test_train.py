@@ -185,7 +185,10 @@ def test_train_keys_default_to_those_of_the_test_unless_the_method_says_otherwis
 
 def test_help_shows_the_groups_and_every_key_with_a_comment(cli):
     shown = cli("--help").stdout
-    for group, options in {"dataset": "glyphs|miniimagenet|omniglot", "distance": "cosine|l2|scaled_cosine"}.items():
+    for group, options in {
+        "dataset": "folder|glyphs|miniimagenet|omniglot",
+        "distance": "cosine|l2|scaled_cosine",
+    }.items():
         assert f"# {group}={options}" in shown
     config = compose("run_dir=x")
     keys = [key for key, value in config.items() if not OmegaConf.is_config(value)]
@@ -279,5 +282,5 @@ def test_the_real_data_trains_and_tests(cli, real_data, tmp_path, dataset, expec
 
 
 def test_the_run_directory_lies_in_outputs_of_the_project(cli):
-    shown = cli("--cfg", "hydra", "--package", "hydra.run", "--resolve", cwd="/").stdout
+    shown = cli("--cfg", "all", "--package", "hydra.run", "--resolve", cwd="/").stdout
     assert f"dir: {ROOT / 'outputs'}" in shown

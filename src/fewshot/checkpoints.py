@@ -81,10 +81,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 @cache
 def known_targets() -> frozenset[str]:
-    """Everything that a ``_target_`` in ``conf`` names."""
+    """Everything that a ``_target_`` in the groups that a run is made of names."""
     return frozenset(
         str(target)
-        for path in CONF.rglob("*.yaml")
+        for group in ("dataset", "method", "distance", "encoder")
+        for path in (CONF / group).rglob("*.yaml")
         for target in _targets(OmegaConf.to_container(OmegaConf.load(path)))
     )
 

@@ -30,7 +30,7 @@ from fewshot.data.glyphs import glyphs
 from fewshot.data.images import normalise
 from fewshot.data.omniglot import omniglot
 from fewshot.data.photos import read_photo
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, printable
 from fewshot.methods.base import FewShotMethod
 from fewshot.trained import load_trained
 
@@ -320,12 +320,7 @@ def _leave_out(why: FewShotError) -> None:
 
 
 def _print_error(line: str) -> None:
-    print(_printable(line), file=sys.stderr, flush=True)
-
-
-def _printable(text: str) -> str:
-    """A file's name can neither break a line nor steer the terminal."""
-    return "".join(of if of.isprintable() else of.encode("unicode_escape").decode() for of in text)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _tell(shown: Sequence[Prediction], queries: int, support: Mapping[str, Sequence[Pixels]]) -> None:
@@ -336,7 +331,7 @@ def _tell(shown: Sequence[Prediction], queries: int, support: Mapping[str, Seque
         table.add_column(column, justify="right" if column == "probability" else "left", overflow="fold")
     for of in shown:
         cells = (Path(of.file).name, of.label, f"{of.probability:.1%}", of.runner_up)
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console = Console()
     if shown:
         console.print(table)
