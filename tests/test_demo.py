@@ -29,7 +29,7 @@ from fewshot.prediction import make_predictor
 from fewshot.trained import load_trained
 from fewshot.training import make_data, train
 
-TINY = ["train.episodes=2", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=2"]
+TINY = ["train.episodes=50", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=2"]
 METHODS = {
     "protonet": ["method=protonet"],
     "matching": ["method=matching", "distance=scaled_cosine"],
@@ -107,8 +107,9 @@ def test_an_answer_has_the_probabilities_and_the_scores_of_the_method(demo, lett
     found = rows(answer)
     assert list(found) == [f"letter {label}" for label in logits.argsort(descending=True).tolist()] and not told
     for label, (probability, logit) in enumerate(zip(logits.softmax(0).tolist(), logits.tolist(), strict=True)):
-        expected = (100 * probability, -logit if method == "protonet" else logit)
-        assert found[f"letter {label}"] == pytest.approx(expected, abs=0.051)
+        shown_probability, score = found[f"letter {label}"]
+        assert shown_probability == pytest.approx(100 * probability, abs=0.051)
+        assert score == pytest.approx(-logit if method == "protonet" else logit, abs=6e-4) and abs(score) > 0.01
     named = {"protonet": "distance: squared Euclidean", "matching": "logit: logarithm of the query's mean attention"}
     assert named.get(method, "logit: what the network gives a class") in answer
 
@@ -121,7 +122,8 @@ def test_the_distances_are_those_of_the_embeddings(demo, letters):
         prototypes = torch.stack([embed(page.predictor._input(of)).mean(0) for of in visit.support.values()])
         expected = (embed(page.predictor._input([visit.query])) - prototypes).square().sum(1)
     found = rows(page.answer(visit)[0])
-    assert [found[name][1] for name in visit.support] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-3)
+    assert expected.min() > 0.01
+    assert [found[name][1] for name in visit.support] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 def test_classes_grow_and_go_and_each_visit_is_its_own(demo, letters):
@@ -397,7 +399,6 @@ def test_in_a_browser_drawings_are_classified_added_and_taken_out(browser, serve
     tab.until(lambda: tab.texts(".class b") == ["letter 0", "drawn"], "the drawing among the examples")
     tab.draw(1)
     tab.until(lambda: tab.texts(".answer b") == ["drawn"], "the answer")
-    assert tab.texts(".scores tr")[1].endswith(" 0.000")  # it was drawn alike
     tab.all(".add")[0].click()
     tab.until(
         lambda: tab.texts(".told p") == ["the drawing is blank: it has one colour alone"], "why nothing was added"
