@@ -102,7 +102,11 @@ def small(tokens: list[str], places: Path, tmp_path: Path) -> list[str]:
             found.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
         elif "-m" not in found and "hydra.run.dir" not in given and "resume" not in given:
             found.append(f"hydra.run.dir={tmp_path / 'run'}")
-    elif script != "src/train.py" and not any(of.startswith("out=") for of in found) and "--help" not in found:
+    elif (
+        script not in {"src/train.py", "src/demo.py"}
+        and "--help" not in found
+        and not any("out=" in of for of in found)
+    ):
         found.append(f"out={tmp_path / 'out'}")
     return found
 
