@@ -35,7 +35,12 @@ TINY = [
     *("train.episodes=2", "train.meta_batch=2", "train.query=1", "val.every=2", "val.episodes=2", "test.episodes=2"),
     *("query=2", "pictures=false"),
 ]
-SMALLER = {"seed=0,1": "seed=0", "hydra.sweeper.n_trials=30": "hydra.sweeper.n_trials=2", "episodes=2000": "episodes=2"}
+SMALLER = {
+    "seed=0,1": "seed=0",
+    "seed=0,1,2": "seed=0",
+    "hydra.sweeper.n_trials=30": "hydra.sweeper.n_trials=2",
+    "episodes=2000": "episodes=2",
+}
 # Of these only the configuration is composed here.
 ELSEWHERE = {
     r"torchrun|srun|hardware=ddp( |$)": "several machines or GPUs: tests/test_distributed.py has two processes",
