@@ -19,8 +19,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from fewshot.config import ROOT
+from fewshot.config import ROOT, compose
 from fewshot.data.bank import ImageBank
+from fewshot.training import train
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -71,6 +72,29 @@ def cli(cache_dir: Path) -> Cli:
         )
 
     return run
+
+
+METHODS = {
+    "protonet": ["method=protonet"],
+    "matching": ["method=matching", "distance=scaled_cosine"],
+    "matching_fce": ["method=matching_fce"],
+    "maml": ["method=maml", "train.meta_batch=2"],
+}
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Callable[[str], Path]:
+    """Trains each of ``METHODS`` once, a little; returns the directory of its run."""
+    little = ["train.episodes=50", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=2"]
+    runs: dict[str, Path] = {}
+
+    def of(method: str) -> Path:
+        if method not in runs:
+            runs[method] = tmp_path_factory.mktemp(method)
+            train(compose(*METHODS[method], *little, f"run_dir={runs[method]}", f"cache_dir={cache_dir}"))
+        return runs[method]
+
+    return of
 
 
 def make_bank(counts: dict[str, list[int]], size: int = 16, channels: int = 1, seed: int = 0) -> ImageBank:

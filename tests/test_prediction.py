@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.models import get_model
 
 import fewshot.cli  # noqa: F401  for the help
+from conftest import METHODS
 from fewshot.config import CONF, compose, compose_unresolved
 from fewshot.data.episodes import EpisodeNumber
 from fewshot.data.files import list_zip
@@ -20,29 +21,7 @@ from fewshot.data.images import decode, normalise
 from fewshot.errors import FewShotError
 from fewshot.prediction import Predictor, make_predictor, predict
 from fewshot.trained import load_trained
-from fewshot.training import make_data, train
-
-TINY = ["train.episodes=2", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=2"]
-METHODS = {
-    "protonet": ["method=protonet"],
-    "matching": ["method=matching", "distance=scaled_cosine"],
-    "matching_fce": ["method=matching_fce"],
-    "maml": ["method=maml", "train.meta_batch=2"],
-}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, cache_dir):
-    """Trains each method once, a little; returns the directory of its run."""
-    runs: dict[str, Path] = {}
-
-    def of(method: str) -> Path:
-        if method not in runs:
-            runs[method] = tmp_path_factory.mktemp(method)
-            train(compose(*METHODS[method], *TINY, f"run_dir={runs[method]}", f"cache_dir={cache_dir}"))
-        return runs[method]
-
-    return of
+from fewshot.training import make_data
 
 
 @pytest.fixture(scope="module")
