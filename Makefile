@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 
-.PHONY: train test lint bench reproduce report dashboard
+.PHONY: train test lint bench reproduce report dashboard notebooks
 train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
 	$(VENV)/bin/python src/train.py
 
@@ -28,6 +28,10 @@ report: $(VENV)/installed  ## set the committed results beside the published one
 
 dashboard: $(VENV)/installed  ## show the runs below outputs in TensorBoard, on this machine only
 	$(VENV)/bin/tensorboard --logdir outputs --host localhost
+
+notebooks: $(VENV)/installed-dev  ## run all notebooks anew, in place; about a minute each
+	rm -rf outputs/notebooks
+	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
 # The stamps are older than pyproject.toml only when it changed since: a second call installs nothing.
 $(VENV)/installed: pyproject.toml
