@@ -16,7 +16,7 @@ def test_an_episode_is_drawn_with_its_wrong_answers(way, channels):
     wrong, support, queries = (text.get_text() for text in axes.texts)
     assert (wrong, support) == ("2", "support")
     assert queries.startswith(f"queries: {len(answers) - 1} of {len(answers)} right")
-    assert sorted(patch.get_linewidth() for patch in axes.patches) == [0.8] * (min(way, 10) * 9 - 1) + [2.5]
+    assert sorted(patch.get_linewidth() for patch in axes.patches) == [0.8] * (min(way, 10) * 9 - 1) + [3.5]
     (unsolved,) = draw_episode(bank, episode).axes
     assert [text.get_text() for text in unsolved.texts] == ["support", "queries"] and not unsolved.patches
 

@@ -440,8 +440,8 @@ def _draw_regions(
         axes.scatter(x_of, y_of, 170, color=colour, marker=marker, edgecolors="black", linewidths=1.5, zorder=5)
         axes.scatter(wrong_own[:, 0], wrong_own[:, 1], 90, facecolors="none", edgecolors="black", zorder=4)
         pixels = np.broadcast_to(sample.numpy(), (*sample.shape[:2], 3))
-        box = OffsetImage(pixels, zoom=24 / len(sample))
-        axes.add_artist(AnnotationBbox(box, (x_of, y_of), (22, 22), boxcoords="offset points", pad=0.1))
+        box = OffsetImage(pixels, zoom=18 / len(sample))
+        axes.add_artist(AnnotationBbox(box, (x_of, y_of), (20, 20), boxcoords="offset points", pad=0.1))
     axes.grid(False)
     return int((~wrong).sum())
 

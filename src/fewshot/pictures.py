@@ -131,11 +131,11 @@ def _frame(axes: Axes, corner: tuple[int, int], side: int, gap: int, label: int,
     x, y = corner[0] - gap / 2, corner[1] - gap / 2
     colour = COLOURS[1] if wrong else COLOURS[2]
     axes.add_patch(
-        Rectangle((x, y), side + gap, side + gap, fill=False, edgecolor=colour, linewidth=2.5 if wrong else 0.8)
+        Rectangle((x, y), side + gap, side + gap, fill=False, edgecolor=colour, linewidth=3.5 if wrong else 0.8)
     )
     if wrong:
         told = {"boxstyle": "square,pad=0.1", "facecolor": colour, "edgecolor": "none"}
-        axes.text(x, y, str(answer + 1), color="white", fontsize=7, ha="left", va="top", bbox=told)
+        axes.text(x, y, str(answer + 1), color="white", fontsize=9, ha="left", va="top", bbox=told)
 
 
 def _short(name: str) -> str:
