@@ -130,7 +130,7 @@ def check(config: DictConfig) -> None:
         if values[key] < least if whole else not key.startswith("method."):
             wrong.append(f"{key}={values[key]} must be at least {least}")
     if not of_a_wrong_type:
-        wrong += [f"{key}={values[key]} must be positive" for key in ABOVE_ZERO if not values[key] > 0]
+        wrong += [f"{key}={values[key]} must be positive" for key in ABOVE_ZERO if not (values[key] or 0) > 0]
         wrong += [f"{key}={values[key]} must be {_or(of)}" for key, of in ONE_OF.items() if values[key] not in of]
         wrong += _refused(config)
     if wrong:

@@ -128,21 +128,14 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
 def tell(contest: Contest, found: Sequence[Mapping[str, Any]]) -> None:
     """Print a contest's table."""
     table = Table(title=contest.title)
-    columns = ["", "median", "fastest", "slowest", "times ours", "memory"]
-    if contest.items:
-        columns.insert(1, f"{contest.items[1]}/s")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for column in (*([f"{contest.items[1]}/s"] if contest.items else []), "median", "range", "times ours", "MiB"):
+        table.add_column(column, justify="right", no_wrap=True)
     for of in found:
-        row = [
-            of["name"],
-            *(_duration(seconds) for seconds in (of["median"], min(of["seconds"]), max(of["seconds"]))),
-            f"{of['ratio']:.2f}",
-            f"{of['peak_bytes'] / 2**20:,.0f} MiB",
-        ]
-        if contest.items:
-            row.insert(1, f"{contest.items[0] / of['median']:.3g}")
-        table.add_row(*row)
+        rate = [f"{contest.items[0] / of['median']:.3g}"] if contest.items else []
+        spread = f"{_duration(min(of['seconds']))} to {_duration(max(of['seconds']))}"
+        memory = f"{of['peak_bytes'] / 2**20:,.0f}"
+        table.add_row(of["name"], *rate, _duration(of["median"]), spread, f"{of['ratio']:.2f}", memory)
     Console().print(table)
 
 
