@@ -135,7 +135,8 @@ def test_an_episode_is_solved_as_the_runs_test_solved_it(runs, tmp_path, monkeyp
 def test_the_interval_drawn_is_that_of_the_runs_test(runs, tmp_path, monkeypatch):
     told, labels = [], []
     monkeypatch.setattr(Axes, "annotate", lambda _, text, *__, **___: told.append(text))
-    monkeypatch.setattr(Axes, "axvline", lambda _, x, **__: labels.append(x))
+    axvline = Axes.axvline
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **named: (labels.append(x), axvline(self, x, **named)))
     (picture,) = intervals(str(runs / "protonet"), 8, tmp_path)
     results = results_of(runs / "protonet")
     assert told == [f"± {100 * results['ci95']:.2f}"]

@@ -420,7 +420,7 @@ def _draw_regions(
     low, high = every.amin(0), every.amax(0)
     side = 0.55 * float((high - low).max())  # the same for both axes, since distances are compared
     x, y = (torch.linspace(float(of) - side, float(of) + side, 400) for of in (low + high) / 2)
-    nearest = l2(torch.cartesian_prod(x, y), centres).argmin(1).view(len(x), len(y)).T
+    nearest = l2(torch.cartesian_prod(x, y), centres).argmin(1).view(len(x), len(y)).T.numpy()
     colours = COLOURS[: task.way]
     axes.imshow(
         nearest,
@@ -432,13 +432,14 @@ def _draw_regions(
         vmax=task.way - 0.5,
     )
     for label, (name, colour, marker, sample) in enumerate(zip(names, colours, MARKERS, samples, strict=False)):
-        axes.contour(x, y, (nearest == label).float(), levels=[0.5], colors="black", linewidths=0.7)
-        own, wrong_own = query[task.query_labels == label], query[(task.query_labels == label) & wrong]
-        given, (x_of, y_of) = support[task.support_labels == label], centres[label].tolist()
-        axes.scatter(own[:, 0], own[:, 1], 28, color=colour, marker=marker, linewidths=0, label=name, zorder=3)
-        axes.scatter(given[:, 0], given[:, 1], 28, marker=marker, facecolors="none", edgecolors=colour, zorder=2)
+        axes.contour(x.numpy(), y.numpy(), nearest == label, levels=[0.5], colors="black", linewidths=0.7)
+        asked = task.query_labels == label
+        own, mistaken = query[asked].T.numpy(), query[asked & wrong].T.numpy()
+        given, (x_of, y_of) = support[task.support_labels == label].T.numpy(), centres[label].tolist()
+        axes.scatter(own[0], own[1], 28, color=colour, marker=marker, linewidths=0, label=name, zorder=3)
+        axes.scatter(given[0], given[1], 28, marker=marker, facecolors="none", edgecolors=colour, zorder=2)
         axes.scatter(x_of, y_of, 170, color=colour, marker=marker, edgecolors="black", linewidths=1.5, zorder=5)
-        axes.scatter(wrong_own[:, 0], wrong_own[:, 1], 90, facecolors="none", edgecolors="black", zorder=4)
+        axes.scatter(mistaken[0], mistaken[1], 90, facecolors="none", edgecolors="black", zorder=4)
         pixels = np.broadcast_to(sample.numpy(), (*sample.shape[:2], 3))
         box = OffsetImage(pixels, zoom=18 / len(sample))
         axes.add_artist(AnnotationBbox(box, (x_of, y_of), (20, 20), boxcoords="offset points", pad=0.1))
