@@ -29,7 +29,7 @@ report: $(VENV)/installed  ## set the committed results beside the published one
 dashboard: $(VENV)/installed  ## show the runs below outputs in TensorBoard, on this machine only
 	$(VENV)/bin/tensorboard --logdir outputs --host localhost
 
-notebooks: $(VENV)/installed-dev  ## run all notebooks anew, in place; about a minute each
+notebooks: $(VENV)/installed-dev  ## run all notebooks anew, in place; a minute or two each
 	rm -rf outputs/notebooks
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
