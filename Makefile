@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 
-.PHONY: train test lint bench reproduce report dashboard notebooks
+.PHONY: train test lint bench reproduce report dashboard notebooks demo
 train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
 	$(VENV)/bin/python src/train.py
 
@@ -29,6 +29,9 @@ report: $(VENV)/installed  ## set the committed results beside the published one
 dashboard: $(VENV)/installed  ## show the runs below outputs in TensorBoard, on this machine only
 	$(VENV)/bin/tensorboard --logdir outputs --host localhost
 
+demo: $(VENV)/installed-demo  ## try the newest complete run below outputs on images of one's own, in the browser
+	$(VENV)/bin/python src/demo.py checkpoint=newest
+
 notebooks: $(VENV)/installed-dev  ## run all notebooks anew, in place; a minute or two each
 	rm -rf outputs/notebooks
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
@@ -41,4 +44,8 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-demo: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --editable '.[demo]'
 	touch $@

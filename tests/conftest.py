@@ -1,13 +1,17 @@
 """What the tests share: synthetic banks, the real data where it lies, and the command line."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +23,11 @@ from fewshot.config import ROOT
 from fewshot.data.bank import ImageBank
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+CHROMIUM = [
+    *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
+    *("disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1400,900"),
+]
 
 # How many bad inputs the fuzz tests try, all together; FEWSHOT_FUZZ=10000 asks for new ones at every run.
 FUZZ = int(os.environ.get("FEWSHOT_FUZZ", "300"))
@@ -124,3 +133,36 @@ def nothing_touched() -> Iterator[None]:
         assert not touched
     finally:
         _touched = None
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install 'fewshot[dev]'")
+    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no browser: neither chromium with chromedriver nor google-chrome was found")
+    options = selenium.ChromeOptions()
+    options.binary_location = program
+    for argument in CHROMIUM:
+        options.add_argument(f"--{argument}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    chrome = selenium.Chrome(options, selenium.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def wait_for(port: int) -> None:
+    """Until somebody listens there, a minute at most."""
+    for _ in range(300):
+        with closing(socket.socket()) as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)

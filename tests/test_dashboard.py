@@ -1,9 +1,7 @@
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
+from conftest import free_port, wait_for
 from fewshot.config import compose
 from fewshot.training import train
 
@@ -32,11 +31,6 @@ METHODS = {
     "matching": ["method=matching", "distance=cosine", "shot=2", "seed=7"],
     "maml": ["method=maml", "method.learning_rate=0.01", "seed=7"],
 }
-
-CHROMIUM = [
-    *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-    *("disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1400,900"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -144,36 +138,13 @@ def pictures(browser) -> int:
     """)
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A headless Chromium."""
-    selenium = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install 'fewshot[dev]'")
-    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        pytest.skip("no browser: neither chromium with chromedriver nor google-chrome was found")
-    options = selenium.ChromeOptions()
-    options.binary_location = program
-    for argument in CHROMIUM:
-        options.add_argument(f"--{argument}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
-    chrome = selenium.Chrome(options, selenium.ChromeService(driver))
-    yield chrome
-    chrome.quit()
-
-
 @pytest.fixture
 def board(runs):
     """The address of a TensorBoard that shows the runs."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["-m", "tensorboard.main", "--logdir", str(runs), "--host", "localhost", "--port", str(port)]
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        for _ in range(300):
-            with closing(socket.socket()) as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
+        wait_for(port)
         yield f"http://localhost:{port}"
         server.terminate()
 

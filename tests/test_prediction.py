@@ -265,7 +265,7 @@ def test_weights_that_do_not_fit_are_told_in_one_line(run, tmp_path, damage):
     assert f"the weights in {tmp_path / 'other.ckpt'} do not fit" in told and expected in told and "\n" not in told
 
 
-@pytest.mark.parametrize("name", ["predict", "evaluate", "export"])
+@pytest.mark.parametrize("name", ["predict", "demo", "evaluate", "export"])
 def test_help_shows_every_key_with_a_comment(name):
     shown = compose_unresolved(name=name).hydra.help.template
     config = OmegaConf.load(CONF / f"{name}.yaml")

@@ -35,7 +35,12 @@ TINY = [
     *("train.episodes=2", "train.meta_batch=2", "train.query=1", "val.every=2", "val.episodes=2", "test.episodes=2"),
     *("query=2", "pictures=false"),
 ]
-SMALLER = {"seed=0,1": "seed=0", "hydra.sweeper.n_trials=30": "hydra.sweeper.n_trials=2", "episodes=2000": "episodes=2"}
+SMALLER = {
+    "seed=0,1": "seed=0",
+    "seed=0,1,2": "seed=0",
+    "hydra.sweeper.n_trials=30": "hydra.sweeper.n_trials=2",
+    "episodes=2000": "episodes=2",
+}
 # Of these only the configuration is composed here.
 ELSEWHERE = {
     r"torchrun|srun|hardware=ddp( |$)": "several machines or GPUs: tests/test_distributed.py has two processes",
@@ -105,7 +110,11 @@ def small(tokens: list[str], places: Path, tmp_path: Path) -> list[str]:
             found.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
         elif "-m" not in found and "hydra.run.dir" not in given and "resume" not in given:
             found.append(f"hydra.run.dir={tmp_path / 'run'}")
-    elif script != "src/train.py" and not any(of.startswith("out=") for of in found) and "--help" not in found:
+    elif (
+        script not in {"src/train.py", "src/demo.py"}
+        and "--help" not in found
+        and not any("out=" in of for of in found)
+    ):
         found.append(f"out={tmp_path / 'out'}")
     return found
 

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fewshot.training
 from fewshot.config import compose
 from fewshot.errors import FewShotError, Interrupted
+from fewshot.runs import newest_run
 from fewshot.training import train
 
 KILLS = int(os.environ.get("FEWSHOT_KILLS", "20"))
@@ -330,3 +331,22 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_once_there_is_room(cl
     done = cli(*options)
     assert done.returncode == 0, done.stderr
     assert outcome(here).kept == outcome(tmp_path / "whole").kept
+
+
+def test_the_newest_run_is_the_complete_one_that_ended_last(tmp_path):
+    with pytest.raises(FewShotError, match=r"no complete run lies below .*; train one first by make train"):
+        newest_run(tmp_path / "outputs")
+    for age, (name, files) in enumerate(
+        {
+            "2/interrupted": ["checkpoints/best.ckpt"],
+            "2/evaluation": ["results.json"],
+            "1/new": ["checkpoints/best.ckpt", "results.json"],
+            "2/old": ["checkpoints/best.ckpt", "results.json"],
+        }.items()
+    ):
+        for file in files:
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, (1000 - age, 1000 - age))
+    assert newest_run(tmp_path) == tmp_path / "1" / "new"

@@ -50,6 +50,20 @@ def results_file(run_dir: Path) -> Path:
     return run_dir / "results.json"
 
 
+def newest_run(folder: Path) -> Path:
+    """The complete run below a folder that ended last.
+
+    Raises:
+        FewShotError: there is none.
+    """
+    runs = [path.parent for path in folder.rglob(results_file(Path()).name) if best_checkpoint(path.parent).is_file()]
+    if not runs:
+        raise FewShotError(
+            f"no complete run lies below {folder}; train one first by make train, or name one: checkpoint=RUN_DIR"
+        )
+    return max(runs, key=lambda run: results_file(run).stat().st_mtime_ns)
+
+
 @contextlib.contextmanager
 def only_run_in(run_dir: Path) -> Iterator[None]:
     """Keep other runs out of a directory, for as long as this process lives.

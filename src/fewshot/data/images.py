@@ -2,6 +2,8 @@
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,8 +16,31 @@ from fewshot.errors import FewShotError
 MODES = {1: "L", 3: "RGB"}
 
 
+@contextmanager
+def opened(file: ImageFile) -> Iterator[Image.Image]:
+    """Open an image file that nobody vouches for; it is decoded as it is used.
+
+    Args:
+        file: where the image lies.
+
+    Raises:
+        FewShotError: the file cannot be read, is no image, or a broken one, or has more pixels than Pillow allows; or
+            what is done with it fails.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # between its limit and twice that
+            with Image.open(io.BytesIO(file.read())) as image:
+                if image.format == "EPS":
+                    raise ValueError("PostScript is a program, and is not run")
+                yield image
+    except Exception as error:  # each format's decoder raises what it stumbles over
+        reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise FewShotError(f"cannot read the image {file.name}: {reason}; replace or remove it") from error
+
+
 def decode(file: ImageFile, size: int, channels: int) -> NDArray[np.uint8]:
-    """Read one image file.
+    """Read one image file, see ``opened``.
 
     Args:
         file: where the image lies.
@@ -24,20 +49,9 @@ def decode(file: ImageFile, size: int, channels: int) -> NDArray[np.uint8]:
 
     Returns:
         uint8 ``[size, size, channels]``.
-
-    Raises:
-        FewShotError: the file cannot be read, is no image, or a broken one, or has more pixels than Pillow allows.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # between its limit and twice that
-            with Image.open(io.BytesIO(file.read())) as image:
-                if image.format == "EPS":
-                    raise ValueError("PostScript is a program, and is not run")
-                return to_pixels(image, size, channels)
-    except Exception as error:  # each format's decoder raises what it stumbles over
-        reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise FewShotError(f"cannot read the image {file.name}: {reason}; replace or remove it") from error
+    with opened(file) as image:
+        return to_pixels(image, size, channels)
 
 
 def to_pixels(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:

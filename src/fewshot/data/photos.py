@@ -1,15 +1,11 @@
 """Images as people have them: from any camera, scanner or drawing program, of any shape."""
 
-import io
-import warnings
-
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from fewshot.data.files import ImageFile
-from fewshot.data.images import MODES, to_pixels
-from fewshot.errors import FewShotError
+from fewshot.data.images import MODES, opened, to_pixels
 
 
 def read_photo(file: ImageFile, size: int, channels: int, ink: bool = False) -> NDArray[np.uint8]:
@@ -30,19 +26,11 @@ def read_photo(file: ImageFile, size: int, channels: int, ink: bool = False) -> 
         uint8 ``[size, size, channels]``.
 
     Raises:
-        FewShotError: the file cannot be read, is no image, or a broken one, or has more pixels than Pillow allows.
+        FewShotError: see ``opened``.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # between its limit and twice that
-            with Image.open(io.BytesIO(file.read())) as image:
-                if image.format == "EPS":
-                    raise ValueError("PostScript is a program, and is not run")
-                upright = _opaque(_eight_bits(ImageOps.exif_transpose(image)))
-                return _bright_ink(upright, size, channels) if ink else to_pixels(_middle(upright), size, channels)
-    except Exception as error:  # each format's decoder raises what it stumbles over
-        reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise FewShotError(f"cannot read the image {file.name}: {reason}; replace or remove it") from error
+    with opened(file) as image:
+        upright = _opaque(_eight_bits(ImageOps.exif_transpose(image)))
+        return _bright_ink(upright, size, channels) if ink else to_pixels(_middle(upright), size, channels)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -1,0 +1,435 @@
+"""A page in the browser: images of one's own into classes, a query, and the answer with its distances."""
+
+import io
+import json
+import logging
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from html import escape
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+
+from fewshot.config import ROOT
+from fewshot.data.files import ImageFile
+from fewshot.distances import cosine, l2
+from fewshot.errors import FewShotError, printable
+from fewshot.methods.base import FewShotMethod
+from fewshot.methods.maml import MAML
+from fewshot.methods.matching import MatchingNetwork
+from fewshot.methods.protonet import PrototypicalNetwork
+from fewshot.prediction import Pixels, Predictor, make_predictor
+from fewshot.runs import newest_run
+
+LONGEST = 40  # characters of a class's name
+THUMBNAIL = 64  # pixels, the most that a picture in the page has on a side
+VISITORS = 20  # whose images are kept: those who came last
+IDLE = 3600  # seconds after which those of a visitor who went are forgotten
+# What the page asks for. Gradio would also take files, give them out, and fetch what it is told to.
+ASKED = re.compile(
+    r"/(|config|theme\.css|favicon\.ico|manifest\.json|(assets|static)/.*"
+    r"|gradio_api/(startup-events|(queue|heartbeat)/.*))"
+)
+FORM = 2**20  # bytes of a request beside the images
+Message = Mapping[str, Any]  # of ASGI
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+# A square to draw on, and to drop images on. Gradio's own decodes what it is sent, whatever that is, before a guard of
+# ours could look at it; here images come as text, and are never files of the server's.
+PAD = """
+<div class="square"><canvas width="280" height="280"></canvas></div>
+<div class="buttons">
+<label>choose ${query ? "an image" : "images"}<input type="file" ${query ? "" : "multiple"} hidden></label>
+${query ? "" : '<button class="add">add the drawing</button>'}
+<button class="clear">clear</button>
+</div>
+"""
+PEN = """
+const pad = element.querySelector("canvas"), pen = pad.getContext("2d"), chooser = element.querySelector("input");
+Object.assign(pen, {lineWidth: 18, lineCap: "round", lineJoin: "round"});
+const place = event => [event.offsetX * pad.width / pad.clientWidth, event.offsetY * pad.height / pad.clientHeight];
+const clear = () => {
+    pen.clearRect(0, 0, pad.width, pad.height);
+    pad.parentElement.classList.remove("drawn");
+};
+const send = images => { props.value = JSON.stringify(images); trigger("submit"); };
+const sendDrawing = () => send([["the drawing", pad.toDataURL()]]);
+const sendFiles = async files => {
+    // One image and one byte more than are allowed, so that the server can tell.
+    const read = file => new Promise(done => {
+        const reader = new FileReader();
+        reader.onload = () => done([file.name, reader.result]);
+        reader.onerror = () => done([file.name, ""]);
+        reader.readAsDataURL(file.slice(0, props.bytes + 1));
+    });
+    const images = await Promise.all([...files].slice(0, props.query ? 1 : props.images + 1).map(read));
+    if (!images.length) return;
+    clear();
+    send(images);
+};
+pad.onpointerdown = event => {
+    pad.setPointerCapture(event.pointerId);
+    pad.parentElement.classList.add("drawn");
+    pen.beginPath();
+    pen.moveTo(...place(event));
+    pad.onpointermove(event);
+};
+pad.onpointermove = event => {
+    if (!event.buttons) return;
+    pen.lineTo(...place(event));
+    pen.stroke();
+};
+if (props.query) pad.onpointerup = sendDrawing;
+else element.querySelector(".add").onclick = () => { sendDrawing(); clear(); };
+element.querySelector(".clear").onclick = clear;
+chooser.onchange = () => { sendFiles(chooser.files); chooser.value = ""; };
+element.ondragover = event => event.preventDefault();
+element.ondrop = event => { event.preventDefault(); sendFiles(event.dataTransfer.files); };
+"""
+CHOICE = """
+element.onclick = event => {
+    const row = event.target.closest(".class");
+    if (row) trigger(event.target.matches("button") ? "remove" : "choose", {name: row.dataset.name});
+};
+"""
+STYLE = """
+.pad {display: flex; gap: 14px}
+.square {position: relative; flex: none; width: 200px; height: 200px; background: white; border: 1px dashed #999;
+    border-radius: 6px}
+.square::before {content: "draw here, or drop images"; position: absolute; inset: 0; padding: 76px 44px; color: #bbb;
+    text-align: center}
+.square.drawn::before {content: none}
+.square canvas {position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; cursor: crosshair}
+.buttons {display: flex; flex-direction: column; align-items: flex-start; gap: 8px}
+.buttons button, .buttons label {padding: 3px 12px; font: inherit; cursor: pointer; color: inherit; background: none;
+    border: 1px solid #9998; border-radius: 6px}
+.told:not(:has(p)) {display: none}
+.told p {margin: 4px 0; padding: 6px 12px; border-left: 4px solid #D55E00; background: #D55E0022}
+.class {display: flex; align-items: center; gap: 10px; padding: 6px 0; border-top: 1px solid #8884; cursor: pointer}
+.class b {width: 7em; overflow-wrap: anywhere}
+.class div {display: flex; flex-wrap: wrap; gap: 4px; flex: 1}
+.class button {padding: 0 8px; font: inherit; cursor: pointer; color: inherit; background: none; border: none}
+.seen {height: 48px; width: 48px; image-rendering: pixelated; border-radius: 4px}
+.answer {display: flex; align-items: center; gap: 14px; margin-bottom: 8px}
+.answer .seen {height: 84px; width: 84px}
+.answer b {font-size: 1.6em; overflow-wrap: anywhere}
+.scores {width: 100%; border-collapse: collapse; table-layout: fixed}
+.scores th, .scores td {padding: 6px 8px; text-align: left; border-top: 1px solid #8884; overflow-wrap: anywhere}
+.scores th {vertical-align: bottom}
+.scores .wide {width: 34%}
+.scores .number {text-align: right; font-variant-numeric: tabular-nums}
+.bar {height: 14px; background: #0072B2; border-radius: 3px; min-width: 1px}
+"""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one visitor has shown.
+
+    Attributes:
+        support: the images of each class, by its name; none is empty.
+        query: the image to classify.
+    """
+
+    support: Mapping[str, tuple[Pixels, ...]] = field(default_factory=dict)
+    query: Pixels | None = None
+
+
+class Demo:
+    """What the page does, without the page.
+
+    Args:
+        predictor: what classifies.
+        limits: ``max_megabytes``, ``max_images`` and ``max_classes`` of ``conf/demo.yaml``.
+    """
+
+    def __init__(self, predictor: Predictor, limits: DictConfig) -> None:
+        self.predictor, self.limits = predictor, limits
+
+    def add(self, visit: Visit, name: str, files: Sequence[ImageFile]) -> tuple[Visit, list[str]]:
+        """Put images into a class, which need not be there yet.
+
+        Returns:
+            The visit after it, and why what is left out is.
+        """
+        name = " ".join(name.split())[:LONGEST]
+        if not name:
+            return visit, ["name the class, then add its images"]
+        if name not in visit.support and len(visit.support) == self.limits.max_classes:
+            return visit, [f"{name} is left out: there are {len(visit.support)} classes, and no more are allowed"]
+        images, told = list(visit.support.get(name, ())), []
+        for file in files:
+            if len(images) == self.limits.max_images:
+                told.append(
+                    f"{file.name} is left out, and what came after it: {name} has {len(images)} images, and no "
+                    "more are allowed"
+                )
+                break
+            try:
+                images.append(self._read(file))
+            except FewShotError as error:
+                told.append(str(error))
+        return replace(visit, support={**visit.support, name: tuple(images)}) if images else visit, told
+
+    def remove(self, visit: Visit, name: str) -> Visit:
+        """Take a class out, if it is there."""
+        return replace(visit, support={other: of for other, of in visit.support.items() if other != name})
+
+    def ask(self, visit: Visit, files: Sequence[ImageFile]) -> tuple[Visit, list[str]]:
+        """Take the first of some images for the query; without one, it stays.
+
+        Returns:
+            See ``add``.
+        """
+        if not files:
+            return visit, []
+        try:
+            return replace(visit, query=self._read(files[0])), []
+        except FewShotError as error:
+            return replace(visit, query=None), [str(error)]
+
+    def answer(self, visit: Visit) -> tuple[str, list[str]]:
+        """The answer to the query by the support set as it is.
+
+        Returns:
+            HTML, and what is to be known about it, or why there is none.
+        """
+        if visit.query is None:
+            return "", []
+        try:
+            logits = self.predictor.learn(visit.support)([visit.query])[0]
+        except FewShotError as error:
+            return "", [str(error)]
+        method, way = self.predictor.method, len(visit.support)
+        told = []
+        if isinstance(method, MAML) and way > method.head.out_features:
+            told.append(f"this network was made for {method.head.out_features} classes: it tells {way} apart less well")
+        return _answer(visit.query, list(visit.support), logits, *measure(method)), told
+
+    def _read(self, file: ImageFile) -> Pixels:
+        def within() -> bytes:
+            content = file.read()
+            if len(content) > self.limits.max_megabytes * 2**20:
+                raise ValueError(f"it has more than the {self.limits.max_megabytes} MB that are allowed")
+            return content
+
+        pixels = self.predictor.read(ImageFile(file.name, within))
+        if pixels.min() == pixels.max():
+            raise FewShotError(f"{file.name} is blank: it has one colour alone")
+        return pixels
+
+
+def measure(method: FewShotMethod) -> tuple[str, str, int]:
+    """What the logits of a method are: in a word, in more words, and the sign that they have of it."""
+    if isinstance(method, PrototypicalNetwork):
+        names: dict[Any, str] = {l2: "squared Euclidean", cosine: "cosine"}
+        kind = names.get(getattr(method.distance, "func", None), "scaled cosine")
+        return "distance", f"{kind}, between the embedded query and the mean of the embedded examples", -1
+    if isinstance(method, MatchingNetwork):
+        return "logit", "logarithm of the query's mean attention on the class's examples", 1
+    return "logit", "what the network gives a class; the probabilities are its softmax", 1
+
+
+def serve(config: DictConfig) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        config: the composed ``conf/demo.yaml``.
+
+    Raises:
+        FewShotError: a number is no positive whole one; gradio is not there; there is no complete run, or nothing to
+            classify with (see ``make_predictor``); or the address cannot be had.
+    """
+    for key in ("port", "max_megabytes", "max_images", "max_classes"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise FewShotError(f"{key}={config[key]} must be a whole number of at least 1")
+    if config.checkpoint == "newest":
+        config.checkpoint = str(newest_run(ROOT / "outputs"))
+    with page_of(config) as page:
+        page.block_thread()
+
+
+@contextmanager
+def page_of(config: DictConfig) -> Iterator[Any]:
+    """Serve the page while a block of code runs, which is given its ``gradio.Blocks``; see ``serve``."""
+    try:
+        import gradio as gr  # noqa: PLC0415
+        from starlette.middleware import Middleware  # noqa: PLC0415
+    except ImportError as error:
+        raise FewShotError("gradio is not installed; install the extra: pip install -e '.[demo]'") from error
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is there
+    page = make_page(Demo(make_predictor(config), config), config)
+    largest = FORM + (config.max_images + 1) * (config.max_megabytes * 2**20 + 1) * 4 // 3
+    try:
+        page.launch(
+            server_name=config.host,
+            server_port=config.port,
+            app_kwargs={"middleware": [Middleware(Gate, largest=largest)]},
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css=STYLE,
+            footer_links=[],
+            run_history=False,
+            share=False,
+            ssr_mode=False,
+            state_session_capacity=VISITORS,
+            prevent_thread_lock=True,
+            quiet=True,
+        )
+    except OSError as error:
+        raise FewShotError(
+            f"cannot serve at {config.host}:{config.port}: {error}; choose another by host=ADDRESS port=NUMBER"
+        ) from error
+    print(f"{page.local_url}    Ctrl-C ends it", flush=True)
+    try:
+        yield page
+    finally:
+        page.close(verbose=False)
+
+
+def make_page(demo: Demo, config: DictConfig) -> Any:
+    """The page, a ``gradio.Blocks``; what it does is in ``Demo``."""
+    import gradio as gr  # noqa: PLC0415
+
+    def shown(visit: Visit, told: Sequence[str]) -> list[Any]:
+        answer, notes = demo.answer(visit)
+        return [visit, _gallery(visit), answer, _told([*told, *notes]), "", ""]
+
+    def add(visit: Visit, name: str, sent: str) -> list[Any]:
+        return shown(*demo.add(visit, name, _sent(sent)))
+
+    def ask(visit: Visit, sent: str) -> list[Any]:
+        return shown(*demo.ask(visit, _sent(sent)))
+
+    def remove(visit: Visit, event: gr.EventData) -> list[Any]:
+        return shown(demo.remove(visit, str(event.name)), [])
+
+    def choose(event: gr.EventData) -> str:
+        return str(event.name)
+
+    pad: dict[str, Any] = {"html_template": PAD, "js_on_load": PEN, "elem_classes": "pad", "apply_default_css": False}
+    pad |= {"bytes": config.max_megabytes * 2**20, "images": config.max_images}
+    network = str(config.checkpoint or config.encoder.name).removeprefix(f"{ROOT}/")
+    with gr.Blocks(title="fewshot", analytics_enabled=False) as page:
+        visit = gr.State(Visit(), time_to_live=IDLE)
+        gr.HTML(f"<h2>A few examples of each class, and an answer</h2><code>{escape(network)}</code>")
+        told = gr.HTML(elem_classes="told")
+        with gr.Row():
+            with gr.Column():
+                with gr.Row():
+                    gr.HTML("<h3>Examples of the class</h3>")
+                    name = gr.Textbox("A", max_length=LONGEST, show_label=False, container=False)
+                examples = gr.HTML(query=False, **pad)
+                support = gr.HTML(js_on_load=CHOICE, apply_default_css=False)
+                anew = gr.Button("Start anew", size="sm")
+            with gr.Column():
+                gr.HTML("<h3>Query</h3>")
+                query = gr.HTML(query=True, **pad)
+                answer = gr.HTML(apply_default_css=False)
+        # One at a time: what MAML does to its network, and Python to its warnings, is seen by other threads.
+        how: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "trigger_mode": "multiple"}
+        how |= {"api_visibility": "private", "show_progress": "hidden"}
+        how |= {"outputs": [visit, support, answer, told, examples, query]}
+        examples.submit(add, [visit, name, examples], **how)
+        query.submit(ask, [visit, query], **how)
+        support.remove(remove, [visit], **how)
+        support.choose(choose, [], **how | {"outputs": [name]})
+        anew.click(lambda: shown(Visit(), []), [], **how)
+    return page
+
+
+class Gate:
+    """Lets through to a web app what the page asks for, and of that no more than is needed: an ASGI middleware.
+
+    Args:
+        app: the web app.
+        largest: bytes of a request.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], largest: int) -> None:
+        self.app, self.largest = app, largest
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """Handle a request; what the page has no use for is answered here."""
+        asked = scope["type"] != "http" or ASKED.fullmatch(scope["path"])
+        if not asked:
+            return await _refuse(send, 404, "the page has no use for this")
+        if scope.get("method") != "POST":
+            return await self.app(scope, receive, send)
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.largest:
+                return await _refuse(send, 413, "more than is allowed")
+        text = _text_alone(body)
+        if text is None:
+            return await _refuse(send, 400, "the page sends text alone")
+        read: Iterator[Message] = iter([{"type": "http.request", "body": text}])
+
+        async def again() -> Message:
+            return next(read, None) or await receive()
+
+        return await self.app(scope, again, send)
+
+
+async def _refuse(send: Send, status: int, why: str) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": why.encode()})
+
+
+def _text_alone(body: bytearray) -> bytes | None:
+    """The same JSON, if it gives the components of the page nothing but text: what is no text may name a file."""
+    try:
+        content = json.loads(body)
+        plain = all(of is None or isinstance(of, str) for of in content.get("data", ()))
+        return json.dumps(content).encode() if plain else None
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return None
+
+
+def _sent(text: str) -> list[ImageFile]:
+    """What a pad sends: the name of each image, and its content as ``data:KIND;base64,CONTENT``."""
+    images = json.loads(text or "[]")
+    return [ImageFile(str(name), partial(b64decode, str(url).partition(",")[2])) for name, url in images]
+
+
+def _gallery(visit: Visit) -> str:
+    return "".join(
+        f'<div class="class" data-name="{escape(name)}" title="more of this class"><b>{escape(name)}</b>'
+        f'<div>{"".join(map(_picture, images))}</div><button title="remove this class">×</button></div>'
+        for name, images in visit.support.items()
+    )
+
+
+def _answer(query: Pixels, classes: Sequence[str], logits: torch.Tensor, measured: str, meaning: str, sign: int) -> str:
+    probabilities, order = logits.softmax(0).tolist(), logits.argsort(descending=True).tolist()
+    rows = "".join(
+        f'<tr><td>{escape(classes[of])}</td><td><div class="bar" style="width: {probabilities[of]:.1%}"></div></td>'
+        f'<td class="number">{probabilities[of]:.1%}</td><td class="number">{sign * logits[of]:.3f}</td></tr>'
+        for of in order
+    )
+    return (
+        f'<div class="answer">{_picture(query)}<b>{escape(classes[order[0]])}</b> {probabilities[order[0]]:.1%}</div>'
+        f'<table class="scores"><tr><th>class</th><th class="wide">probability</th><th></th>'
+        f'<th class="number">{measured}</th></tr>{rows}</table><small>{measured}: {meaning}</small>'
+    )
+
+
+def _told(lines: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(printable(line))}</p>" for line in lines)
+
+
+def _picture(pixels: Pixels) -> str:
+    """An image as the network sees it, or smaller."""
+    image, content = Image.fromarray(pixels.squeeze()), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(content, "PNG")
+    return f'<img class="seen" src="data:image/png;base64,{b64encode(content.getvalue()).decode()}">'

@@ -1,0 +1,416 @@
+"""The page: what it does, how it is served, and the whole in a browser."""
+
+import html
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fewshot.cli  # noqa: F401  for the help
+from conftest import free_port, wait_for
+from fewshot.config import ROOT, compose
+from fewshot.data.files import ImageFile
+from fewshot.demo import FORM, Demo, Visit, page_of, serve
+from fewshot.errors import FewShotError
+from fewshot.prediction import make_predictor
+from fewshot.trained import load_trained
+from fewshot.training import make_data, train
+
+TINY = ["train.episodes=50", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=2"]
+METHODS = {
+    "protonet": ["method=protonet"],
+    "matching": ["method=matching", "distance=scaled_cosine"],
+    "maml": ["method=maml", "train.meta_batch=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache_dir):
+    """Trains each method once, a little; returns the directory of its run."""
+    runs: dict[str, Path] = {}
+
+    def of(method: str) -> Path:
+        if method not in runs:
+            runs[method] = tmp_path_factory.mktemp(method)
+            train(compose(*METHODS[method], *TINY, f"run_dir={runs[method]}", f"cache_dir={cache_dir}"))
+        return runs[method]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def letters(run):
+    """Five PNG files of each of seven letters never seen in training, dark on white."""
+    data = make_data(load_trained(str(run("protonet"))).config)
+    data.setup()
+    starts = data.bank.offsets[data.bank.classes("test")[:7]]
+    return [[png(255 - image[..., 0]) for image in data.bank.images[start : start + 5].numpy()] for start in starts]
+
+
+@pytest.fixture
+def demo(run):
+    """The page's inside, by its method and limits."""
+
+    def of(method="protonet", **limits):
+        config = compose(f"checkpoint={run(method)}", *(f"{key}={value}" for key, value in limits.items()), name="demo")
+        return Demo(make_predictor(config), config)
+
+    return of
+
+
+def png(pixels, kind="PNG", **options) -> bytes:
+    content = BytesIO()
+    Image.fromarray(pixels).save(content, kind, **options)
+    return content.getvalue()
+
+
+def files(*contents: bytes) -> list[ImageFile]:
+    return [ImageFile(f"{number}.png", BytesIO(content).getvalue) for number, content in enumerate(contents)]
+
+
+def shown(demo, letters, way=3, shot=2) -> Visit:
+    """A visit with a support set, and for its query the last image of the first class."""
+    visit = Visit()
+    for label in range(way):
+        visit, told = demo.add(visit, f"letter {label}", files(*letters[label][:shot]))
+        assert not told
+    visit, told = demo.ask(visit, files(letters[0][-1]))
+    assert not told
+    return visit
+
+
+def rows(answer: str) -> dict[str, tuple[float, float]]:
+    """Probability, in percent, and score by class, in the order of the page."""
+    found = re.findall(r"<tr><td>(.*?)</td>.*?>([\d.]+)%</td><td[^>]*>(-?[\d.]+)</td></tr>", answer)
+    return {html.unescape(name): (float(probability), float(score)) for name, probability, score in found}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_answer_has_the_probabilities_and_the_scores_of_the_method(demo, letters, method):
+    page = demo(method)
+    visit = shown(page, letters, way=3, shot=2)
+    answer, told = page.answer(visit)
+    logits = page.predictor.learn(visit.support)([visit.query])[0]
+    found = rows(answer)
+    assert list(found) == [f"letter {label}" for label in logits.argsort(descending=True).tolist()] and not told
+    for label, (probability, logit) in enumerate(zip(logits.softmax(0).tolist(), logits.tolist(), strict=True)):
+        shown_probability, score = found[f"letter {label}"]
+        assert shown_probability == pytest.approx(100 * probability, abs=0.051)
+        assert score == pytest.approx(-logit if method == "protonet" else logit, abs=6e-4) and abs(score) > 0.01
+    named = {"protonet": "distance: squared Euclidean", "matching": "logit: logarithm of the query's mean attention"}
+    assert named.get(method, "logit: what the network gives a class") in answer
+
+
+def test_the_distances_are_those_of_the_embeddings(demo, letters):
+    page = demo()
+    visit = shown(page, letters)
+    embed = page.predictor.method.encoder
+    with torch.no_grad():
+        prototypes = torch.stack([embed(page.predictor._input(of)).mean(0) for of in visit.support.values()])
+        expected = (embed(page.predictor._input([visit.query])) - prototypes).square().sum(1)
+    found = rows(page.answer(visit)[0])
+    assert expected.min() > 0.01
+    assert [found[name][1] for name in visit.support] == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_classes_grow_and_go_and_each_visit_is_its_own(demo, letters):
+    page = demo()
+    first = shown(page, letters, way=2)
+    second, told = page.add(first, "  letter   1 ", files(letters[1][3]))
+    assert [len(of) for of in second.support.values()] == [2, 3] and not told
+    assert [len(of) for of in first.support.values()] == [2, 2]
+    third = page.remove(page.remove(second, "letter 0"), "nobody")
+    assert list(third.support) == ["letter 1"] and third.query is second.query
+    answer, told = page.answer(third)
+    assert not answer and told == ["a support set needs two classes or more, and an image or more of each"]
+    assert page.answer(Visit()) == ("", []) and page.ask(third, []) == (third, [])
+
+
+def test_maml_tells_where_it_has_more_classes_than_it_was_made_for(demo, letters):
+    page = demo("maml")
+    assert page.answer(shown(page, letters, way=5))[1] == []
+    answer, told = page.answer(shown(page, letters, way=6, shot=1))
+    assert len(rows(answer)) == 6 and told == ["this network was made for 5 classes: it tells 6 apart less well"]
+
+
+def test_limits_hold(demo, letters):
+    page = demo(max_images=3, max_classes=2, max_megabytes=1)
+    visit, told = page.add(Visit(), "many", files(*letters[0]))
+    assert len(visit.support["many"]) == 3
+    assert told == ["3.png is left out, and what came after it: many has 3 images, and no more are allowed"]
+    visit, _ = page.add(visit, "two", files(letters[1][0]))
+    after, told = page.add(visit, "three", files(letters[2][0]))
+    assert after is visit and told == ["three is left out: there are 2 classes, and no more are allowed"]
+    noise = png(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8))
+    assert len(noise) > 2**20
+    for after, (line,) in (page.add(visit, "two", files(noise)), page.ask(visit, files(noise))):
+        assert after.support == visit.support
+        assert line == "cannot read the image 0.png: it has more than the 1 MB that are allowed; replace or remove it"
+    after, told = page.add(Visit(), " ", files(letters[0][0]))
+    assert not after.support and told == ["name the class, then add its images"]
+    after, _ = page.add(Visit(), "n" * 99, files(letters[0][0]))
+    assert list(after.support) == ["n" * 40]
+
+
+def bomb() -> bytes:
+    """A PNG file of 20,000 by 20,000 pixels in half a megabyte."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+    header = (20000).to_bytes(4) * 2 + bytes([8, 0, 0, 0, 0])
+    rows = zlib.compress(bytes(20001 * 20000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+HOSTILE = {
+    "PostScript is a program, and is not run": lambda: png(np.zeros((9, 9, 3), dtype=np.uint8), "EPS"),
+    "exceeds limit of": bomb,
+    "not an image in a known format": lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+    "is blank: it has one colour alone": lambda: png(np.full((9, 9), 7, dtype=np.uint8)),
+}
+
+
+@pytest.mark.parametrize("why", HOSTILE)
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(demo, letters, why):
+    page = demo()
+    content = HOSTILE[why]()
+    visit, told = page.add(Visit(), "a", files(letters[0][0], content, letters[0][1]))
+    assert len(visit.support["a"]) == 2 and len(told) == 1 and "1.png" in told[0] and why in told[0]
+    before = shown(page, letters)
+    after, (line,) = page.ask(before, files(content))
+    assert "0.png" in line and why in line and after.query is None and after.support == before.support
+    assert page.add(Visit(), "a", files(content))[0].support == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["max_images=0"], "max_images=0 must be a whole number of at least 1"),
+        (["max_megabytes=ten"], "max_megabytes=ten must be a whole number of at least 1"),
+        (["port=-1"], "port=-1 must be a whole number of at least 1"),
+        (["method=matching"], "method=matching: a checkpoint brings its own"),
+        (["checkpoint=/none"], "there is no checkpoint /none"),
+        (["checkpoint=null", "encoder=conv4"], "weights that nobody has trained"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(run, overrides, told):
+    with pytest.raises(FewShotError) as caught:
+        serve(compose(f"checkpoint={run('protonet')}", *overrides, name="demo"))
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_gradio_the_extra_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with (
+        pytest.raises(FewShotError, match=r"gradio is not installed; .* '\.\[demo\]'"),
+        page_of(compose(f"checkpoint={run('protonet')}", name="demo")),
+    ):
+        pass
+
+
+def gradio_or_skip():
+    pytest.importorskip("gradio", reason="no gradio: pip install 'fewshot[demo]'")
+
+
+@pytest.fixture(scope="module")
+def address(run):
+    """Of the page, served by this process."""
+    gradio_or_skip()
+    config = compose(
+        f"checkpoint={run('protonet')}", f"port={free_port()}", "max_images=1", "max_megabytes=1", name="demo"
+    )
+    with page_of(config):
+        yield f"http://127.0.0.1:{config.port}"
+
+
+def status(url: str, body: bytes | None = None) -> int:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"gradio_api/file={ROOT / 'README.md'}",
+        "gradio_api/file=http://example.com/a.png",
+        f"file={ROOT / 'README.md'}",
+        "gradio_api/proxy=http://example.com/",
+        "gradio_api/run/predict",
+        "gradio_api/runs",
+        "static/../../../etc/passwd",
+        "assets/%2e%2e/%2e%2e/blocks.py",
+        "monitoring",
+        "docs",
+    ],
+)
+def test_the_server_gives_out_nothing_but_the_page(address, path):
+    assert status(f"{address}/") == 200
+    assert status(f"{address}/{path}") in (403, 404)
+
+
+def test_the_server_takes_nothing_but_text_and_no_more_than_its_limits(address):
+    join = f"{address}/gradio_api/queue/join"
+    fetch = {"path": "http://example.com/a.png", "meta": {"_type": "gradio.FileData"}}
+    assert status(join, json.dumps({"data": [None, "a", fetch]}).encode()) == 400
+    assert status(join, json.dumps({"data": [None, "a", [fetch]]}).encode()) == 400
+    for body in (b"", b"no json", b"[]", b'{"data": 1}', b"[" * 99999):
+        assert status(join, body) == 400
+    assert status(join, b" " * (FORM + 2 * (2**20 + 1) * 4 // 3 + 1)) == 413
+    assert status(f"{address}/gradio_api/upload", b"--x") == 404
+
+
+def test_an_address_in_use_is_told(address, run):
+    config = compose(f"checkpoint={run('protonet')}", f"port={address.rpartition(':')[2]}", name="demo")
+    with pytest.raises(FewShotError, match=r"cannot serve at 127\.0\.0\.1:\d+: .*; choose another by host="):
+        serve(config)
+
+
+def test_nobody_else_is_asked_for_anything(run, monkeypatch):
+    gradio_or_skip()
+    asked = []
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def note(host):
+        asked.append(host)
+
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: (note(to[0]), connect(self, to))[1])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **too: (note(host), look_up(host, *more, **too))[1])
+    config = compose(f"checkpoint={run('protonet')}", f"port={free_port()}", name="demo")
+    with page_of(config):
+        assert status(f"http://127.0.0.1:{config.port}/") == 200
+        time.sleep(0.5)  # what is asked in a thread
+    assert asked and set(asked) <= {"127.0.0.1", "localhost", "::1"}
+
+
+@pytest.fixture(scope="module")
+def served(run):
+    """The address of the page, started as a user would."""
+    gradio_or_skip()
+    port = free_port()
+    command = [ROOT / "src" / "demo.py", f"checkpoint={run('protonet')}", f"port={port}", "max_images=3"]
+    with subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True) as server:
+        wait_for(port)
+        yield f"http://127.0.0.1:{port}"
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=60)
+    assert server.returncode == 0 and not errors
+
+
+class Tab:
+    """The page in a browser, as a new visitor sees it."""
+
+    def __init__(self, browser, address: str, folder: Path) -> None:
+        self.browser, self.folder = browser, folder
+        browser.get(address)
+        self.until(lambda: len(self.all(".pad canvas")) == 2, "the page")
+
+    def until(self, what, meaning: str) -> None:
+        stop = time.monotonic() + 60
+        while not what():
+            if time.monotonic() > stop:
+                pytest.fail(f"{meaning} never came:\n{self.texts('body')}")
+            time.sleep(0.1)
+
+    def all(self, selector: str) -> list:
+        return self.browser.find_elements("css selector", selector)
+
+    def texts(self, selector: str) -> list[str]:
+        return [of.text for of in self.all(selector)]
+
+    def name(self, *keys: str) -> str:
+        (box,) = self.all("textarea, input[type=text]")
+        if keys:
+            box.clear()
+            box.send_keys(*keys)
+        return box.get_attribute("value")
+
+    def upload(self, contents, pad: int) -> None:
+        paths = [self.folder / f"{number}.png" for number in range(len(contents))]
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(content)
+        self.all(".pad input[type=file]")[pad].send_keys("\n".join(map(str, paths)))
+
+    def examples(self, name: str, contents, images: int) -> None:
+        self.name(name)
+        self.upload(contents, 0)
+        self.until(lambda: len(self.all(".class img")) == images, f"the images of {name}")
+
+    def draw(self, pad: int) -> None:
+        actions = pytest.importorskip("selenium.webdriver").ActionChains(self.browser)
+        actions.move_to_element_with_offset(self.all(".pad canvas")[pad], -40, -60).click_and_hold()
+        actions.move_by_offset(30, 90).move_by_offset(50, -20).release().perform()
+
+
+ODD = "<b>${1}{{x}}"
+
+
+def test_in_a_browser_files_are_answered_as_the_predictor_answers_them(browser, served, run, letters, tmp_path):
+    tab = Tab(browser, served, tmp_path)
+    tab.examples("letter 0", letters[0][:2], 2)
+    tab.examples(ODD, [*letters[1][:2], b"no image"], 4)
+    assert tab.texts(".class b") == ["letter 0", ODD]
+    assert tab.texts(".told p") == ["cannot read the image 2.png: not an image in a known format; replace or remove it"]
+    tab.upload([letters[0][4]], 1)
+    tab.until(lambda: tab.all(".scores"), "the answer")
+    assert not tab.texts(".told p") and "distance: squared Euclidean" in tab.texts("small")[0]
+
+    predictor = make_predictor(compose(f"checkpoint={run('protonet')}", name="demo"))
+    support = {
+        name: [predictor.read(of) for of in files(*letter[:2])]
+        for name, letter in zip(("letter 0", ODD), letters, strict=False)
+    }
+    logits = predictor.learn(support)([predictor.read(*files(letters[0][4]))])[0]
+    found = [[cell.text for cell in row.find_elements("css selector", "td")] for row in tab.all(".scores tr")[1:]]
+    assert [name for name, *_ in found] == [list(support)[of] for of in logits.argsort(descending=True).tolist()]
+    assert tab.texts(".answer b") == [found[0][0]]
+    for name, _, probability, distance in found:
+        label = list(support).index(name)
+        assert float(distance) == pytest.approx(-logits[label].item(), abs=2e-3)
+        assert float(probability.rstrip("%")) == pytest.approx(100 * logits.softmax(0)[label].item(), abs=0.1)
+    asked = browser.execute_script("return performance.getEntriesByType('resource').map(of => of.name)")
+    assert asked and all(of.startswith((served, "data:")) for of in asked)
+    assert not Tab(browser, served, tmp_path).all(".class")  # another visitor
+
+
+def test_in_a_browser_drawings_are_classified_added_and_taken_out(browser, served, letters, tmp_path):
+    tab = Tab(browser, served, tmp_path)
+    tab.examples("letter 0", letters[0][:2], 2)
+    tab.draw(0)
+    tab.name("drawn")
+    tab.all(".add")[0].click()
+    tab.until(lambda: tab.texts(".class b") == ["letter 0", "drawn"], "the drawing among the examples")
+    tab.draw(1)
+    tab.until(lambda: tab.texts(".answer b") == ["drawn"], "the answer")
+    tab.all(".add")[0].click()
+    tab.until(
+        lambda: tab.texts(".told p") == ["the drawing is blank: it has one colour alone"], "why nothing was added"
+    )
+
+    tab.all(".class")[0].click()
+    tab.until(lambda: tab.name() == "letter 0", "the name")
+    tab.upload(letters[0][2:4], 0)
+    tab.until(lambda: tab.texts(".told p") and "1.png is left out" in tab.texts(".told p")[0], "the limit")
+    assert len(tab.all(".class img")) == 4
+    tab.all(".class button")[1].click()
+    tab.until(lambda: tab.texts(".class b") == ["letter 0"], "the removal")
+    assert "a support set needs two classes" in tab.texts(".told p")[0] and not tab.all(".answer")
+    next(of for of in tab.all("button") if of.text == "Start anew").click()
+    tab.until(lambda: not tab.all(".class"), "the beginning")
