@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 
-.PHONY: train test lint bench reproduce report dashboard demo
+.PHONY: train test lint bench reproduce report dashboard notebooks demo
 train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
 	$(VENV)/bin/python src/train.py
 
@@ -31,6 +31,10 @@ dashboard: $(VENV)/installed  ## show the runs below outputs in TensorBoard, on 
 
 demo: $(VENV)/installed-demo  ## try the newest complete run below outputs on images of one's own, in the browser
 	$(VENV)/bin/python src/demo.py checkpoint=newest
+
+notebooks: $(VENV)/installed-dev  ## run all notebooks anew, in place; a minute or two each
+	rm -rf outputs/notebooks
+	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
 # The stamps are older than pyproject.toml only when it changed since: a second call installs nothing.
 $(VENV)/installed: pyproject.toml

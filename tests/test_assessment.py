@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fewshot.assessment import Answers, assess
+from fewshot.assessment import assess
 from fewshot.config import compose
 from fewshot.errors import FewShotError
 from fewshot.evaluation import paired_difference
@@ -96,16 +96,6 @@ def test_a_paired_difference_is_that_of_the_episodes():
     found = paired_difference(right, others, 10)
     assert found.accuracy == pytest.approx(0.1) and found.episodes == 4
     assert found.ci95 == pytest.approx(1.96 * np.std([0.1, 0, 0.2, 0.1], ddof=1) / 2)
-
-
-def test_confusions_are_shares_of_the_times_that_two_classes_met():
-    classes = np.array([[0, 2], [2, 1]])
-    truth = np.array([[0, 0, 2, 2], [2, 2, 1, 1]])
-    given = np.array([[0, 2, 2, 2], [2, 2, 2, 2]])
-    expected = [[0.5, np.nan, 0.5], [np.nan, 0, 1], [0, 0, 1]]
-    answers = Answers(classes, truth, given)
-    np.testing.assert_allclose(answers.confusion(3), expected)
-    assert answers.right.tolist() == [3, 2]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conftest import nothing_touched
 from fewshot.cli import _explain
-from fewshot.config import CONF, check, compose
+from fewshot.config import CONF, check, check_types, compose
 from fewshot.errors import FewShotError
 
 
@@ -46,6 +46,17 @@ def test_what_does_not_fit_is_named(override, told):
     with pytest.raises(FewShotError) as caught:
         check(compose("run_dir=x", override))
     assert told in str(caught.value)
+
+
+def test_the_keys_of_a_figure_are_held_to_the_types_of_its_function():
+    for option in (CONF / "figure").glob("*.yaml"):
+        check_types("figure", compose(f"figure={option.stem}", name="figure").figure)
+    wrong = compose("figure=intervals", "figure.episodes=many", "+figure.colour=red", name="figure").figure
+    with pytest.raises(FewShotError) as caught:
+        check_types("figure", wrong)
+    assert (
+        str(caught.value) == "figure.episodes=many must be a whole number; figure.colour is not a setting of intervals"
+    )
 
 
 def test_everything_wrong_is_told_at_once():

@@ -10,10 +10,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from conftest import free_port, make_bank, wait_for
+from conftest import free_port, wait_for
 from fewshot.config import compose
-from fewshot.dashboard import draw_classes, draw_episode, meetings_of
-from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
 from fewshot.training import train
 
 TINY = [
@@ -105,48 +103,6 @@ def test_a_test_that_is_done_again_leaves_each_thing_once(runs, tmp_path, cache_
         assert len(steps) == len(set(steps)), tag
     assert len(log.Images("test/episode")) == 1
     assert (tmp_path / "run" / "tensorboard" / "projector_config.pbtxt").read_text().count("tensor_path") == 1
-
-
-def test_meetings_count_each_query_with_every_class_of_its_episode():
-    bank = make_bank({"train": [4] * 2, "test": [4] * 5})
-    dataset, number = EpisodeDataset(bank, "test", way=3, shot=1, query=2, seed=0), EpisodeNumber(0, 3)
-    of_class = [position // 4 - 2 for position in dataset[number].query[::2].tolist()]
-    met, taken = meetings_of(dataset, {number: np.array([0, 1, 1, 1, 2, 0])})
-    expected = np.zeros((5, 5), dtype=int)
-    expected[np.ix_(of_class, of_class)] = 2
-    assert met.tolist() == expected.tolist()
-    a, b, c = of_class
-    assert (taken[a, a], taken[a, b], taken[b, b], taken[c, c], taken[c, a]) == (1, 1, 2, 1, 1)
-    assert taken.sum() == 6
-
-
-@pytest.mark.parametrize(("way", "channels"), [(3, 1), (12, 3)])
-def test_an_episode_is_drawn_with_its_wrong_answers(way, channels):
-    bank = make_bank({"test": [30] * way}, channels=channels)
-    episode = EpisodeDataset(bank, "test", way=way, shot=2, query=9, seed=0)[EpisodeNumber(0, 0)]
-    answers = episode.query_labels.numpy().copy()
-    answers[0] = 1
-    (axes,) = draw_episode(bank, episode, answers).axes
-    assert [text.get_text() for text in axes.texts] == ["2"]
-    assert len(axes.patches) == min(way, 10) * 8
-    assert f"{len(answers) - 1} of {len(answers)} right" in axes.get_title()
-
-
-def test_few_classes_are_set_against_each_other_and_many_by_their_accuracy():
-    for count, panels in ((5, 2), (40, 2)):
-        met = np.full((count, count), 4)
-        met[-1] = met[:, -1] = 0  # a class that was in no episode
-        taken = np.where(np.eye(count, dtype=bool), 3, 0) * (met > 0)
-        taken[0, 0], taken[0, 1] = 1, 3
-        figure = draw_classes(met, taken, [f"$class {number}" for number in range(count)])
-        assert len(figure.axes) == panels
-        figure.draw_without_rendering()
-        if count == 5:
-            assert figure.axes[0].images[0].get_array()[0].tolist() == [0.25, 0.75, 0, 0]
-        else:
-            assert "all 39 test classes" in figure.axes[0].get_title()
-            assert figure.axes[1].patches[0].get_width() == 25
-            assert figure.axes[1].texts[0].get_text() == "$class 1"
 
 
 def visible_text(browser) -> str:

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from fewshot.evaluation import EpisodeAccuracy
+from conftest import make_bank
+from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
+from fewshot.evaluation import EpisodeAccuracy, meetings_of
 
 
 def episode(right: int, queries: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,3 +62,16 @@ def test_all_right_has_no_width_and_one_episode_has_no_interval():
     assert np.isnan(metric.compute().ci95)
     metric.update(*episode(10))
     assert metric.compute() == (1.0, 0.0, 2)
+
+
+def test_meetings_count_each_query_with_every_class_of_its_episode():
+    bank = make_bank({"train": [4] * 2, "test": [4] * 5})
+    dataset, number = EpisodeDataset(bank, "test", way=3, shot=1, query=2, seed=0), EpisodeNumber(0, 3)
+    of_class = [position // 4 - 2 for position in dataset[number].query[::2].tolist()]
+    met, taken = meetings_of(dataset, {number: np.array([0, 1, 1, 1, 2, 0])})
+    expected = np.zeros((5, 5), dtype=int)
+    expected[np.ix_(of_class, of_class)] = 2
+    assert met.tolist() == expected.tolist()
+    a, b, c = of_class
+    assert (taken[a, a], taken[a, b], taken[b, b], taken[c, c], taken[c, a]) == (1, 1, 2, 1, 1)
+    assert taken.sum() == 6

@@ -56,8 +56,8 @@ SUBPROCESS = r"launcher=joblib|hardware=ddp_cpu"  # other processes look for the
 def places(tmp_path_factory, cache_dir):
     """What stands for the README's names of folders."""
     home = tmp_path_factory.mktemp("readme")
-    for name, seed in (("run", 0), ("other", 1)):
-        train(compose(*TINY, f"seed={seed}", f"run_dir={home / name}", f"cache_dir={cache_dir}"))
+    for name, choice in (("run", "seed=0"), ("other", "seed=1"), ("maml", "method=maml")):
+        train(compose(choice, *TINY, f"run_dir={home / name}", f"cache_dir={cache_dir}"))
     random = np.random.default_rng(0)
     for split, classes in (("train", 20), ("val", 5), ("test", 5)):
         for of in range(classes):
@@ -85,6 +85,7 @@ def small(tokens: list[str], places: Path, tmp_path: Path) -> list[str]:
         r"data_dir=PATH": f"data_dir={places / 'images'}",
         r"^(more/runs|outputs/reproduce)$": str(places / "run"),
         r"^runs=outputs/distances": study,
+        r"^runs=FOLDER": f"runs={places / 'maml'}",
         r"=(u/support|examples)$": f"={places / 'examples'}",
         r"=(u/query|pictures)$": f"={places / 'pictures'}",
         r"=outputs/omni$": f"={places / 'run'}",
@@ -98,6 +99,8 @@ def small(tokens: list[str], places: Path, tmp_path: Path) -> list[str]:
         found.append(SMALLER.get(argument, argument))
     if "..." in found:
         found[found.index("...")] = "seed=0,1" if "-m" in found else "seed=0"
+    if "figure=adaptation" in found:
+        found.append("figure.episodes=2")
     if "encoder=pretrained" in found:
         found += ["encoder.name=mobilenet_v3_small", f"encoder.file={places / 'weights.pth'}"]
     if script == "src/train.py" and "--help" not in found:

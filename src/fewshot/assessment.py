@@ -6,11 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -21,8 +19,9 @@ from fewshot.data.bank import SPLITS
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
 from fewshot.errors import FewShotError
-from fewshot.evaluation import Estimate, paired_difference
+from fewshot.evaluation import Estimate, meetings_of, paired_difference
 from fewshot.hardware import keep_freed_memory, machine
+from fewshot.pictures import draw_confusion
 from fewshot.runs import overrides, write_json
 from fewshot.trained import Trained, load_trained
 from fewshot.training import commit, make_data, make_trainer, versions
@@ -50,38 +49,25 @@ class OneSplit(EpisodeDataModule):
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a method answered in every episode, by the numbers of the classes in their split.
+class Solved:
+    """What a method answered in some episodes.
 
     Attributes:
-        classes: those of each episode, int64 ``[episodes, way]``.
-        truth: of each query, int64 ``[episodes, queries]``.
-        given: the answer, likewise.
+        data: what served them, as those of the test.
+        answers: of each episode the label given to each query, int64 ``[queries]``.
+        estimate: the accuracy.
+        device: that the method ran on.
     """
 
-    classes: NDArray[np.int64]
-    truth: NDArray[np.int64]
-    given: NDArray[np.int64]
+    data: EpisodeDataModule
+    answers: dict[EpisodeNumber, NDArray[np.int64]]
+    estimate: Estimate
+    device: torch.device
 
     @property
     def right(self) -> NDArray[np.int64]:
         """Right answers, int64 ``[episodes]``."""
-        return (self.truth == self.given).sum(1)
-
-    def confusion(self, count: int) -> NDArray[np.float64]:
-        """How often a query of one class was taken for another, of the times that both were in the episode.
-
-        Args:
-            count: of the classes of the split.
-
-        Returns:
-            Shares ``[class of the query, class answered]``; the accuracy of each class on the diagonal. NaN where two
-            classes never met.
-        """
-        taken, met = np.zeros((count, count)), np.zeros((count, count))
-        np.add.at(taken, (self.truth, self.given), 1)
-        np.add.at(met, (self.truth[:, :, None], self.classes[:, None, :]), 1)
-        return np.divide(taken, met, out=np.full_like(taken, np.nan), where=met > 0)
+        return (np.stack(list(self.answers.values())) == self.data.datasets["test"].query_labels.numpy()).sum(1)
 
 
 def assess(config: DictConfig) -> float:
@@ -116,60 +102,53 @@ def assess(config: DictConfig) -> float:
     for one in asked:
         check(one)
     keep_freed_memory()
-    (answers, estimate, device), *others = (
-        _test(of, one, config.split) for of, one in zip(trained, asked, strict=True)
-    )
+    solved, *others = (solve(of, one, config.split) for of, one in zip(trained, asked, strict=True))
 
     out = Path(config.out).expanduser()
-    names = make_data(asked[0]).bank.class_names(config.split)
-    confusion = answers.confusion(len(names))
-    results = _results(trained[0], asked[0], config, estimate) | {"machine": machine(device)}
-    seen = np.flatnonzero(~np.isnan(confusion.diagonal()))
-    results["classes"] = {names[of]: confusion[of, of] for of in seen}
-    for rival, (theirs, their_estimate, _) in zip(trained[1:], others, strict=True):
-        queries = answers.truth.shape[1]
-        difference = paired_difference(answers.right, theirs.right, queries)
+    dataset, names = solved.data.datasets["test"], solved.data.bank.class_names(config.split)
+    met, taken = meetings_of(dataset, solved.answers)
+    results = _results(trained[0], asked[0], config, solved.estimate) | {"machine": machine(solved.device)}
+    seen = np.flatnonzero(met.diagonal())
+    accuracies = taken.diagonal()[seen] / met.diagonal()[seen]
+    results["classes"] = {names[of]: accuracy for of, accuracy in zip(seen, accuracies.tolist(), strict=True)}
+    for rival, theirs in zip(trained[1:], others, strict=True):
+        difference = paired_difference(solved.right, theirs.right, len(dataset.query_labels))
         results |= {
-            "against": {"checkpoint": str(rival.path), **their_estimate._asdict()},
+            "against": {"checkpoint": str(rival.path), **theirs.estimate._asdict()},
             "difference": {"mean": difference.accuracy, "ci95": difference.ci95, "episodes": difference.episodes},
         }
     # The report counts what is called results.json as the accuracy on test classes.
     written = out / ("results.json" if config.split == "test" else f"results_{config.split}.json")
     write_json(written, results)
-    worst = seen[np.argsort(confusion.diagonal()[seen], kind="stable")]
-    picture = draw_confusion(confusion, names, worst[: config.pictured], out / "confusion.png")
+    worst = seen[np.argsort(accuracies, kind="stable")]
+    picture = out / "confusion.png"
+    draw_confusion(met, taken, names, worst[: config.pictured]).savefig(picture, dpi=120)
     _tell(results, [names[of] for of in worst[:TOLD]])
     print(written, picture, sep="\n")
-    return estimate.accuracy
+    return solved.estimate.accuracy
 
 
-def draw_confusion(
-    confusion: NDArray[np.float64], names: Sequence[str], classes: NDArray[np.int64], path: Path
-) -> Path:
-    """Draw how often queries of some classes were taken for each other.
+def solve(trained: Trained, asked: DictConfig, split: str = "test") -> Solved:
+    """Have a trained method solve the test's episodes, or as many of another split.
 
     Args:
-        confusion: see ``Answers.confusion``.
-        names: of all classes.
-        classes: the numbers of those to draw, in their order.
-        path: of the picture.
+        trained: the method.
+        asked: the configuration of its run, the keys of the task and ``test.episodes`` changed at will.
+        split: whose classes: "train", "val" or "test".
 
-    Returns:
-        The path.
+    Raises:
+        FewShotError: more than one device is asked for, or the data are not there.
     """
-    side = 2.6 + 0.24 * len(classes)
-    with mpl.rc_context({"font.size": 8, "text.parse_math": False}):
-        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(confusion[np.ix_(classes, classes)], cmap="cividis", vmin=0, vmax=1)
-        labels = [name if len(name) <= 24 else f"…{name[-23:]}" for name in (names[of] for of in classes)]
-        axes.set_xticks(range(len(classes)), labels, rotation=90)
-        axes.set_yticks(range(len(classes)), labels)
-        axes.set(xlabel="answered", ylabel="class of the query")
-        figure.colorbar(image, shrink=0.7, label="share, of the times that both were in the episode")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    return path
+    data = make_data(asked, partial(OneSplit, split))
+    collect = _Collect()
+    trainer = make_trainer(asked, collect)
+    if trainer.world_size > 1:
+        raise FewShotError(f"hardware.devices={asked.hardware.devices}: a test runs on one, hardware.devices=1")
+    trainer.loggers = []
+    trainer.test(trained.method, data, verbose=False)
+    numbers = (EpisodeNumber(0, number) for number in range(asked.test.episodes))
+    answers = dict(zip(numbers, torch.cat(collect.answers).numpy(), strict=True))
+    return Solved(data, answers, trained.method.estimates["test"], trainer.strategy.root_device)
 
 
 class _Collect(pl.Callback):
@@ -218,25 +197,6 @@ def _comparable(one: DictConfig, other: DictConfig) -> None:
             f"(dataset.source.{', dataset.source.'.join(map(str, differ))}), so that one may know what the other is "
             "tested on"
         )
-
-
-def _test(trained: Trained, asked: DictConfig, split: str) -> tuple[Answers, Estimate, torch.device]:
-    data = make_data(asked, partial(OneSplit, split))
-    collect = _Collect()
-    trainer = make_trainer(asked, collect)
-    if trainer.world_size > 1:
-        raise FewShotError(f"hardware.devices={asked.hardware.devices}: a test runs on one, hardware.devices=1")
-    trainer.loggers = []
-    trainer.test(trained.method, data, verbose=False)
-    episodes = [data.datasets["test"][EpisodeNumber(0, number)] for number in range(asked.test.episodes)]
-    given = torch.cat(collect.answers).numpy()
-    # Of each episode the class of each label, by where the class's images begin in the bank.
-    starts = data.bank.offsets[data.bank.classes(split)]
-    positions = np.stack([of.query.numpy()[:: asked.query] for of in episodes])
-    classes = np.searchsorted(starts, positions, side="right") - 1
-    labels = np.stack([of.query_labels.numpy() for of in episodes])
-    answers = Answers(classes, np.take_along_axis(classes, labels, 1), np.take_along_axis(classes, given, 1))
-    return answers, trained.method.estimates["test"], trainer.strategy.root_device
 
 
 def _results(trained: Trained, asked: DictConfig, config: DictConfig, estimate: Estimate) -> dict[str, Any]:

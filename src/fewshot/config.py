@@ -137,6 +137,17 @@ def check(config: DictConfig) -> None:
         raise FewShotError("; ".join(dict.fromkeys(wrong)))
 
 
+def check_types(key: str, node: DictConfig) -> None:
+    """Hold the keys of a node to the types of the function that its ``_target_`` names.
+
+    Raises:
+        FewShotError: names every key of a wrong type, and what it must be.
+    """
+    wrong = list(_wrong_types(key, node, get_object(node._target_)))
+    if wrong:
+        raise FewShotError("; ".join(wrong))
+
+
 def _targets(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
     """The nodes that Hydra makes an object from, by their keys; those that stand inside of another only once."""
     for key, value in node.items():

@@ -1,11 +1,14 @@
 """Accuracy over episodes, with its confidence interval."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torchmetrics import Metric
+
+from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, classes_of
 
 
 class Estimate(NamedTuple):
@@ -78,3 +81,25 @@ def paired_difference(right: NDArray[np.int64], others: NDArray[np.int64], queri
     difference = (right - others) / queries
     spread = float(difference.std(ddof=1)) if len(difference) > 1 else float("nan")
     return Estimate(float(difference.mean()), 1.96 * spread / len(difference) ** 0.5, len(difference))
+
+
+def meetings_of(dataset: EpisodeDataset, answers: Mapping[EpisodeNumber, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """How often classes met, and were taken for each other.
+
+    Args:
+        dataset: the episodes of a split.
+        answers: for each episode the label given to each query, int64 ``[queries]``.
+
+    Returns:
+        int64 ``[2, classes, classes]``: for the class of a query and another one the times that both were in the
+        episode, and the times that the other one was the answer.
+    """
+    count = len(dataset.first)
+    meetings = np.zeros((2, count, count), dtype=np.int64)
+    for number, given in answers.items():
+        episode = dataset[number]
+        classes = classes_of(episode, dataset.first)
+        truth = classes[episode.query_labels.numpy()]
+        np.add.at(meetings[0], (truth[:, None], classes[None]), 1)
+        np.add.at(meetings[1], (truth, classes[given]), 1)
+    return meetings

@@ -160,6 +160,7 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
     """
     # Lightning advises worker processes for every loader without them; ours gathers from memory.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message='install "ipywidgets"')  # a notebook without it shows no progress bar
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # a resumed run's
     warnings.filterwarnings("ignore", message=".*Total length of .* is zero")  # of one that is complete

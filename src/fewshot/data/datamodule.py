@@ -196,7 +196,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         self._embedded = rows, self.trainer.strategy.reduce(embeddings, reduce_op="sum")  # type: ignore[union-attr]
 
     def images_at(self, positions: torch.Tensor) -> torch.Tensor:
-        """Images of the bank as a method takes them: ``[..., channels, height, width]``, floating point.
+        """Images of the bank as a method takes them: ``[..., channels, height, width]``, of the trainer's precision.
 
         Args:
             positions: in the bank, int64 ``[...]``, on the device the images are to be on.
@@ -205,14 +205,19 @@ class EpisodeDataModule(pl.LightningDataModule):
         if positions.is_cuda and self._resident is None and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
             self._resident = images.to(positions.device)  # gathered there from now on, without waiting for the host
         pixels = images[positions.cpu()].to(positions.device) if self._resident is None else self._resident[positions]
-        return normalise(pixels, self.dataset.normalise).to(self._method.dtype)
+        images = normalise(pixels, self.dataset.normalise)
+        return images if self.trainer is None else images.to(self._method.dtype)
+
+    def load(self, episode: Episode) -> Episode:
+        """An episode, or a meta-batch, with its images in place of their positions."""
+        return episode._replace(support=self.images_at(episode.support), query=self.images_at(episode.query))
 
     def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:  # noqa: ARG002
         """Put images, or embeddings, where their positions are."""
         if self._embedded is not None and not self.trainer.training:  # type: ignore[union-attr]
             rows, embeddings = self._embedded
             return batch._replace(support=embeddings[rows[batch.support]], query=embeddings[rows[batch.query]])
-        return batch._replace(support=self.images_at(batch.support), query=self.images_at(batch.query))
+        return self.load(batch)
 
     @property
     def _rank(self) -> int:

@@ -141,6 +141,21 @@ class EpisodeDataset(Dataset[Episode]):
         )
 
 
+def classes_of(episode: Episode, first: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which class each label of an episode stands for.
+
+    Args:
+        episode: of positions in the bank.
+        first: the position of the first image of each class to choose from, ascending, ``[classes]``.
+
+    Returns:
+        The numbers of the classes, int64 ``[way]``.
+    """
+    classes = np.zeros(episode.way, dtype=np.int64)
+    classes[episode.query_labels.numpy()] = np.searchsorted(first, episode.query.numpy(), side="right") - 1
+    return classes
+
+
 def stack(episodes: Sequence[Episode]) -> Episode:
     """Stack episodes of one make into a meta-batch."""
     *tensors, ways = zip(*episodes, strict=True)

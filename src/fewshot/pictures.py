@@ -1,0 +1,143 @@
+"""Pictures of episodes, and of classes told apart: of the dashboard, of evaluations, and of the figures."""
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from fewshot.data.bank import ImageBank
+from fewshot.data.episodes import Episode, classes_of
+from fewshot.style import COLOURS, STYLE
+
+ROWS, SUPPORT, QUERIES = 10, 5, 15  # of an episode that are drawn: classes, support samples and queries of each
+MATRIX = 30  # classes that a confusion matrix has room for
+HARDEST = 20  # classes that are named where there are more
+
+
+def draw_episode(bank: ImageBank, episode: Episode, answers: NDArray[np.int64] | None = None) -> Figure:
+    """Draw an episode: a line a class, the support samples, and the queries with what they were taken for.
+
+    Args:
+        bank: the images.
+        episode: of positions in the bank.
+        answers: the label given to each query, int64 ``[queries]``; None: not solved yet.
+    """
+    way = min(episode.way, ROWS)
+    sides = []  # for support and queries, the positions in the labels' order and which of them are drawn
+    for labels, most in ((episode.support_labels, SUPPORT), (episode.query_labels, QUERIES)):
+        sides.append([torch.nonzero(labels == label).flatten()[:most] for label in range(way)])
+    columns = [max(map(len, side)) for side in sides]
+    side, gap = bank.images.shape[1], max(2, bank.images.shape[1] // 8)
+    cell = side + 2 * gap
+    canvas = np.full((way * cell, (sum(columns) + 1) * cell, bank.images.shape[3]), 255, dtype=np.uint8)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(0.55 * (sum(columns) + 1) + 2.4, 0.55 * way + 0.7), layout="constrained")
+        axes = figure.subplots()
+        for label in range(way):
+            for of, positions, start in zip(sides, (episode.support, episode.query), (0, columns[0] + 1), strict=True):
+                for column, sample in enumerate(of[label].tolist(), start):
+                    y, x = label * cell + gap, column * cell + gap
+                    canvas[y : y + side, x : x + side] = bank.images[positions[sample]].numpy()
+                    if positions is episode.query and answers is not None:
+                        _frame(axes, (x, y), side, gap, label, int(answers[sample]))
+        names = [_short(bank.names[of]) for of in classes_of(episode, bank.offsets[:-1])[:way]]
+        axes.imshow(np.broadcast_to(canvas, (*canvas.shape[:2], 3)), interpolation="nearest")
+        told = "queries"
+        if answers is not None:
+            right = int((answers == episode.query_labels.numpy()).sum())
+            told += f": {right} of {len(answers)} right; a thick frame: taken for the class of that number"
+        for text, start in (("support", 0), (told, columns[0] + 1)):
+            axes.text(start * cell + gap / 2, -gap, text, fontsize=9, va="bottom")
+        axes.set_yticks(
+            [(row + 0.5) * cell for row in range(way)],
+            [f"{name}  {row}" for row, name in enumerate(names, 1)],
+            fontsize=7,
+            parse_math=False,
+        )
+        axes.tick_params(length=0)
+        axes.set_xticks([])
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def draw_classes(met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequence[str]) -> Figure:
+    """Draw how well test classes were told apart: each from each other, or the hardest where there are many.
+
+    Args:
+        met: see ``meetings_of``.
+        taken: likewise.
+        names: of all test classes.
+    """
+    seen = np.flatnonzero(met.diagonal())
+    if len(seen) <= MATRIX:
+        return draw_confusion(met, taken, names, seen)
+    accuracies = 100 * taken.diagonal() / met.diagonal().clip(1)
+    order = seen[np.argsort(accuracies[seen], kind="stable")]
+    rows = order[:HARDEST].tolist()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 4.6), layout="constrained")
+        all_, hardest = figure.subplots(1, 2, width_ratios=(1, 1.1))
+        all_.plot(range(1, len(order) + 1), accuracies[order], color=COLOURS[0])
+        all_.set(title=f"all {len(order)} test classes", xlabel="class, hardest first", ylabel="accuracy, %")
+        all_.set_ylim(0, 103)
+        hardest.barh(range(len(rows)), accuracies[rows], color=COLOURS[0])
+        for row, of in enumerate(rows):
+            others = np.where(np.arange(len(names)) == of, -1, taken[of])
+            rival = names[int(others.argmax())] if others.max() > 0 else ""
+            hardest.text(101, row, _short(rival), va="center", fontsize=7, parse_math=False)
+        hardest.set_yticks(range(len(rows)), [_short(names[of]) for of in rows], fontsize=7, parse_math=False)
+        hardest.set(title="the hardest, and what each was most taken for", xlabel="accuracy, %", xlim=(0, 100))
+        hardest.set_ylim(len(rows) - 0.4, -0.6)
+    return figure
+
+
+def draw_confusion(
+    met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequence[str], classes: NDArray[np.int64]
+) -> Figure:
+    """Draw how often queries of some classes were taken for each other, of the times that both were in the episode.
+
+    Where two classes never met, nothing is drawn.
+
+    Args:
+        met: see ``meetings_of``.
+        taken: likewise.
+        names: of all classes.
+        classes: the numbers of those to draw, in their order.
+    """
+    shares = np.divide(taken, met, out=np.full(met.shape, np.nan), where=met > 0)[np.ix_(classes, classes)]
+    told = [_short(names[of]) for of in classes]
+    side = 0.24 * len(classes) + 2.6
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+        axes.set_xticks(range(len(told)), told, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(len(told)), told, fontsize=7, parse_math=False)
+        axes.set(xlabel="answered", ylabel="class of the query")
+        axes.grid(False)
+        figure.colorbar(image, shrink=0.7, label="share, of the times that both were in the episode")
+    return figure
+
+
+def _frame(axes: Axes, corner: tuple[int, int], side: int, gap: int, label: int, answer: int) -> None:
+    """Around a query, its colour and width telling right from wrong; a wrong answer beside it."""
+    wrong = answer != label
+    x, y = corner[0] - gap / 2, corner[1] - gap / 2
+    colour = COLOURS[1] if wrong else COLOURS[2]
+    axes.add_patch(
+        Rectangle((x, y), side + gap, side + gap, fill=False, edgecolor=colour, linewidth=3.5 if wrong else 0.8)
+    )
+    if wrong:
+        told = {"boxstyle": "square,pad=0.1", "facecolor": colour, "edgecolor": "none"}
+        axes.text(x, y, str(answer + 1), color="white", fontsize=9, ha="left", va="top", bbox=told)
+
+
+def _short(name: str) -> str:
+    """Enough of a name to tell it, from its end: alphabets come first in those of characters."""
+    return name if len(name) <= 22 else f"…{name[-21:]}"

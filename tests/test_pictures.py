@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from conftest import make_bank
+from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
+from fewshot.pictures import draw_classes, draw_confusion, draw_episode
+
+
+@pytest.mark.parametrize(("way", "channels"), [(3, 1), (12, 3)])
+def test_an_episode_is_drawn_with_its_wrong_answers(way, channels):
+    bank = make_bank({"test": [30] * way}, channels=channels)
+    episode = EpisodeDataset(bank, "test", way=way, shot=2, query=9, seed=0)[EpisodeNumber(0, 0)]
+    answers = episode.query_labels.numpy().copy()
+    answers[0] = 1
+    (axes,) = draw_episode(bank, episode, answers).axes
+    wrong, support, queries = (text.get_text() for text in axes.texts)
+    assert (wrong, support) == ("2", "support")
+    assert queries.startswith(f"queries: {len(answers) - 1} of {len(answers)} right")
+    assert sorted(patch.get_linewidth() for patch in axes.patches) == [0.8] * (min(way, 10) * 9 - 1) + [3.5]
+    (unsolved,) = draw_episode(bank, episode).axes
+    assert [text.get_text() for text in unsolved.texts] == ["support", "queries"] and not unsolved.patches
+
+
+def test_few_classes_are_set_against_each_other_and_many_by_their_accuracy():
+    for count, panels in ((5, 2), (40, 2)):
+        met = np.full((count, count), 4)
+        met[-1] = met[:, -1] = 0  # a class that was in no episode
+        taken = np.where(np.eye(count, dtype=bool), 3, 0) * (met > 0)
+        taken[0, 0], taken[0, 1] = 1, 3
+        figure = draw_classes(met, taken, [f"$class {number}" for number in range(count)])
+        assert len(figure.axes) == panels
+        figure.draw_without_rendering()
+        if count == 5:
+            assert figure.axes[0].images[0].get_array()[0].tolist() == [0.25, 0.75, 0, 0]
+        else:
+            assert "all 39 test classes" in figure.axes[0].get_title()
+            assert figure.axes[1].patches[0].get_width() == 25
+            assert figure.axes[1].texts[0].get_text() == "$class 1"
+
+
+def test_confusions_are_shares_of_the_times_that_two_classes_met():
+    met, taken = np.array([[2, 0, 2], [0, 2, 2], [2, 2, 4]]), np.array([[1, 0, 1], [0, 0, 2], [0, 0, 4]])
+    axes, _ = draw_confusion(met, taken, ["a", "b", "c"], np.array([2, 0, 1])).axes
+    expected = np.ma.masked_invalid([[1, 0, 0], [0.5, 0.5, np.nan], [1, np.nan, 0]])
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(-1), expected.filled(-1))
+    assert [of.get_text() for of in axes.get_yticklabels()] == ["c", "a", "b"]
