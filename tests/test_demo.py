@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -284,12 +285,23 @@ def served(run):
     """The address of the page, started as a user would."""
     gradio_or_skip()
     port = free_port()
-    command = [ROOT / "src" / "demo.py", f"checkpoint={run('protonet')}", f"port={port}", "max_images=3"]
-    with subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True) as server:
-        wait_for(port)
-        yield f"http://127.0.0.1:{port}"
-        server.send_signal(signal.SIGINT)
-        _, errors = server.communicate(timeout=60)
+    command = [
+        sys.executable,
+        ROOT / "src" / "demo.py",
+        f"checkpoint={run('protonet')}",
+        f"port={port}",
+        "max_images=3",
+    ]
+    # A shell has what it starts in the background ignore Ctrl-C, and these tests with it.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as server:  # noqa: PLW1509
+        try:
+            wait_for(port)
+            yield f"http://127.0.0.1:{port}"
+            server.send_signal(signal.SIGINT)
+            _, errors = server.communicate(timeout=60)
+        finally:
+            server.kill()
     assert server.returncode == 0 and not errors
 
 
@@ -312,7 +324,9 @@ class Tab:
         return self.browser.find_elements("css selector", selector)
 
     def texts(self, selector: str) -> list[str]:
-        return [of.text for of in self.all(selector)]
+        # In one go: what is found first may have been drawn anew before it is read.
+        script = "return [...document.querySelectorAll(arguments[0])].map(of => of.innerText.trim())"
+        return self.browser.execute_script(script, selector)
 
     def name(self, *keys: str) -> str:
         (box,) = self.all("textarea, input[type=text]")
@@ -346,10 +360,11 @@ def test_in_a_browser_files_are_answered_as_the_predictor_answers_them(browser, 
     tab.examples("letter 0", letters[0][:2], 2)
     tab.examples(ODD, [*letters[1][:2], b"no image"], 4)
     assert tab.texts(".class b") == ["letter 0", ODD]
-    assert tab.texts(".told p") == ["cannot read the image 2.png: not an image in a known format; replace or remove it"]
+    broken = "cannot read the image 2.png: not an image in a known format; replace or remove it"
+    tab.until(lambda: tab.texts(".told p") == [broken], "what is broken")
     tab.upload([letters[0][4]], 1)
-    tab.until(lambda: tab.all(".scores"), "the answer")
-    assert not tab.texts(".told p") and "distance: squared Euclidean" in tab.texts("small")[0]
+    tab.until(lambda: tab.all(".scores") and not tab.texts(".told p"), "the answer")
+    assert "distance: squared Euclidean" in tab.texts("small")[0]
 
     predictor = make_predictor(compose(f"checkpoint={run('protonet')}", name="demo"))
     support = {
@@ -386,10 +401,11 @@ def test_in_a_browser_drawings_are_classified_added_and_taken_out(browser, serve
     tab.all(".class")[0].click()
     tab.until(lambda: tab.name() == "letter 0", "the name")
     tab.upload(letters[0][2:4], 0)
-    tab.until(lambda: tab.texts(".told p") and "1.png is left out" in tab.texts(".told p")[0], "the limit")
-    assert len(tab.all(".class img")) == 4
+    tab.until(lambda: "1.png is left out" in " ".join(tab.texts(".told p")), "the limit")
+    tab.until(lambda: len(tab.all(".class img")) == 4, "the images within the limit")
     tab.all(".class button")[1].click()
     tab.until(lambda: tab.texts(".class b") == ["letter 0"], "the removal")
-    assert "a support set needs two classes" in tab.texts(".told p")[0] and not tab.all(".answer")
+    tab.until(lambda: "a support set needs two classes" in " ".join(tab.texts(".told p")), "why there is no answer")
+    tab.until(lambda: not tab.all(".answer"), "the end of the answer")
     next(of for of in tab.all("button") if of.text == "Start anew").click()
     tab.until(lambda: not tab.all(".class"), "the beginning")
