@@ -199,6 +199,30 @@ def test_a_directory_holds_one_run_and_one_at_a_time(run, tmp_path):
         train(compose(*run("run", "resume=auto")))
 
 
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda checkpoint: checkpoint["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda checkpoint: checkpoint["optimizer_states"][0]["param_groups"][0]["params"].pop(),
+        lambda checkpoint: checkpoint["optimizer_states"][0].pop("param_groups"),
+        lambda checkpoint: checkpoint["optimizer_states"].clear(),
+        lambda checkpoint: checkpoint["loops"].clear(),
+        lambda checkpoint: checkpoint["lr_schedulers"].clear(),
+        lambda checkpoint: checkpoint["callbacks"]["Record"].pop("random"),
+        lambda checkpoint: checkpoint["state_dict"].popitem(),
+    ],
+)
+def test_a_run_whose_checkpoint_was_tampered_with_is_refused_in_one_line(run, tmp_path, forge):
+    train(compose(*run("run", "method.halve_every=5")))
+    (tmp_path / "run" / "results.json").unlink()
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    forge(checkpoint)
+    torch.save(checkpoint, path)
+    with pytest.raises(FewShotError, match=f"the run cannot be gone on with: {path} is broken, or of another version"):
+        train(compose(*run("run", "method.halve_every=5", "resume=auto", "train.episodes=24")))
+
+
 def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
     here = tmp_path / "run"
     done = cli(*SHORT, "seed=5", "shot=2", f"hydra.run.dir={here}")

@@ -36,16 +36,19 @@ class Record(pl.Callback):
     Attributes:
         seconds: spent in training steps, validations left out.
         validations: each one's estimate, and the ``trained_episodes`` before it.
+        began: whether all is set up, and what a checkpoint holds is in its place.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.validations: list[dict[str, float]] = []
+        self.began = False
         self._since = 0.0
         self._random: list[torch.Tensor] | None = None
         self._warned = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        self.began = True
         if self._random is not None:  # now that all is set up again
             torch.set_rng_state(self._random[0])
             if self._random[1:] and torch.cuda.is_available():

@@ -27,7 +27,7 @@ from fewshot.config import ROOT, check
 from fewshot.dashboard import Dashboard, Log, log_hyperparameters
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, reason
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
 from fewshot.processes import as_one
@@ -101,8 +101,18 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         )
     from_here = last_checkpoint(run_dir) if checkpoint is not None else None
     with as_one(trainer, interruption.resume):
-        # Of a training that is complete already, this restores the state and no more.
-        trainer.fit(method, data, ckpt_path=from_here, weights_only=True)
+        try:
+            if checkpoint is not None:
+                _check_state(checkpoint, method)
+            # Of a training that is complete already, this restores the state and no more.
+            trainer.fit(method, data, ckpt_path=from_here, weights_only=True)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            if from_here is None or record.began:
+                raise
+            raise FewShotError(
+                f"the run cannot be gone on with: {from_here} is broken, or of another version: {reason(error)}; train "
+                "anew into another directory"
+            ) from error
         interruption.check(trainer)
         # The test restores the older state that the callbacks had at the best weights.
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
@@ -214,6 +224,24 @@ def _check_hardware(config: DictConfig, method: FewShotMethod, trainer: pl.Train
             f"hardware.devices={config.hardware.devices}: the jobs of a sweep (-m) have one process each; choose "
             "hardware.devices=1, or start the runs one by one"
         )
+
+
+def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
+    """Refuse a state that Lightning would leave out in silence, or PyTorch stumble over at the first step.
+
+    Raises:
+        ValueError: tells what does not fit the method.
+    """
+    shapes = {name: of.shape for name, of in method.state_dict().items()}
+    if {name: of.shape for name, of in checkpoint["state_dict"].items()} != shapes:
+        raise ValueError("its weights are not those of the method")
+    parameters = list(method.parameters())
+    (optimizer,) = checkpoint["optimizer_states"]
+    for number, moments in optimizer["state"].items():
+        if any(of.ndim and of.shape != parameters[number].shape for of in moments.values()):
+            raise ValueError(f"what Adam remembers of parameter {number} is not of its shape")
+    if len(checkpoint["lr_schedulers"]) != (method.halve_every is not None):
+        raise ValueError("the schedule of the learning rate is another one")
 
 
 @rank_zero_only
