@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from fewshot.callbacks import Answers
 from fewshot.config import TrainConfig, check
 from fewshot.data.bank import SPLITS
 from fewshot.data.datamodule import EpisodeDataModule
@@ -24,7 +24,7 @@ from fewshot.hardware import keep_freed_memory, machine
 from fewshot.pictures import draw_confusion
 from fewshot.runs import overrides, write_json
 from fewshot.trained import Trained, load_trained
-from fewshot.training import commit, make_data, make_trainer, versions
+from fewshot.training import make_data, make_trainer, outcome
 
 TASK = ("way", "shot", "query", "eval_seed")
 TOLD = 5  # classes that are printed
@@ -140,33 +140,13 @@ def solve(trained: Trained, asked: DictConfig, split: str = "test") -> Solved:
         FewShotError: more than one device is asked for, or the data are not there.
     """
     data = make_data(asked, partial(OneSplit, split))
-    collect = _Collect()
-    trainer = make_trainer(asked, collect)
+    kept = Answers()
+    trainer = make_trainer(asked, kept)
     if trainer.world_size > 1:
         raise FewShotError(f"hardware.devices={asked.hardware.devices}: a test runs on one, hardware.devices=1")
     trainer.loggers = []
     trainer.test(trained.method, data, verbose=False)
-    numbers = (EpisodeNumber(0, number) for number in range(asked.test.episodes))
-    answers = dict(zip(numbers, torch.cat(collect.answers).numpy(), strict=True))
-    return Solved(data, answers, trained.method.estimates["test"], trainer.strategy.root_device)
-
-
-class _Collect(pl.Callback):
-    """Keeps the answers, ``0..way-1``, in the order of the episodes."""
-
-    def __init__(self) -> None:
-        self.answers: list[torch.Tensor] = []
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        method: pl.LightningModule,  # noqa: ARG002
-        outputs: Any,
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
-        dataloader_idx: int = 0,  # noqa: ARG002
-    ) -> None:
-        self.answers.append(outputs.argmax(-1).cpu())
+    return Solved(data, kept.answers, trained.method.estimates["test"], trainer.strategy.root_device)
 
 
 def _asked(run: DictConfig, config: DictConfig) -> DictConfig:
@@ -206,21 +186,13 @@ def _results(trained: Trained, asked: DictConfig, config: DictConfig, estimate: 
     changes = [f"{key}={config[key]}" for key in TASK if config[key] is not None]
     changes += [f"test.episodes={config.episodes}"] if config.episodes is not None else []
     validations = record.get("validations", [])
-    return {
-        **asked.choices,
-        "distance": asked.choices.distance if "distance" in asked.method else None,  # MAML has none
-        **{key: asked[key] for key in ("way", "shot", "query")},
-        **estimate._asdict(),
+    return outcome(asked, estimate) | {
         "split": config.split,
         "checkpoint": str(trained.path),
         "val_accuracy": max((of["accuracy"] for of in validations), default=None),
-        "seed": asked.seed,
         "train_seconds": record.get("seconds"),
         "validations": validations,
-        "versions": versions(),
-        "commit": commit(),
         "overrides": [*overrides(run_dir), *changes],
-        "config": OmegaConf.to_container(asked),
     }
 
 

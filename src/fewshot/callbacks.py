@@ -1,4 +1,4 @@
-"""What a training run does beside training."""
+"""What a run does beside training and testing."""
 
 import signal
 import sys
@@ -7,12 +7,15 @@ import time
 from types import FrameType
 from typing import Any, Self
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.data.episodes import EpisodeNumber
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.methods.base import FewShotMethod
 
@@ -123,6 +126,34 @@ class Record(pl.Callback):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         of_all = dict(enumerate([state["random"], *state.get("random_elsewhere", [])]))
         self._random = of_all.get(rank)  # none where there were fewer processes
+
+
+class Answers(pl.Callback):
+    """Keeps what a method answers in a test, on its device until it is asked for."""
+
+    def __init__(self) -> None:
+        self._numbers: list[list[EpisodeNumber]] = []
+        self._labels: list[torch.Tensor] = []
+
+    @property
+    def answers(self) -> dict[EpisodeNumber, NDArray[np.int64]]:
+        """The label given to each query, int64 ``[queries]`` of ``0..way-1``, of each episode this process solved."""
+        labels = torch.cat(self._labels).cpu().numpy()
+        return dict(zip((number for batch in self._numbers for number in batch), labels, strict=True))
+
+    def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        self._numbers, self._labels = list(trainer.test_dataloaders.batch_sampler), []  # type: ignore[union-attr]
+
+    def on_test_batch_end(  # noqa: D102
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        method: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+        dataloader_idx: int = 0,  # noqa: ARG002
+    ) -> None:
+        self._labels.append(outputs.argmax(-1))
 
 
 class FiniteGradients(pl.Callback):

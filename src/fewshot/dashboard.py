@@ -13,8 +13,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
+from fewshot.callbacks import Answers
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.data.episodes import EpisodeNumber
 from fewshot.evaluation import meetings_of
 from fewshot.methods.base import FewShotMethod, MetricMethod
 from fewshot.pictures import draw_classes, draw_episode
@@ -31,7 +31,7 @@ class Log(TensorBoardLogger):
         super().log_metrics({key: value for key, value in metrics.items() if key != "epoch"}, step)
 
 
-class Dashboard(pl.Callback):
+class Dashboard(Answers):
     """Logs the learning rate while a run trains, and draws a few pictures when it is tested.
 
     Args:
@@ -40,9 +40,8 @@ class Dashboard(pl.Callback):
     """
 
     def __init__(self, pictures: bool) -> None:
+        super().__init__()
         self.pictures = pictures
-        self._numbers: list[list[EpisodeNumber]] = []
-        self._answers: dict[EpisodeNumber, torch.Tensor] = {}
 
     def on_before_optimizer_step(  # noqa: D102
         self,
@@ -53,26 +52,11 @@ class Dashboard(pl.Callback):
         if trainer.logger is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             trainer.logger.log_metrics({"train/learning_rate": optimizer.param_groups[0]["lr"]}, trainer.global_step)
 
-    def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
-        self._numbers, self._answers = list(trainer.test_dataloaders.batch_sampler), {}  # type: ignore[union-attr]
-
-    def on_test_batch_end(  # noqa: D102
-        self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        method: pl.LightningModule,  # noqa: ARG002
-        outputs: Any,
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,
-        dataloader_idx: int = 0,  # noqa: ARG002
-    ) -> None:
-        if self.pictures:
-            self._answers |= dict(zip(self._numbers[batch_idx], outputs.argmax(-1), strict=True))
-
     def on_test_end(self, trainer: pl.Trainer, method: FewShotMethod) -> None:  # type: ignore[override]  # noqa: D102
         if not self.pictures:
             return
         data: EpisodeDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        answers = {number: of.cpu().numpy() for number, of in self._answers.items()}
+        answers = self.answers
         meetings = torch.from_numpy(meetings_of(data.datasets["test"], answers)).to(trainer.strategy.root_device)
         met, taken = trainer.strategy.reduce(meetings, reduce_op="sum").cpu().numpy()
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):

@@ -28,6 +28,7 @@ from fewshot.dashboard import Dashboard, Log, log_hyperparameters
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError, reason
+from fewshot.evaluation import Estimate
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
 from fewshot.processes import as_one
@@ -119,28 +120,34 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
 
     validation = max(estimate["accuracy"] for estimate in validations)
-    results = {
-        **config.choices,
-        "distance": config.choices.distance if "distance" in config.method else None,  # MAML has none
-        **{key: config[key] for key in ("way", "shot", "query")},
-        **method.estimates["test"]._asdict(),
+    results = outcome(config, method.estimates["test"]) | {
         "val_accuracy": validation,
-        "seed": config.seed,
         "machine": machine(trainer.strategy.root_device, trainer.world_size),
         "meta_batch": data.meta_batch,
         "train_seconds": seconds,
         "train_episodes_per_second": config.train.episodes / seconds,
         "skipped_steps": skipped,
-        "versions": versions(),
-        "commit": commit(),
         "overrides": overrides(run_dir),
         "validations": validations,
-        "config": OmegaConf.to_container(config),
     }
     assert isinstance(trainer.logger, TensorBoardLogger)
     log_hyperparameters(trainer.logger, results, trainer.global_step)
     _report(results, run_dir)
     return validation
+
+
+def outcome(config: DictConfig, estimate: Estimate) -> dict[str, Any]:
+    """What a result tells of every test, whoever trained the weights: the task, the accuracy, and what made them."""
+    return {
+        **config.choices,
+        "distance": config.choices.distance if "distance" in config.method else None,  # MAML has none
+        **{key: config[key] for key in ("way", "shot", "query")},
+        **estimate._asdict(),
+        "seed": config.seed,
+        "versions": versions(),
+        "commit": commit(),
+        "config": OmegaConf.to_container(config),
+    }
 
 
 def make_data(config: DictConfig, kind: Callable[..., EpisodeDataModule] = EpisodeDataModule) -> EpisodeDataModule:
