@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 from fewshot.data.episodes import Episode
-from fewshot.encoders.batchnorm import use_batch_statistics
+from fewshot.encoders.adaptable import make_adaptable
 from fewshot.errors import FewShotError
 from fewshot.hardware import map_in_threads
 from fewshot.methods.base import Classifier, FewShotMethod, Optimization
@@ -96,7 +96,7 @@ class MAML(FewShotMethod):
         ]
         if wrong:
             raise FewShotError("; ".join(wrong))
-        use_batch_statistics(encoder)
+        make_adaptable(encoder, twice=order == 2)
         self.head = nn.Linear(int(encoder.features), way)  # type: ignore[arg-type]
         self.order, self.inner_learning_rate = order, inner_learning_rate
         self.inner_steps, self.test_inner_steps = inner_steps, test_inner_steps

@@ -5,7 +5,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import vmap
 from torch.nn.functional import batch_norm
 
-from fewshot.encoders.batchnorm import BatchStatisticsNorm2d, use_batch_statistics
+from fewshot.encoders.adaptable import BatchStatisticsNorm2d, DoubleBackwardConv2d, make_adaptable
 
 
 def make(channels=3, dtype=torch.float64):
@@ -79,10 +79,74 @@ def test_under_vmap_each_task_has_its_own_statistics_and_weights():
     )
 
 
-def test_every_batch_norm_is_replaced_and_shares_its_parameters():
-    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()), nn.BatchNorm2d(2))
+def convolution(dtype=torch.float64, **settings):
+    conv = nn.Conv2d(2, 3, dtype=dtype, **({"kernel_size": 3, "padding": 1} | settings))
+    return conv, DoubleBackwardConv2d(conv)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"stride": 2, "kernel_size": 2, "dilation": 2}])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_convolution_and_its_first_and_second_derivatives_are_right(settings, last):
+    torch.manual_seed(0)
+    conv, ours = convolution(**settings)
+    x = images(2, 2, 5, 4, last=last).requires_grad_()
+    torch.testing.assert_close(ours(x), conv(x))
+
+    def apply(x, *parameters):
+        return torch.func.functional_call(ours, dict(zip(("weight", "bias"), parameters, strict=False)), x)
+
+    assert gradcheck(apply, (x, *conv.parameters()))
+    assert gradgradcheck(apply, (x, *conv.parameters()))
+
+
+@pytest.mark.parametrize("of_x", [False, True])
+@pytest.mark.parametrize("asked", [["weight"], ["bias"], ["weight", "bias"]])
+def test_a_convolution_differentiates_twice_whatever_is_asked_for(of_x, asked):
+    torch.manual_seed(0)
+    found = []
+    conv, ours = convolution()
+    x = images(2, 2, 5, 4).requires_grad_(of_x)
+    for layer in (conv, ours):
+        inputs = [*([x] if of_x else []), *(getattr(conv, name) for name in asked)]
+        loss = layer(layer(x).repeat(1, 1, 1, 1)[:, :2]).pow(3).sum()
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(of.square().sum() for of in gradients), [conv.weight, conv.bias]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_convolution_takes_the_precision_of_autocast_as_pytorchs_does():
+    torch.manual_seed(0)
+    conv, ours = convolution(torch.float32)
+    x = torch.randn(2, 2, 5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(ours(x), conv(x), rtol=0, atol=0)
+    ours(x).sum().backward()
+    assert conv.weight.grad.dtype == torch.float32
+
+
+def test_a_convolution_under_vmap_has_weights_of_each_task():
+    torch.manual_seed(0)
+    _, ours = convolution()
+    x, weight, bias = torch.randn(4, 5, 2, 6, 6).double(), torch.randn(4, 3, 2, 3, 3).double(), torch.randn(3).double()
+
+    def apply(weight, x):
+        return torch.func.functional_call(ours, {"weight": weight, "bias": bias}, x)
+
+    alone = torch.stack([apply(of, one) for of, one in zip(weight, x, strict=True)])
+    torch.testing.assert_close(vmap(apply)(weight, x), alone)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_trained_layers_are_replaced_and_share_their_parameters(twice):
+    grouped, frozen = nn.Conv2d(2, 2, 3, groups=2), nn.BatchNorm2d(2).requires_grad_(False)
+    network = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()), nn.BatchNorm2d(2), grouped, frozen
+    )
     names, parameters = list(network.state_dict()), list(network.parameters())
-    use_batch_statistics(network)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    make_adaptable(network, twice)
+    convolution = DoubleBackwardConv2d if twice else nn.Conv2d
+    kinds = [type(layer) for layer in (network[0], network[1][0], network[2])]
+    assert kinds == [convolution, BatchStatisticsNorm2d, BatchStatisticsNorm2d]
+    assert network[3] is grouped and network[4] is frozen
     assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
     assert set(network.state_dict()) < set(names)
