@@ -139,7 +139,8 @@ class Answers(pl.Callback):
     def answers(self) -> dict[EpisodeNumber, NDArray[np.int64]]:
         """The label given to each query, int64 ``[queries]`` of ``0..way-1``, of each episode this process solved."""
         labels = torch.cat(self._labels).cpu().numpy()
-        return dict(zip((number for batch in self._numbers for number in batch), labels, strict=True))
+        solved = self._numbers[: len(self._labels)]  # a test may be cut short
+        return dict(zip((number for batch in solved for number in batch), labels, strict=True))
 
     def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self._numbers, self._labels = list(trainer.test_dataloaders.batch_sampler), []  # type: ignore[union-attr]
