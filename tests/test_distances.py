@@ -4,6 +4,8 @@ import torch
 from fewshot.distances import ScaledCosine, cosine, l2
 from fewshot.errors import FewShotError
 
+ONES = torch.ones(2, 3), torch.ones(4, 3)
+
 
 def loop_l2(query, point):
     return sum((a - b) ** 2 for a, b in zip(query, point, strict=True))
@@ -66,7 +68,14 @@ def test_scaled_cosine_is_cosine_times_its_factor_and_only_a_learnt_factor_moves
             assert not distance(queries, points).requires_grad
 
 
+def test_scaled_l2_is_l2_times_its_factor():
+    torch.manual_seed(0)
+    queries, points = torch.randn(4, 3), torch.randn(5, 3)
+    torch.testing.assert_close(l2(queries, points, scale=0.025), 0.025 * l2(queries, points))
+
+
 @pytest.mark.parametrize("scale", [0, -1.0])
-def test_a_factor_that_is_not_positive_is_refused(scale):
+@pytest.mark.parametrize("make", [lambda scale: ScaledCosine(scale, learn=False), lambda scale: l2(*ONES, scale=scale)])
+def test_a_factor_that_is_not_positive_is_refused(make, scale):
     with pytest.raises(FewShotError, match=rf"distance\.scale={scale} must be positive"):
-        ScaledCosine(scale, learn=False)
+        make(scale)

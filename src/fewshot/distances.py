@@ -13,20 +13,27 @@ from fewshot.errors import FewShotError
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def l2(queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+def l2(queries: torch.Tensor, points: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Squared Euclidean distance, the Bregman divergence of Snell et al. (arXiv 1703.05175, section 2.4).
 
     Args:
         queries: ``[queries, features]``.
         points: ``[points, features]``.
+        scale: a factor, positive. The distances of new embeddings differ by about the square root of their features
+            (``1 / features**0.5`` undoes it); where that is far more than 1, training first shrinks the embeddings
+            until all look alike.
 
     Returns:
         ``[queries, points]``; rounding can leave a distance of 0 slightly negative.
+
+    Raises:
+        FewShotError: the factor is not positive.
     """
+    _check(scale)
     queries, points = _full_precision(queries, points)
     with torch.autocast(queries.device.type, enabled=False):
         squares = queries.square().sum(1)[:, None] + points.square().sum(1)
-        return torch.addmm(squares, queries, points.T, alpha=-2)
+        return torch.addmm(squares, queries, points.T, alpha=-2 * scale, beta=scale)
 
 
 def cosine(queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -59,8 +66,7 @@ class ScaledCosine(nn.Module):
 
     def __init__(self, scale: float, learn: bool) -> None:
         super().__init__()
-        if scale <= 0:
-            raise FewShotError(f"distance.scale={scale} must be positive")
+        _check(scale)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -80,3 +86,8 @@ def _full_precision(queries: torch.Tensor, points: torch.Tensor) -> tuple[torch.
     """Half precision would lose small distances between large vectors."""
     wide = torch.promote_types(torch.promote_types(queries.dtype, points.dtype), torch.float32)
     return queries.to(wide), points.to(wide)
+
+
+def _check(scale: float) -> None:
+    if not scale > 0:
+        raise FewShotError(f"distance.scale={scale} must be positive")
