@@ -60,10 +60,12 @@ PUBLISHED = {
     "omniglot/maml_1st_20way_5shot": "train.meta_batch=16",
     "omniglot/maml_2nd_20way_5shot": "train.meta_batch=4 train.episodes=160000",
     "miniimagenet/protonet_5way_5shot": (
-        "train.way=20 train.shot=5 train.query=15 train.episodes=8000 method.halve_every=4000 "
+        "train.way=20 train.shot=5 train.query=15 train.episodes=8000 method.halve_every=4000 distance.scale=1.0 "
         "hardware.precision=32-true"
     ),
-    "miniimagenet/matching_l2_5way_1shot": "train.way=5 train.query=15 train.episodes=20000 method.halve_every=None",
+    "miniimagenet/matching_l2_5way_1shot": (
+        "train.way=5 train.query=15 train.episodes=20000 method.halve_every=None distance.scale=1.0"
+    ),
     "miniimagenet/matching_fce_cosine_5way_5shot": "train.shot=5 train.episodes=20000 method.unrolling_steps=2",
     "miniimagenet/maml_1st_5way_5shot": (
         "train.meta_batch=4 train.query=5 method.inner_steps=5 method.test_inner_steps=10 "
