@@ -160,7 +160,7 @@ def test_the_study_of_distances_runs_and_is_drawn(cli, tmp_path):
     done = cli("-m", study, *TINY, "dataset=glyphs", f"hydra.sweep.dir={runs}")
     assert done.returncode == 0, done.stderr
     found = [results_of(runs / str(number))["config"]["distance"] for number in range(7)]
-    assert sorted(of["scale"] for of in found if "scale" in of) == [5, 10, 10, 20, 40]
+    assert sorted(of["scale"] for of in found if "scale" in of) == [1, 5, 10, 10, 20, 40]
     drawn = cli("figure=distance_study", f"runs={runs}", f"out={tmp_path}", script="figure.py")
     assert drawn.returncode == 0, drawn.stderr
     assert len((tmp_path / "distance_study.md").read_text().splitlines()) == 2 + 7
