@@ -20,8 +20,7 @@ def l2(queries: torch.Tensor, points: torch.Tensor, scale: float = 1.0) -> torch
         queries: ``[queries, features]``.
         points: ``[points, features]``.
         scale: a factor, positive. The distances of new embeddings differ by about the square root of their features
-            (``1 / features**0.5`` undoes it); where that is far more than 1, training first shrinks the embeddings
-            until all look alike.
+            times the factor; where that is far more than 1, training first shrinks the embeddings until all look alike.
 
     Returns:
         ``[queries, points]``; rounding can leave a distance of 0 slightly negative.
@@ -29,7 +28,7 @@ def l2(queries: torch.Tensor, points: torch.Tensor, scale: float = 1.0) -> torch
     Raises:
         FewShotError: the factor is not positive.
     """
-    _check(scale)
+    _check_positive(scale)
     queries, points = _full_precision(queries, points)
     with torch.autocast(queries.device.type, enabled=False):
         squares = queries.square().sum(1)[:, None] + points.square().sum(1)
@@ -66,7 +65,7 @@ class ScaledCosine(nn.Module):
 
     def __init__(self, scale: float, learn: bool) -> None:
         super().__init__()
-        _check(scale)
+        _check_positive(scale)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -88,6 +87,6 @@ def _full_precision(queries: torch.Tensor, points: torch.Tensor) -> tuple[torch.
     return queries.to(wide), points.to(wide)
 
 
-def _check(scale: float) -> None:
+def _check_positive(scale: float) -> None:
     if not scale > 0:
         raise FewShotError(f"distance.scale={scale} must be positive")
