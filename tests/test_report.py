@@ -1,15 +1,17 @@
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fewshot import cli as command_line
 from fewshot.config import ROOT, compose
 from fewshot.errors import FewShotError
-from fewshot.report import CLOSING, OPENING, collect, refresh, report
+from fewshot.report import CLOSING, OPENING, collect, draw_curves, refresh, report
 from fewshot.results import by_settings, read_results
 
 CONFIG = compose(name="report")
@@ -111,7 +113,7 @@ def test_the_report_sets_ours_beside_the_published_and_leaves_empty_what_did_not
     write(tmp_path / "runs" / "x", result(seed=0, accuracy=0.99))
     write(tmp_path / "runs" / "y", result(seed=3, accuracy=0.98))
     write(tmp_path / "runs" / "z", result("miniimagenet/protonet_5way_5shot", accuracy=0.6, machine=None))
-    text, table, picture = write_report(tmp_path / "runs", tmp_path / "new" / "out")
+    text, table, picture, _ = write_report(tmp_path / "runs", tmp_path / "new" / "out")
     rows = [row for row in text.read_text().splitlines() if row.startswith("| ") and "method" not in row]
     ours = "98.50 ± 0.20 | 2 (98.00 to 99.00) | 1,000 | cpu | 4,000 | 10 min | 1"
     assert rows[1] == f"| Prototypical networks | 5-way 1-shot | 98.8 | 98.2 | {ours} |"
@@ -124,6 +126,32 @@ def test_the_report_sets_ours_beside_the_published_and_leaves_empty_what_did_not
     assert (values[0]["ours"], values[0]["lowest"], values[0]["seeds"]) == ("98.5", "98.0", "0 3")
     assert values[1]["published"] == "99.7" and not values[1]["ours"]
     assert Image.open(picture).width > 1500
+
+
+def test_the_cells_below_the_article_have_the_curves_of_their_trainings(tmp_path, monkeypatch):
+    curve = [{"trained_episodes": 10 * step, "accuracy": 0.9 + step / 100} for step in range(1, 5)]
+    write(tmp_path / "runs" / "above", result("omniglot/protonet_5way_5shot", accuracy=0.999))
+    short = write(tmp_path / "runs" / "short", result(accuracy=0.95, validations=curve))
+    write(
+        tmp_path / "runs" / "long", result(accuracy=0.99, overrides=["train.way=9"], config={"train": {"episodes": 7}})
+    )
+    written = write_report(tmp_path / "runs", tmp_path / "out", None)
+    assert "](curves.png)" in written[0].read_text()
+    lines = collect(read_results(str(tmp_path / "runs")), CONFIG.tables)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    assert draw_curves(lines, tmp_path / "curves.png")
+    monkeypatch.undo()
+    (panel,) = figures[0].axes
+    assert panel.get_title() == "Omniglot: Prototypical networks, 5-way 1-shot"
+    assert {text.get_text() for text in panel.get_legend().get_texts()} == {"cpu", "cpu, train.way=9"}
+    drawn = [line.get_xydata().tolist() for line in panel.lines]
+    assert [[10 * step, 90 + step] for step in range(1, 5)] in drawn
+    assert [[40, 95]] in drawn  # the test, at the best validation
+    shutil.rmtree(short)
+    written = write_report(tmp_path / "runs", tmp_path / "out", None)
+    assert "curves.png" not in written[0].read_text()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.csv", "report.md", "report.png"]
 
 
 def test_the_readme_has_the_cells_that_ran_and_nothing_else_of_it_changes(tmp_path):
@@ -153,7 +181,7 @@ def test_the_readme_of_this_project_tells_the_committed_results(tmp_path):
     copy = shutil.copy(page, tmp_path / "README.md")
     write_report(runs, tmp_path, copy)
     told = Path(copy).read_text().partition(OPENING)[2].partition(CLOSING)[0].strip()
-    assert told.replace("](report.png)", "](notebooks/results/reproduction/report.png)") == between
+    assert re.sub(r"\]\((\w+\.png)\)", r"](notebooks/results/reproduction/\1)", told) == between
 
 
 def test_the_command_takes_paths_first_from_any_directory_and_leaves_nothing_there(cli, tmp_path):

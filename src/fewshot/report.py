@@ -1,11 +1,13 @@
-"""The report: the accuracies of papers and article, and ours beside them, as Markdown, as CSV and as a figure."""
+"""The report: the accuracies of papers and article, and ours beside them, as Markdown, as CSV and as figures."""
 
 import csv
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -87,6 +89,11 @@ class Line:
         return ", ".join(filter(None, [self.runs[0].get("budget"), *changes]))
 
     @property
+    def is_below(self) -> bool:
+        """Whether ours is less than the article's."""
+        return self.ours is not None and self.article is not None and self.ours < self.article
+
+    @property
     def machine(self) -> str:
         """What the runs were made on, each machine once; empty where no run tells."""
         machines = [run.get("machine") or {} for run in self.runs]
@@ -118,15 +125,17 @@ def report(
     lines = collect(read_results(runs), tables)
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / f"report.{kind}" for kind in ("md", "csv", "png")]
-    written[0].write_text(f"# Results\n\n{markdown(lines, sources, written[2].name)}")
+    written = [folder / name for name in ("report.md", "report.csv", "report.png", "curves.png")]
+    written[0].write_text(f"# Results\n\n{markdown(lines, sources)}")
     written[1].write_text(as_csv(lines))
     titles = [table.title for table in tables.values()]
     draw([line for line in lines if line.dataset in titles], written[2])
+    if not draw_curves(lines, written[3]):
+        written.pop().unlink(missing_ok=True)  # of an earlier report
     if readme is not None:
         page = Path(readme).expanduser()
         ran = [line for line in lines if line.runs]
-        refresh(page, markdown(ran, sources, os.path.relpath(written[2], page.resolve().parent)))
+        refresh(page, markdown(ran, sources, os.path.relpath(folder, page.resolve().parent)))
         written.append(page)
     return written
 
@@ -162,13 +171,13 @@ def collect(results: Sequence[Result], tables: Mapping[str, Any]) -> list[Line]:
     return lines
 
 
-def markdown(lines: Sequence[Line], sources: Mapping[str, str], picture: str) -> str:
+def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = "") -> str:
     """The report's tables, one a data set, and what their columns mean.
 
     Args:
         lines: of the report.
         sources: see ``report``.
-        picture: the path of the figure, as a link from where the text is to stand.
+        folder: that of the figures, as a link from where the text is to stand.
     """
     machines = list(dict.fromkeys(line.machine for line in lines if line.machine))
     text = []
@@ -199,9 +208,17 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], picture: str) ->
         f"*Article*: {sources['article']}.",
         "",
         *(f"Machine {number}: {machine}.\n" for number, machine in enumerate(machines, 1)),
-        f"![Accuracy of each cell: published, of the article, and ours]({picture})",
+        f"![Accuracy of each cell: published, of the article, and ours]({Path(folder, 'report.png').as_posix()})",
         "",
     ]
+    if any(line.is_below for line in lines):
+        text += [
+            "How the training went of the cells that are below the article. Lines: validation; points: the test, with "
+            "its 95% interval, of the weights chosen; dotted: the article's test.",
+            "",
+            f"![Accuracy against training episodes, a panel a cell]({Path(folder, 'curves.png').as_posix()})",
+            "",
+        ]
     return "\n".join(text)
 
 
@@ -262,6 +279,46 @@ def _draw_panel(axes: Axes, lines: Sequence[Line]) -> None:
     axes.minorticks_off()
     axes.set_yticks(range(len(lines)), [f"{of.method}, {of.way}-way {of.shot}-shot" for of in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
+
+
+def draw_curves(lines: Sequence[Line], path: Path) -> bool:
+    """Draw how the cells below the article's figure came there, a panel a cell, in all their settings.
+
+    Returns:
+        Whether there are any, and so a figure.
+    """
+    below = list(dict.fromkeys(line.experiment for line in lines if line.is_below))
+    cells = [[line for line in lines if line.experiment == name and line.runs] for name in below]
+    if not cells:
+        return False
+    columns = min(3, len(cells))
+    rows = math.ceil(len(cells) / columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained")
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, of_cell in zip(panels, cells, strict=False):
+            _draw_curves(axes, of_cell)
+        for axes in panels[len(cells) :]:
+            axes.set_axis_off()
+        figure.savefig(path, dpi=150)
+    return True
+
+
+def _draw_curves(axes: Axes, lines: Sequence[Line]) -> None:
+    cell = lines[0]
+    assert cell.article is not None
+    axes.axhline(cell.article, color=COLOURS[4], linestyle=":")
+    for line, colour in zip(lines, cycle(COLOURS), strict=False):
+        for number, run in enumerate(line.runs):
+            trained = [of["trained_episodes"] for of in run["validations"]]
+            accuracies = [100 * of["accuracy"] for of in run["validations"]]
+            axes.plot(trained, accuracies, ".-", color=colour, label="" if number else line.budget)
+            if trained:
+                chosen = trained[accuracies.index(max(accuracies))]
+                axes.errorbar(chosen, 100 * run["accuracy"], 100 * run["ci95"], fmt="o", color=colour, capsize=2)
+    axes.set(xlabel="training episodes", ylabel="accuracy, %")
+    axes.set_title(f"{cell.dataset}: {cell.method}, {cell.way}-way {cell.shot}-shot", fontsize="medium")
+    axes.legend(fontsize="small", loc="lower right")
 
 
 def refresh(page: Path, text: str) -> None:
