@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from subprocess import Popen
 
 import pytorch_lightning as pl
+import torch
 
 from fewshot.errors import FewShotError
 
@@ -17,7 +18,7 @@ PATIENCE = 5.0  # seconds that one process gives another to end, and to be seen 
 def as_one(trainer: pl.Trainer, resume: str) -> Iterator[None]:
     """Around all that a trainer does: when it fails, the processes it has started on this machine end at once.
 
-    Those that torchrun or Slurm has started are ended by them.
+    Those that torchrun or Slurm has started are ended by them. The process group is left in any case.
 
     Args:
         trainer: whose processes are meant.
@@ -39,6 +40,10 @@ def as_one(trainer: pl.Trainer, resume: str) -> Iterator[None]:
         if told is None:
             raise
         raise FewShotError(f"{told}, and the run with it; go on with: {resume}") from error
+    finally:
+        # The threads of gloo abort a process that ends before them (PyTorch issue 190489); Lightning sees to NCCL only.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _gone(children: list[Popen[bytes]], parent: int) -> str | None:
