@@ -4,14 +4,14 @@ import hydra
 from omegaconf import DictConfig
 
 from fewshot import cli
-from fewshot.assessment import assess
+from fewshot.evaluation import evaluate
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 @cli.job
 def main(config: DictConfig) -> float:
     """Write the results into the folder ``out``; returns the accuracy."""
-    return assess(config)
+    return evaluate(config)
 
 
 if __name__ == "__main__":

@@ -1,77 +1,133 @@
+"""A checkpoint tested again."""
+
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from conftest import make_bank
-from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
-from fewshot.evaluation import EpisodeAccuracy, meetings_of
+from fewshot.config import compose
+from fewshot.errors import FewShotError
+from fewshot.evaluation import evaluate as run_evaluation
+from fewshot.metrics import paired_difference
+from fewshot.results import read_results
+from fewshot.training import train
 
-
-def episode(right: int, queries: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    labels = torch.zeros(1, queries, dtype=torch.int64)
-    logits = torch.tensor([[1.0, 0.0]]).repeat(1, queries, 1)
-    logits[0, right:] = torch.tensor([0.0, 1.0])
-    return logits, labels
-
-
-def test_the_estimate_is_the_mean_over_episodes_with_its_normal_interval():
-    counts = [10, 7, 3, 9, 9, 0]
-    metric = EpisodeAccuracy()
-    for right in counts:
-        metric.update(*episode(right))
-    estimate, accuracies = metric.compute(), np.array(counts) / 10
-    assert estimate.accuracy == pytest.approx(accuracies.mean(), rel=1e-15)
-    assert estimate.ci95 == pytest.approx(1.96 * accuracies.std(ddof=1) / np.sqrt(6), rel=1e-12)
-    assert estimate.episodes == 6
+TINY = ["train.episodes=2", "train.way=5", "query=4", "encoder.filters=8", "val.episodes=3", "test.episodes=23"]
+METHODS = {
+    "protonet": ["method=protonet", "seed=1"],
+    "matching_fce": ["method=matching_fce", "hardware.precision=64-true"],
+    "maml": ["method=maml", "train.meta_batch=2", "hardware.precision=bf16-mixed"],
+}
 
 
-def test_the_interval_covers_the_truth_about_95_times_in_100():
-    random, covered = np.random.default_rng(0), 0
-    for _ in range(400):
-        metric = EpisodeAccuracy()
-        for right in random.binomial(10, random.beta(8, 2, 60)):
-            metric.update(*episode(int(right)))
-        estimate = metric.compute()
-        covered += abs(estimate.accuracy - 0.8) <= estimate.ci95
-    assert 0.91 <= covered / 400 <= 0.98
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache_dir):
+    """Trains each method once, a little; returns the directory of its run."""
+    runs = {}
+
+    def of(method: str, *more: str):
+        key = (method, *more)
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp(method)
+            train(compose(*METHODS[method], *TINY, *more, f"run_dir={runs[key]}", f"cache_dir={cache_dir}"))
+        return runs[key]
+
+    return of
 
 
-def test_it_does_not_matter_how_episodes_are_spread_over_processes():
-    counts = np.random.default_rng(1).integers(0, 11, 101)
-    whole, *shares = [EpisodeAccuracy() for _ in range(4)]
-    for number, right in enumerate(counts):
-        whole.update(*episode(int(right)))
-        shares[number % 3].update(*episode(int(right)))
-    for state in ("right", "right_squared", "episodes", "queries"):
-        setattr(shares[0], state, sum(getattr(share, state) for share in shares))
-    assert shares[0].compute() == whole.compute()
+@pytest.fixture
+def evaluate(cache_dir, tmp_path):
+    """Runs the evaluation; returns what it wrote."""
+
+    def act(run_dir, *overrides: str, written: str = "results.json"):
+        out = tmp_path / "out"
+        run_evaluation(
+            compose(f"checkpoint={run_dir}", f"out={out}", f"cache_dir={cache_dir}", *overrides, name="evaluate")
+        )
+        return json.loads((out / written).read_text())
+
+    return act
 
 
-def test_episodes_count_alike_one_by_one_and_together():
-    episodes = [episode(right) for right in (3, 10, 0, 7)]
-    single, together = EpisodeAccuracy(), EpisodeAccuracy()
-    for one in episodes:
-        single.update(*one)
-    together.update(*(torch.cat(of) for of in zip(*episodes, strict=True)))
-    assert together.compute() == single.compute()
+@pytest.mark.parametrize("method", METHODS)
+def test_as_the_run_was_tested_the_accuracy_is_the_same_to_the_last_digit(run, evaluate, tmp_path, method):
+    trained = json.loads((run(method) / "results.json").read_text())
+    tested = evaluate(run(method))
+    same = ("accuracy", "ci95", "episodes", "dataset", "method", "distance", "encoder", "way", "shot", "query", "seed")
+    assert {key: tested[key] for key in same} == {key: trained[key] for key in same}
+    assert tested["validations"] == trained["validations"] and tested["val_accuracy"] == trained["val_accuracy"]
+    assert len(read_results([str(tmp_path / "out"), str(run(method))])) == 2  # as the report reads them
+    assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 300
 
 
-def test_all_right_has_no_width_and_one_episode_has_no_interval():
-    metric = EpisodeAccuracy()
-    metric.update(*episode(10))
-    assert np.isnan(metric.compute().ci95)
-    metric.update(*episode(10))
-    assert metric.compute() == (1.0, 0.0, 2)
+def test_another_task_and_another_split(run, evaluate):
+    config = ["way=3", "shot=2", "query=2", "episodes=5", "eval_seed=7"]
+    tested = evaluate(run("maml"), *config)
+    assert [tested[key] for key in ("way", "shot", "query", "episodes")] == [3, 2, 2, 5]
+    assert tested["config"]["eval_seed"] == 7 and tested["overrides"][-1] == "test.episodes=5"
+    assert evaluate(run("protonet"), "way=30", "episodes=2")["way"] == 30
+    # The validation of the run, once more.
+    best = max(of["accuracy"] for of in tested["validations"])
+    validated = evaluate(run("maml"), "split=val", "episodes=3", written="results_val.json")
+    assert validated["accuracy"] == best and validated["split"] == "val"
+    listed = json.loads((run("maml") / "classes.json").read_text())
+    assert set(validated["classes"]) <= set(listed["val"]) and set(tested["classes"]) <= set(listed["test"])
 
 
-def test_meetings_count_each_query_with_every_class_of_its_episode():
-    bank = make_bank({"train": [4] * 2, "test": [4] * 5})
-    dataset, number = EpisodeDataset(bank, "test", way=3, shot=1, query=2, seed=0), EpisodeNumber(0, 3)
-    of_class = [position // 4 - 2 for position in dataset[number].query[::2].tolist()]
-    met, taken = meetings_of(dataset, {number: np.array([0, 1, 1, 1, 2, 0])})
-    expected = np.zeros((5, 5), dtype=int)
-    expected[np.ix_(of_class, of_class)] = 2
-    assert met.tolist() == expected.tolist()
-    a, b, c = of_class
-    assert (taken[a, a], taken[a, b], taken[b, b], taken[c, c], taken[c, a]) == (1, 1, 2, 1, 1)
-    assert taken.sum() == 6
+def test_the_classes_accuracies_make_up_the_whole(run, evaluate):
+    tested = evaluate(run("protonet"), "episodes=200")
+    assert np.mean(list(tested["classes"].values())) == pytest.approx(tested["accuracy"], abs=0.03)
+
+
+def test_two_checkpoints_meet_the_same_episodes(run, evaluate, capsys):
+    alone = evaluate(run("protonet"), "way=4")
+    other = evaluate(run("matching_fce"), "way=4", "hardware.precision=32-true")
+    both = evaluate(run("protonet"), f"against={run('matching_fce')}", "way=4", "hardware.precision=32-true")
+    assert (both["accuracy"], both["against"]["accuracy"]) == (alone["accuracy"], other["accuracy"])
+    assert both["difference"]["mean"] == pytest.approx(alone["accuracy"] - other["accuracy"])
+    assert both["difference"]["episodes"] == 23
+    assert "first - second, episode by episode" in capsys.readouterr().out
+    same = evaluate(run("protonet"), f"against={run('protonet')}")["difference"]
+    assert (same["mean"], same["ci95"]) == (0, 0)
+
+
+def test_a_paired_difference_is_that_of_the_episodes():
+    right, others = np.array([5, 9, 7, 10]), np.array([4, 9, 5, 9])
+    found = paired_difference(right, others, 10)
+    assert found.accuracy == pytest.approx(0.1) and found.episodes == 4
+    assert found.ci95 == pytest.approx(1.96 * np.std([0.1, 0, 0.2, 0.1], ddof=1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["checkpoint=null"], "no checkpoint is named"),
+        (["split=rest"], "split=rest must be train, val or test"),
+        (["way=1"], "way=1 must be at least 2"),
+        (["episodes=1"], "test.episodes=1 must be at least 2"),
+        (["way=9999"], "way=9999 is more than the"),
+        (["pictured=none"], "pictured=none must be a whole number"),
+        (["hardware=cpu", "hardware.devices=2"], "a test runs on one"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(run, evaluate, overrides, told):
+    with pytest.raises(FewShotError) as caught:
+        evaluate(run("protonet"), *overrides)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_runs_on_other_classes_are_not_compared(run, evaluate):
+    other = run("protonet", "dataset.source.seed=3")
+    with pytest.raises(FewShotError, match=r"cannot be compared: .*\(dataset\.source\.seed\)"):
+        evaluate(run("protonet"), f"against={other}")
+
+
+def test_the_command_tests(cli, run, tmp_path):
+    told = cli(f"checkpoint={run('protonet')}", "episodes=2", f"out={tmp_path / 'out'}", script="evaluate.py")
+    assert told.returncode == 0, told.stderr
+    assert "lowest: " in told.stdout and (tmp_path / "out" / "results.json").exists()
+    wrong = cli(f"checkpoint={run('protonet')}", "way=five", script="evaluate.py")
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "five" in wrong.stderr
+    assert torch.load(run("protonet") / "checkpoints" / "best.ckpt", weights_only=True)

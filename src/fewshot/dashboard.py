@@ -15,8 +15,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from fewshot.callbacks import Answers
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.evaluation import meetings_of
 from fewshot.methods.base import FewShotMethod, MetricMethod
+from fewshot.metrics import meetings_of
 from fewshot.pictures import draw_classes, draw_episode
 from fewshot.results import Result
 

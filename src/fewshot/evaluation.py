@@ -1,105 +1,215 @@
-"""Accuracy over episodes, with its confidence interval."""
+"""Test the weights of a checkpoint: at any way and shot, class by class, and against those of another."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchmetrics import Metric
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
 
-from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, classes_of
+from fewshot.callbacks import Answers
+from fewshot.config import TrainConfig, check
+from fewshot.data.bank import SPLITS
+from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
+from fewshot.errors import FewShotError
+from fewshot.hardware import keep_freed_memory, machine
+from fewshot.metrics import Estimate, meetings_of, paired_difference
+from fewshot.pictures import draw_confusion
+from fewshot.runs import overrides, write_json
+from fewshot.trained import Trained, load_trained
+from fewshot.training import make_data, make_trainer, outcome
+
+TASK = ("way", "shot", "query", "eval_seed")
+TOLD = 5  # classes that are printed
 
 
-class Estimate(NamedTuple):
-    """A mean over episodes.
+class OneSplit(EpisodeDataModule):
+    """Serves the episodes of one split as those of the test, and looks at no other.
+
+    Args:
+        split: "train", "val" or "test".
+        dataset: see ``EpisodeDataModule``.
+        settings: likewise.
+    """
+
+    def __init__(self, split: str, dataset: DictConfig, **settings: Any) -> None:
+        super().__init__(dataset, **settings)
+        self.split = split
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Check the split against what is asked of it."""
+        self.datasets = {"test": EpisodeDataset(self.bank, self.split, **self.episode)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a method predicted in the episodes of a split.
 
     Attributes:
-        accuracy: the mean of the episodes' accuracies, a fraction.
-        ci95: half the width of its 95% confidence interval, a fraction.
-        episodes: how many.
+        data: the data module that served them as test episodes.
+        answers: the label predicted for each query of each episode, int64 ``[queries]``.
+        estimate: the accuracy.
+        device: the device that the method ran on.
     """
 
-    accuracy: float
-    ci95: float
-    episodes: int
+    data: EpisodeDataModule
+    answers: dict[EpisodeNumber, NDArray[np.int64]]
+    estimate: Estimate
+    device: torch.device
+
+    @property
+    def right(self) -> NDArray[np.int64]:
+        """Right answers, int64 ``[episodes]``."""
+        return (np.stack(list(self.answers.values())) == self.data.datasets["test"].query_labels.numpy()).sum(1)
 
 
-class EpisodeAccuracy(Metric):
-    """Mean accuracy of episodes that all have the same number of queries, with a 95% confidence interval.
+def evaluate(config: DictConfig) -> float:
+    """Test the weights of a checkpoint, and write ``results.json`` and ``confusion.png``.
 
-    The interval is the normal one over episodes, 1.96 s / sqrt(n) with s the sample standard deviation, as few-shot
-    papers report it. Only counts are summed, so however the episodes are spread over processes, and in whatever
-    order, the estimate is the same to the last bit.
-    """
-
-    full_state_update = False
-    right: torch.Tensor
-    right_squared: torch.Tensor
-    episodes: torch.Tensor
-    queries: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for state in ("right", "right_squared", "episodes", "queries"):
-            self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count some episodes.
-
-        Args:
-            logits: ``[episodes, queries, way]``.
-            labels: int64 ``[episodes, queries]``.
-        """
-        right = (logits.argmax(2) == labels).sum(1)
-        self.right += right.sum()
-        self.right_squared += right.square().sum()
-        self.episodes += len(labels)
-        self.queries += labels.numel()
-
-    def compute(self) -> Estimate:
-        """The estimate over all episodes counted since the last reset."""
-        right, squared = int(self.right), int(self.right_squared)
-        n, queries = int(self.episodes), int(self.queries)
-        per_episode = queries / n
-        # The sample variance of the counts, exact until this one division.
-        variance = (n * squared - right * right) / (n * (n - 1)) if n > 1 else float("nan")
-        return Estimate(right / queries, 1.96 * variance**0.5 / n**0.5 / per_episode, n)
-
-
-def paired_difference(right: NDArray[np.int64], others: NDArray[np.int64], queries: int) -> Estimate:
-    """The mean difference of two methods' accuracies on the same episodes, with its 95% confidence interval.
-
-    Episodes differ in difficulty far more than good methods do, and what they share falls out of a difference: its
-    interval is narrower than those of the two accuracies would make believe.
+    The episodes are those of the run's own test, if nothing else is asked for: the accuracy is then the same to the
+    last digit.
 
     Args:
-        right: the right answers of one method in each episode, int64 ``[episodes]``.
-        others: those of the other.
-        queries: of each episode.
-    """
-    difference = (right - others) / queries
-    spread = float(difference.std(ddof=1)) if len(difference) > 1 else float("nan")
-    return Estimate(float(difference.mean()), 1.96 * spread / len(difference) ** 0.5, len(difference))
-
-
-def meetings_of(dataset: EpisodeDataset, answers: Mapping[EpisodeNumber, NDArray[np.int64]]) -> NDArray[np.int64]:
-    """How often classes met, and were taken for each other.
-
-    Args:
-        dataset: the episodes of a split.
-        answers: for each episode the label given to each query, int64 ``[queries]``.
+        config: the composed ``conf/evaluate.yaml``.
 
     Returns:
-        int64 ``[2, classes, classes]``: for the class of a query and another one the times that both were in the
-        episode, and the times that the other one was the answer.
+        The accuracy, a fraction.
+
+    Raises:
+        FewShotError: a checkpoint is broken, a number is out of range, or the data are not there; or the other
+            checkpoint was trained on another choice of classes, so that the two cannot be compared.
     """
-    count = len(dataset.first)
-    meetings = np.zeros((2, count, count), dtype=np.int64)
-    for number, given in answers.items():
-        episode = dataset[number]
-        classes = classes_of(episode, dataset.first)
-        truth = classes[episode.query_labels.numpy()]
-        np.add.at(meetings[0], (truth[:, None], classes[None]), 1)
-        np.add.at(meetings[1], (truth, classes[given]), 1)
-    return meetings
+    OmegaConf.resolve(config)
+    if config.checkpoint is None:
+        raise FewShotError("no checkpoint is named; name the directory of a run by checkpoint=RUN_DIR")
+    if config.split not in SPLITS:
+        raise FewShotError(f"split={config.split} must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
+    if not isinstance(config.pictured, int) or config.pictured < 1:
+        raise FewShotError(f"pictured={config.pictured} must be a whole number of at least 1")
+    trained = [load_trained(place) for place in (config.checkpoint, config.against) if place is not None]
+    asked = [_asked(of.config, config) for of in trained]
+    for other in asked[1:]:
+        _comparable(asked[0], other)
+        for key in (*TASK, "test"):
+            other[key] = asked[0][key]
+    for one in asked:
+        check(one)
+    keep_freed_memory()
+    own, *others = (evaluate_split(run, task, config.split) for run, task in zip(trained, asked, strict=True))
+
+    out = Path(config.out).expanduser()
+    dataset, names = own.data.datasets["test"], own.data.bank.class_names(config.split)
+    met, taken = meetings_of(dataset, own.answers)
+    results = _results(trained[0], asked[0], config, own.estimate) | {"machine": machine(own.device)}
+    seen = np.flatnonzero(met.diagonal())
+    accuracies = taken.diagonal()[seen] / met.diagonal()[seen]
+    results["classes"] = {names[of]: accuracy for of, accuracy in zip(seen, accuracies.tolist(), strict=True)}
+    for rival, theirs in zip(trained[1:], others, strict=True):
+        difference = paired_difference(own.right, theirs.right, len(dataset.query_labels))
+        results |= {
+            "against": {"checkpoint": str(rival.path), **theirs.estimate._asdict()},
+            "difference": {"mean": difference.accuracy, "ci95": difference.ci95, "episodes": difference.episodes},
+        }
+    # The report counts what is called results.json as the accuracy on test classes.
+    written = out / ("results.json" if config.split == "test" else f"results_{config.split}.json")
+    write_json(written, results)
+    worst = seen[np.argsort(accuracies, kind="stable")]
+    picture = out / "confusion.png"
+    draw_confusion(met, taken, names, worst[: config.pictured]).savefig(picture, dpi=120)
+    _tell(results, [names[of] for of in worst[:TOLD]])
+    print(written, picture, sep="\n")
+    return own.estimate.accuracy
+
+
+def evaluate_split(trained: Trained, config: DictConfig, split: str = "test") -> Evaluation:
+    """Evaluate a trained method on ``test.episodes`` episodes of a split.
+
+    Args:
+        trained: the method.
+        config: the configuration of its run, with any way, shot, query, ``eval_seed`` and ``test.episodes``.
+        split: "train", "val" or "test".
+
+    Raises:
+        FewShotError: ``config`` asks for more than one device, or the data are not there.
+    """
+    data = make_data(config, partial(OneSplit, split))
+    kept = Answers()
+    trainer = make_trainer(config, kept)
+    if trainer.world_size > 1:
+        raise FewShotError(f"hardware.devices={config.hardware.devices}: a test runs on one, hardware.devices=1")
+    trainer.loggers = []
+    trainer.test(trained.method, data, verbose=False)
+    return Evaluation(data, kept.answers, trained.method.estimates["test"], trainer.strategy.root_device)
+
+
+def _asked(run: DictConfig, config: DictConfig) -> DictConfig:
+    """The configuration of a run, with what is asked for in place of what it had."""
+    asked = OmegaConf.merge(OmegaConf.structured(TrainConfig), run)
+    assert isinstance(asked, DictConfig)
+    for key in TASK:
+        if config[key] is not None:
+            asked[key] = config[key]
+    if config.episodes is not None:
+        asked.test.episodes = config.episodes
+    if config.data_dir is not None and "data_dir" in asked.dataset.source:
+        asked.dataset.source.data_dir = config.data_dir
+    precision = config.hardware.precision or run.hardware.precision
+    asked.hardware = OmegaConf.merge(config.hardware, {"precision": precision})
+    asked.cache_dir, asked.run_dir = config.cache_dir, config.out
+    return asked
+
+
+def _comparable(one: DictConfig, other: DictConfig) -> None:
+    """Refuse to compare on classes that one of the two may have been trained on."""
+    free = ("data_dir", "size", "channels")  # what may differ
+    sources = [{key: value for key, value in of.dataset.source.items() if key not in free} for of in (one, other)]
+    if sources[0] != sources[1]:
+        differ = [key for key in {**sources[0], **sources[1]} if sources[0].get(key) != sources[1].get(key)]
+        raise FewShotError(
+            f"the two checkpoints cannot be compared: they were trained on other data or other classes "
+            f"(dataset.source.{', dataset.source.'.join(map(str, differ))}), so that one may know what the other is "
+            "tested on"
+        )
+
+
+def _results(trained: Trained, asked: DictConfig, config: DictConfig, estimate: Estimate) -> dict[str, Any]:
+    """What ``fewshot.training`` writes of a run, of this test."""
+    record = trained.checkpoint.get("callbacks", {}).get("Record", {})
+    run_dir = trained.path.parents[1] if len(trained.path.parents) > 1 else trained.path.parent
+    changes = [f"{key}={config[key]}" for key in TASK if config[key] is not None]
+    changes += [f"test.episodes={config.episodes}"] if config.episodes is not None else []
+    validations = record.get("validations", [])
+    return outcome(asked, estimate) | {
+        "split": config.split,
+        "checkpoint": str(trained.path),
+        "val_accuracy": max((of["accuracy"] for of in validations), default=None),
+        "train_seconds": record.get("seconds"),
+        "validations": validations,
+        "overrides": [*overrides(run_dir), *changes],
+    }
+
+
+def _tell(results: dict[str, Any], worst: Sequence[str]) -> None:
+    task = f"{results['way']}-way {results['shot']}-shot"
+    table = Table(title=f"{task} accuracy on {results['split']} classes, with its 95% interval")
+    for column in ("checkpoint", "accuracy", "episodes"):
+        table.add_column(column, overflow="fold")
+    for of in (results, results.get("against")):
+        if of is not None:
+            table.add_row(of["checkpoint"], f"{of['accuracy']:.2%} ± {of['ci95']:.2%}", f"{of['episodes']:,}")
+    Console().print(table)
+    if "difference" in results:
+        difference = results["difference"]
+        mean, ci95 = difference["mean"], difference["ci95"]
+        verdict = (
+            "no difference is shown" if abs(mean) <= ci95 else f"the {'first' if mean > 0 else 'second'} is better"
+        )
+        print(f"first - second, episode by episode: {100 * mean:+.2f} ± {100 * ci95:.2f} points: {verdict}")
+    print("lowest: " + ", ".join(f"{name} {results['classes'][name]:.1%}" for name in worst))

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from PIL import Image
 
-from fewshot.assessment import solve
 from fewshot.benchmarks.contest import Contest, Entrant, run
 from fewshot.benchmarks.maml import TASK, TASK_KEYS, make_maml, make_tasks, ours
 from fewshot.benchmarks.profile import KINDS_AND_ELSE, convolution_peak, profile_step
@@ -28,6 +27,7 @@ from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import Episode, EpisodeNumber, classes_of
 from fewshot.distances import l2
 from fewshot.errors import FewShotError
+from fewshot.evaluation import evaluate_split
 from fewshot.hardware import keep_freed_memory
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.maml import MAML, total_cross_entropy
@@ -189,9 +189,9 @@ def intervals(run: str | None, episodes: int, out: Path) -> list[Path]:
         raise FewShotError(f"figure.episodes={episodes} must be at least 2: an interval needs two")
     trained, _ = _open(run)
     trained.config.test.episodes = episodes
-    solved = solve(trained, trained.config)
-    queries = len(solved.data.datasets["test"].query_labels)
-    accuracies = 100 * solved.right / queries
+    evaluation = evaluate_split(trained, trained.config)
+    queries = len(evaluation.data.datasets["test"].query_labels)
+    accuracies = 100 * evaluation.right / queries
     counts = np.arange(2, episodes + 1)
     sums, squares = np.cumsum(accuracies)[1:], np.cumsum(accuracies**2)[1:]
     means_, spreads = sums / counts, np.sqrt(np.maximum(squares - sums**2 / counts, 0) / (counts - 1))

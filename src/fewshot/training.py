@@ -28,9 +28,9 @@ from fewshot.dashboard import Dashboard, Log, log_hyperparameters
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError, reason
-from fewshot.evaluation import Estimate
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
+from fewshot.metrics import Estimate
 from fewshot.processes import as_one
 from fewshot.runs import (
     best_checkpoint,

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from fewshot.data.episodes import Episode
 from fewshot.distances import Distance
 from fewshot.errors import FewShotError
-from fewshot.evaluation import EpisodeAccuracy, Estimate
+from fewshot.metrics import EpisodeAccuracy, Estimate
 
 Classifier = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to logits [images, way]
 
