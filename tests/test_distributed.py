@@ -43,10 +43,11 @@ CASES = {
     "matching_fce": ["method=matching_fce", *UNEVEN],
     "maml": ["method=maml", *UNEVEN],
     "maml_1st": ["method=maml", "method.order=1", "method.clip_norm=0.1", *UNEVEN],
+    # One step: the next one starts from what Adam makes of rounded gradients.
     "protonet_in_bfloat16": [
         "method=protonet",
         "train.meta_batch=2",
-        "train.episodes=4",
+        "train.episodes=2",
         "hardware.precision=bf16-mixed",
     ],
 }
@@ -66,7 +67,16 @@ class Gradients(pl.Callback):
 
 
 def learn(overrides):
-    """Test what is untrained, then train and validate."""
+    """Test what is untrained, then train and validate, on one thread: how sums are rounded depends on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return learn_on_this_thread(overrides)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def learn_on_this_thread(overrides):
     config = compose(*SMALL, *overrides)
     method, data, record, gradients = make_method(config), make_data(config), Record(), Gradients()
     trainer = make_trainer(config, record, gradients)
@@ -127,15 +137,17 @@ def test_a_step_of_two_processes_is_that_of_one_on_all_their_episodes(found, nam
     alone = [of for of in CASES[name] if "accumulate" not in of]
     expected = learn([*alone, "hardware=cpu", f"run_dir={tmp_path}", f"cache_dir={cache_dir}"])
     assert first["test"] == expected["test"] and first["test"][2] == 7
-    assert len(first["gradients"]) == len(expected["gradients"]) == 2
-    assert max(gradient.abs().max() for gradient in first["gradients"][1].values()) > 1e-3
+    assert len(first["gradients"]) == len(expected["gradients"]) == (1 if "bfloat16" in name else 2)
+    assert max(gradient.abs().max() for gradient in first["gradients"][-1].values()) > 1e-3
     for ours, of_one in zip(first["gradients"], expected["gradients"], strict=True):
         found_all, expected_all = (
             torch.cat([of.flatten() for of in determined(gradients).values()]) for gradients in (ours, of_one)
         )
-        # bfloat16 has two to three digits, and how sums of it are rounded depends on the number of threads.
-        near = 0.1 if "bfloat16" in name else 1e-9
-        assert (found_all - expected_all).norm() < near * expected_all.norm()
+        # The gradient of one episode is the same in both, bit for bit. Only the sum over the two episodes is rounded
+        # differently: two processes add in float32, and one may add in bfloat16, whose significand has 8 bits. That
+        # is one rounding of each number, by at most 2^-8 of it.
+        near = 2**-8 if "bfloat16" in name else 1e-9
+        assert (found_all - expected_all).norm() <= near * expected_all.norm()
     if "bfloat16" not in name:  # Adam makes whole steps of the smallest differences
         torch.testing.assert_close(determined(first["weights"]), determined(expected["weights"]), rtol=0, atol=1e-8)
 
