@@ -2,7 +2,8 @@ import pickle
 
 import pytest
 
-from fewshot.errors import LONGEST, FewShotError, printable
+from fewshot.errors import FewShotError
+from fewshot.text import LONGEST, for_terminal
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,7 @@ from fewshot.errors import LONGEST, FewShotError, printable
     ],
 )
 def test_a_message_is_one_line_that_cannot_steer_the_terminal(text, shown):
-    assert printable(text) == str(FewShotError(text)) == shown
+    assert for_terminal(text) == str(FewShotError(text)) == shown
     str(FewShotError(text)).encode()
 
 

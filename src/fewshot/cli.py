@@ -22,9 +22,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fewshot.config import CONF, compose_unresolved
-from fewshot.errors import Interrupted, mistake, printable
+from fewshot.errors import Interrupted, mistake
 from fewshot.processes import PATIENCE
 from fewshot.sweeps import FAILURE, Sweep, failures
+from fewshot.text import for_terminal
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
 # What Hydra and OmegaConf add to a message for those who write configuration files.
@@ -165,7 +166,7 @@ def _explain(error: BaseException) -> str | None:
     if not libraries:
         return None
     line = "; ".join(_wrong_overrides()) or _plain(*libraries) or "an argument is not understood"
-    return f"{printable(line)} {help_}"
+    return f"{for_terminal(line)} {help_}"
 
 
 def _plain(*errors: BaseException) -> str:

@@ -19,13 +19,14 @@ from PIL import Image
 from fewshot.config import ROOT
 from fewshot.data.files import ImageFile
 from fewshot.distances import cosine, l2
-from fewshot.errors import FewShotError, printable
+from fewshot.errors import FewShotError
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.maml import MAML
 from fewshot.methods.matching import MatchingNetwork
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.prediction import Pixels, Predictor, make_predictor
 from fewshot.runs import newest_run
+from fewshot.text import for_terminal
 
 LONGEST = 40  # characters of a class's name
 THUMBNAIL = 64  # pixels, the most that a picture in the page has on a side
@@ -424,7 +425,7 @@ def _answer(query: Pixels, classes: Sequence[str], logits: torch.Tensor, measure
 
 
 def _told(lines: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(printable(line))}</p>" for line in lines)
+    return "".join(f"<p>{escape(for_terminal(line))}</p>" for line in lines)
 
 
 def _picture(pixels: Pixels) -> str:

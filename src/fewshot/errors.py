@@ -2,7 +2,7 @@
 
 from textwrap import shorten
 
-LONGEST = 4000  # characters of a line
+from fewshot.text import for_terminal
 
 
 class FewShotError(Exception):
@@ -19,14 +19,7 @@ class FewShotError(Exception):
         super().__init__(*lines)
 
     def __str__(self) -> str:
-        return "\n".join(printable(str(line)) for line in self.args)
-
-
-def printable(text: str) -> str:
-    """One line for a terminal: what is no printable character is shown as its escape, and what is too long is cut."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return "\n".join(for_terminal(str(line)) for line in self.args)
 
 
 def mistake(error: BaseException | None) -> FewShotError | None:

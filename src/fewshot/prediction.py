@@ -30,8 +30,9 @@ from fewshot.data.glyphs import glyphs
 from fewshot.data.images import normalise
 from fewshot.data.omniglot import omniglot
 from fewshot.data.photos import read_photo
-from fewshot.errors import FewShotError, printable
+from fewshot.errors import FewShotError
 from fewshot.methods.base import FewShotMethod
+from fewshot.text import for_terminal
 from fewshot.trained import load_trained
 
 BRIGHT_INK = (glyphs, omniglot)  # data sets of letters, bright on black
@@ -320,7 +321,7 @@ def _leave_out(why: FewShotError) -> None:
 
 
 def _print_error(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
+    print(for_terminal(line), file=sys.stderr, flush=True)
 
 
 def _tell(shown: Sequence[Prediction], queries: int, support: Mapping[str, Sequence[Pixels]]) -> None:
@@ -331,7 +332,7 @@ def _tell(shown: Sequence[Prediction], queries: int, support: Mapping[str, Seque
         table.add_column(column, justify="right" if column == "probability" else "left", overflow="fold")
     for of in shown:
         cells = (Path(of.file).name, of.label, f"{of.probability:.1%}", of.runner_up)
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        table.add_row(*(Text(for_terminal(cell)) for cell in cells))
     console = Console()
     if shown:
         console.print(table)

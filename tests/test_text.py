@@ -1,0 +1,175 @@
+"""What others wrote is shown as text, wherever it goes."""
+
+import csv
+import html
+import io
+import os
+import pty
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+from fewshot.text import FORMULA, for_csv, for_html, for_markdown, for_terminal, make_table, say
+
+SIGNS = "\\`*_{}[]<>()#+-.!|~$&=@'\"/:;% \t\n\r\x1b\x07\x9b\u202e\ud800é漢"
+texts = st.text() | st.text(st.sampled_from(SIGNS + "ab1w")) | st.text(st.sampled_from("[]/bold red=link#:w.htps ()"))
+
+
+@given(texts)
+@example("[link](javascript:alert(1))")
+@example("<img src=x onerror=alert(1)>")
+@example("a | b \\| c\n| new | row |")
+@example("&lt;b&gt; &#60;i&#62;")
+@example("https://example.com www.example.com ~~no~~ __init__ a_b $x$")
+@example("1. one")
+def test_in_markdown_a_text_is_itself_and_nothing_else(text):
+    page = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    shown = for_terminal(text).strip()
+    cell, line = (
+        page.parse(f"| a | b |\n| --- | --- |\n| {for_markdown(text)} | end |\n"),
+        page.parse(for_markdown(text)),
+    )
+    cells = [token for token in cell if token.type == "inline"]
+    assert [of.content for of in cells[:2]] == ["a", "b"] and len(cells) == 4 and cells[3].content == "end"
+    for token in (cells[2], *(token for token in line if token.type == "inline")):
+        assert {child.type for child in token.children or ()} <= {"text"}
+        assert "".join(child.content for child in token.children or ()) == shown
+    assert {token.type for token in line} <= {"paragraph_open", "inline", "paragraph_close"}
+
+
+def test_in_markdown_names_and_overrides_stay_readable():
+    for text in ("way=5 train.meta_batch=4", "omniglot/protonet_5way_1shot", "5-way 1-shot", "scaled cosine, × 10"):
+        assert for_markdown(text) == text
+    assert for_markdown("https://a www.b") == "https:\\//a www\\.b"  # no link of its own accord
+
+
+@given(texts)
+@example("=HYPERLINK(0)")
+@example(" +1")
+@example("'=1")
+@example("\t=1")
+def test_in_a_table_of_values_a_text_is_no_formula_and_can_be_read_back(text):
+    text = text.encode(errors="surrogateescape").decode(errors="surrogateescape") if text.isascii() else text
+    cell, file = for_csv(text), io.StringIO(newline="")
+    csv.writer(file).writerow([cell, "end"])
+    file.seek(0)
+    assert list(csv.reader(file)) == [[cell, "end"]]
+    assert cell[:1] == "'" or not cell.lstrip().startswith(("=", "+", "-", "@"))
+    assert not set(cell) & set("\t\n\r\x1b\x07\x9b\u202e")
+    assert (cell[1:] if FORMULA.match(cell) else cell) == for_csv(f"x{text}")[1:]
+
+
+@pytest.mark.parametrize("value", [-1, -0.5, None, True])
+def test_in_a_table_of_values_a_number_is_a_number(value):
+    assert for_csv(value) is value
+
+
+def test_in_a_table_of_values_the_name_of_a_file_leads_to_it():
+    for name in ("Screenshot at 1\u202fPM.png", "می\u200cخواهم.png", "latin \udce9.png", "-a/../b;c,d.png"):
+        assert for_csv(f"/data/{name}") == f"/data/{name}"
+
+
+@given(texts)
+@example('" onload="alert(1)')
+@example("<script>alert(1)</script>")
+def test_in_a_page_a_text_is_itself_between_tags_and_in_an_attribute(text):
+    seen = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            seen.append((tag, attributes))
+
+        def handle_data(self, data):
+            seen.append(data)
+
+    shown = for_html(text)
+    shown.encode()
+    reader = Reader()
+    reader.feed(f'<b title="{shown}">{shown}')
+    reader.close()
+    read = html.unescape(shown)
+    assert seen[0] == ("b", [("title", read)]) and "".join(seen[1:]) == read
+    assert not set(shown) & set("\n\r\x1b\x07\x9b\u202e\ud800")
+
+
+@given(texts)
+@example("[bold]x[/bold]")
+@example("[/lab]")
+@example("[link=file:///etc/passwd]x[/link]")
+def test_in_a_table_of_the_terminal_a_text_is_itself(text):
+    shown = for_terminal(text)
+    console = Console(file=io.StringIO(), width=3 * max(1, len(shown)) + 20, force_terminal=False, emoji=False)
+    console.print(make_table(text, [text, "n"], [[text, 1]], numbers={"n"}))
+    told = console.file.getvalue()
+    assert told.count(shown) >= 3 and "\x1b" not in told
+
+
+def test_what_is_said_is_one_line_each(capsys):
+    say("[bold]a[/lab]\n\x1b[2J", make_table("[/x]", ["[b]"], [["[i]"]]))
+    say("why", error=True)
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0] == "[bold]a[/lab]\\n\\x1b[2J" and "[/x]" in told.out and "[i]" in told.out
+    assert told.err == "why\n"
+
+
+TALK = r"""
+import sys
+from fewshot.text import open_streams, say
+open_streams()
+for number in range(5):
+    say(f"line {number} \xb1 \u6f22 \ud800")
+    sys.stdout.write("x" * 100_000 + "\n")
+print("the end", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_what_a_terminal_cannot_encode_is_shown_all_the_same(environment):
+    done = subprocess.run([sys.executable, "-c", TALK], capture_output=True, env={**os.environ, **environment})
+    assert done.returncode == 0 and done.stderr == b"the end\n"
+    assert done.stdout.startswith(b"line 0 +/- \\u6f22 \\ud800\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_program_goes_on_when_nobody_reads_any_more(unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(
+        [sys.executable, "-c", TALK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as talking:
+        assert talking.stdout is not None and talking.stderr is not None
+        talking.stdout.readline()
+        talking.stdout.close()
+        told = talking.stderr.read().decode().splitlines()
+    assert talking.returncode == 0
+    line = "the standard output takes no more (nobody reads it any more); the program goes on without it"
+    assert told == [line, "the end"]
+
+
+@pytest.mark.parametrize("closing", ["2>&1 | head -1", ">&- 2>&-", "> /dev/full"])
+def test_a_program_goes_on_where_it_cannot_say_so(closing, tmp_path):
+    command = f"{{ '{sys.executable}' -c \"$TALK\"; echo $? > '{tmp_path}/status'; }} {closing}"
+    environment = {**os.environ, "TALK": TALK}
+    subprocess.run(["bash", "-c", command], capture_output=True, env=environment)
+    assert (tmp_path / "status").read_text() == "0\n"
+
+
+def test_a_program_goes_on_when_its_terminal_is_closed(tmp_path):
+    ours, theirs = pty.openpty()
+    script = f"import os; os.read(0, 1)\n{TALK}\nopen({str(tmp_path / 'done')!r}, 'w').close()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as talking:
+        os.close(ours)
+        os.close(theirs)
+        assert talking.stdin is not None
+        talking.stdin.write(b"x")
+        talking.stdin.close()
+    assert talking.returncode == 0 and (tmp_path / "done").exists()
