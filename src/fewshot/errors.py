@@ -1,5 +1,6 @@
 """What a user is meant to see of what went wrong."""
 
+from collections.abc import Sequence
 from textwrap import shorten
 
 from fewshot.text import for_terminal
@@ -20,6 +21,12 @@ class FewShotError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(for_terminal(str(line)) for line in self.args)
+
+
+def shortened(items: Sequence[str], most: int = 5) -> str:
+    """A list for a message: the first few items, and how many more there are."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
 
 
 def mistake(error: BaseException | None) -> FewShotError | None:

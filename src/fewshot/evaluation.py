@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pytorch_lightning as pl
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -19,7 +19,7 @@ from fewshot.data.bank import SPLITS
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
 from fewshot.errors import FewShotError
-from fewshot.hardware import keep_freed_memory, machine
+from fewshot.hardware import keep_freed_memory
 from fewshot.metrics import Estimate, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
 from fewshot.runs import overrides, write_json
@@ -56,13 +56,13 @@ class Evaluation:
         data: the data module that served them as test episodes.
         answers: the label predicted for each query of each episode, int64 ``[queries]``.
         estimate: the accuracy.
-        device: the device that the method ran on.
+        trainer: the trainer that ran the test.
     """
 
     data: EpisodeDataModule
     answers: dict[EpisodeNumber, NDArray[np.int64]]
     estimate: Estimate
-    device: torch.device
+    trainer: pl.Trainer
 
     @property
     def right(self) -> NDArray[np.int64]:
@@ -107,7 +107,7 @@ def evaluate(config: DictConfig) -> float:
     out = Path(config.out).expanduser()
     dataset, names = own.data.datasets["test"], own.data.bank.class_names(config.split)
     met, taken = meetings_of(dataset, own.answers)
-    results = _results(trained[0], asked[0], config, own.estimate) | {"machine": machine(own.device)}
+    results = _results(trained[0], asked[0], config, own)
     seen = np.flatnonzero(met.diagonal())
     accuracies = taken.diagonal()[seen] / met.diagonal()[seen]
     results["classes"] = {names[of]: accuracy for of, accuracy in zip(seen, accuracies.tolist(), strict=True)}
@@ -146,7 +146,7 @@ def evaluate_split(trained: Trained, config: DictConfig, split: str = "test") ->
         raise FewShotError(f"hardware.devices={config.hardware.devices}: a test runs on one, hardware.devices=1")
     trainer.loggers = []
     trainer.test(trained.method, data, verbose=False)
-    return Evaluation(data, kept.answers, trained.method.estimates["test"], trainer.strategy.root_device)
+    return Evaluation(data, kept.answers, trained.method.estimates["test"], trainer)
 
 
 def _asked(run: DictConfig, config: DictConfig) -> DictConfig:
@@ -179,14 +179,14 @@ def _comparable(one: DictConfig, other: DictConfig) -> None:
         )
 
 
-def _results(trained: Trained, asked: DictConfig, config: DictConfig, estimate: Estimate) -> dict[str, Any]:
+def _results(trained: Trained, asked: DictConfig, config: DictConfig, tested: Evaluation) -> dict[str, Any]:
     """What ``fewshot.training`` writes of a run, of this test."""
     record = trained.checkpoint.get("callbacks", {}).get("Record", {})
     run_dir = trained.path.parents[1] if len(trained.path.parents) > 1 else trained.path.parent
     changes = [f"{key}={config[key]}" for key in TASK if config[key] is not None]
     changes += [f"test.episodes={config.episodes}"] if config.episodes is not None else []
     validations = record.get("validations", [])
-    return outcome(asked, estimate) | {
+    return outcome(asked, trained.method, tested.data.bank, tested.trainer) | {
         "split": config.split,
         "checkpoint": str(trained.path),
         "val_accuracy": max((of["accuracy"] for of in validations), default=None),

@@ -30,7 +30,6 @@ from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError, reason
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
-from fewshot.metrics import Estimate
 from fewshot.processes import as_one
 from fewshot.runs import (
     best_checkpoint,
@@ -120,9 +119,8 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
 
     validation = max(estimate["accuracy"] for estimate in validations)
-    results = outcome(config, method.estimates["test"]) | {
+    results = outcome(config, method, data.bank, trainer) | {
         "val_accuracy": validation,
-        "machine": machine(trainer.strategy.root_device, trainer.world_size),
         "meta_batch": data.meta_batch,
         "train_seconds": seconds,
         "train_episodes_per_second": config.train.episodes / seconds,
@@ -136,14 +134,25 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
     return validation
 
 
-def outcome(config: DictConfig, estimate: Estimate) -> dict[str, Any]:
-    """What a result tells of every test, whoever trained the weights: the task, the accuracy, and what made them."""
+def outcome(config: DictConfig, method: FewShotMethod, bank: ImageBank, trainer: pl.Trainer) -> dict[str, Any]:
+    """What the results of every test hold: the task, the accuracy, and all that decided it.
+
+    Args:
+        config: of the run, with the task that was tested.
+        method: after the test.
+        bank: the images it was tested on.
+        trainer: that tested it.
+    """
     return {
         **config.choices,
         "distance": config.choices.distance if "distance" in config.method else None,  # MAML has none
         **{key: config[key] for key in ("way", "shot", "query")},
-        **estimate._asdict(),
+        **method.estimates["test"]._asdict(),
         "seed": config.seed,
+        "data": bank.record(),
+        "encoder_parameters": sum(parameter.numel() for parameter in method.encoder.parameters()),
+        "precision": str(trainer.precision),
+        "machine": machine(trainer.strategy.root_device, trainer.world_size),
         "versions": versions(),
         "commit": commit(),
         "config": OmegaConf.to_container(config),

@@ -1,6 +1,8 @@
 import hashlib
 import http.server
 import io
+import json
+import shutil
 import socket
 import threading
 import time
@@ -20,7 +22,11 @@ from fewshot.data.omniglot import omniglot, split_characters
 from fewshot.errors import FewShotError
 
 PARTS = {"images_background": 6, "images_evaluation": 4}
-SETTINGS = {"size": 28, "split": "vinyals", "split_seed": 0, "val_characters": 2, "rotations": True}
+ALPHABETS = {  # of the small Omniglot
+    "images_background": {"bac_0": 3, "bac_1": 3},
+    "images_evaluation": {"eva_0": 2, "eva_1": 2},
+}
+SETTINGS = {"size": 28, "split": "random", "split_seed": 0, "val_characters": 2, "rotations": True}
 
 
 def drawing(number: int, drawer: int) -> bytes:
@@ -35,7 +41,7 @@ def drawing(number: int, drawer: int) -> bytes:
 def small_omniglot(request, monkeypatch):
     """All but the tests on the real files pretend that Omniglot has 10 characters of 3 drawings."""
     if "real_data" not in request.fixturenames:
-        monkeypatch.setattr(module, "CHARACTERS", PARTS)
+        monkeypatch.setattr(module, "ALPHABETS", ALPHABETS)
         monkeypatch.setattr(module, "DRAWERS", 3)
         monkeypatch.setattr(module, "TRAIN_CHARACTERS", 7)
 
@@ -88,17 +94,29 @@ def test_turned_characters_are_classes_of_the_same_split(tmp_path):
     assert len(read(tmp_path, rotations=False).classes()) == 10
 
 
-@pytest.mark.parametrize("split", ["vinyals", "lake"])
-def test_characters_are_dealt_out_whole_and_alike_whatever_their_order(split):
+@pytest.mark.parametrize(("split", "counts"), [("random", [5, 2, 3]), ("lake", [4, 2, 4])])
+def test_drawn_characters_are_the_same_whatever_order_they_are_listed_in(split, counts):
     background, evaluation = [f"b/{n}" for n in range(6)], [f"e/{n}" for n in range(4)]
-    deal = partial(split_characters, split=split, val_characters=2)
-    dealt = deal(background, evaluation, seed=0)
-    assert sorted(sum(dealt.values(), [])) == sorted(background + evaluation)
-    assert [len(dealt[s]) for s in SPLITS] == ([5, 2, 3] if split == "vinyals" else [4, 2, 4])
-    assert dealt == deal(background[::-1], evaluation[::-1], seed=0)
-    assert any(dealt != deal(background, evaluation, seed=seed) for seed in (1, 2))
+    draw = partial(split_characters, split=split, val_characters=2)
+    drawn = draw(background, evaluation, seed=0)
+    assert sorted(sum(drawn.values(), [])) == sorted(background + evaluation)
+    assert [len(drawn[s]) for s in SPLITS] == counts
+    assert drawn == draw(background[::-1], evaluation[::-1], seed=0) == draw(background, evaluation)
+    assert any(drawn != draw(background, evaluation, seed=seed) for seed in (1, 2))
     if split == "lake":
-        assert dealt["test"] == evaluation
+        assert drawn["test"] == evaluation
+
+
+def test_the_vinyals_split_goes_by_alphabet_whatever_order_they_are_listed_in():
+    # In this order as texts, "A-b/1" stands before "A/1": an alphabet whose name begins another one comes first.
+    background, evaluation = ["A/1", "A/2", "A-b/1", "Hebrew/1", "Hebrew/2"], ["B/1", "B/2", "B/3", "C/1", "C/2"]
+    drawn = split_characters(background, evaluation, "vinyals")
+    assert drawn == {
+        "train": ["A/1", "A/2", "A-b/1", "B/1", "B/2"],
+        "val": ["Hebrew/1", "Hebrew/2"],
+        "test": ["B/3", "C/1", "C/2"],
+    }
+    assert drawn == split_characters(background[::-1], evaluation[::-1], "vinyals")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +126,8 @@ def test_characters_are_dealt_out_whole_and_alike_whatever_their_order(split):
         ({"val_characters": 7}, "val_characters=7 must lie between 1 and 6"),
         ({"val_characters": 0}, "val_characters=0"),
         ({"val_characters": 6, "split": "lake"}, "val_characters=6 must lie between 1 and 5"),
+        ({"split": "vinyals", "split_seed": None}, "split=vinyals is a fixed list"),
+        ({"split": "vinyals", "val_characters": None}, "split=vinyals is a fixed list"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, changes, told):
@@ -117,7 +137,7 @@ def test_settings_out_of_range_are_refused(tmp_path, changes, told):
 
 def test_validation_takes_from_the_training_characters_alone():
     names = [f"b/{n}" for n in range(20)]
-    few, many = (split_characters(names[:12], names[12:], "vinyals", 3, count) for count in (1, 5))
+    few, many = (split_characters(names[:12], names[12:], "random", 3, count) for count in (1, 5))
     assert few["test"] == many["test"]
     assert set(few["val"]) < set(many["val"])
     assert set(few["train"]) | set(few["val"]) == set(many["train"]) | set(many["val"])
@@ -133,13 +153,34 @@ def test_a_bank_depends_on_every_file_and_nothing_is_written_beside_them(tmp_pat
     assert listing(data_dir) == before
 
 
-@pytest.mark.parametrize("lost", ["bac_0/character02", "bac_1/character03/0003_2.png"])
-def test_a_half_unpacked_folder_is_refused(tmp_path, lost):
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("bac_0/character02", r"images_background.* holds 5 characters instead of 6: 2 of 3 of bac_0"),
+        ("bac_1", r"images_background.* holds 3 characters instead of 6: 0 of 3 of bac_1"),
+        ("bac_1/character03/0003_2.png", r"not hold 3 drawings of each character: 2 of bac_1/character03"),
+    ],
+)
+def test_a_copy_that_lacks_characters_names_how_many_and_of_which_alphabet(tmp_path, zipped, lost, named):
+    write(tmp_path / "whole" / "omniglot", zipped=False)
+    place = tmp_path / "whole" / "omniglot" / "images_background"
+    if (place / lost).is_dir():
+        shutil.rmtree(place / lost)
+    else:
+        (place / lost).unlink()
+    if zipped:
+        shutil.make_archive(str(place), "zip", place.parent, place.name)
+        shutil.rmtree(place)
+    with pytest.raises(FewShotError, match=named + ("; fetch it again" if zipped else "; unpack it again")):
+        read(tmp_path / "whole").classes()
+
+
+def test_alphabets_that_omniglot_does_not_have_are_named(tmp_path):
     write(tmp_path / "omniglot", zipped=False)
-    place = tmp_path / "omniglot" / "images_background" / lost
-    for path in [place] if place.is_file() else place.iterdir():
-        path.unlink()
-    with pytest.raises(FewShotError, match=r"images_background holds .* instead of .*: unpack it again"):
+    place = tmp_path / "omniglot" / "images_background"
+    shutil.copytree(place / "bac_0", place / "mine")
+    with pytest.raises(FewShotError, match="3 of mine, which is no alphabet of it"):
         read(tmp_path).classes()
 
 
@@ -234,13 +275,29 @@ def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize(("split", "characters"), [("vinyals", (1028, 172, 423)), ("lake", (792, 172, 659))])
-def test_the_real_files_split_as_the_papers_do(real_data, split, characters):
+@pytest.mark.parametrize(
+    ("split", "characters", "digest"),
+    [
+        ("vinyals", (1028, 172, 423), "0baa5b8975b75d0d6957611a28bcba83b328567056d5779fe3864f918b871c54"),
+        ("lake", (792, 172, 659), "0c5685d8b842f97667bacc63b76d1d21bb772fc8aec12efbb970c904ae34ffb6"),
+        ("random", (1028, 172, 423), "b45f6852be81f0883ab9338d5fadb72cb8c89c6d77c9f66dbb8c79251243fdcc"),
+    ],
+)
+def test_the_real_files_split_as_the_papers_do(real_data, split, characters, digest):
     before = listing(real_data)
-    classes = omniglot(str(real_data), 28, split, 0, 172, rotations=True).classes()
-    of = {s: {c.name.split("@")[0] for c in classes if c.split == s} for s in SPLITS}
-    assert tuple(len(of[s]) for s in SPLITS) == characters
-    assert len(set.union(*of.values())) == 1623 and len(classes) == 4 * 1623
+    source = omniglot(str(real_data), 28, split, None, None, rotations=True)
+    classes = source.classes()
+    named = {s: list(dict.fromkeys(c.name.split("@")[0] for c in classes if c.split == s)) for s in SPLITS}
+    assert tuple(len(named[s]) for s in SPLITS) == characters
+    assert len(set().union(*named.values())) == 1623 and len(classes) == 4 * 1623 and source.split == split
+    assert hashlib.sha256(json.dumps(named).encode()).hexdigest() == digest
+    if split == "vinyals":
+        assert named["test"][0] == "Gurmukhi/character42" and named["test"][-1] == "ULOG/character26"
+        assert named["train"][0] == "Alphabet_of_the_Magi/character01" and named["train"][-1] == "Gurmukhi/character41"
+        alphabets = {name.split("/")[0] for name in named["val"]}
+        assert alphabets == {"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"}
+        train, test = ({name.split("/")[0] for name in named[s]} for s in ("train", "test"))
+        assert train & test == {"Gurmukhi"}
     for image_class in classes[::1300]:
         images = image_class.load()
         assert images.shape == (20, 28, 28, 1)

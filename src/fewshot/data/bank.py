@@ -24,7 +24,7 @@ from fewshot.data.audit import Audit
 from fewshot.errors import FewShotError
 
 SPLITS = ("train", "val", "test")
-FORMAT = 2  # raised whenever what a bank holds changes, so that older caches are built anew
+FORMAT = 3  # raised whenever what a bank holds changes, so that older caches are built anew
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,13 @@ class Source:
     Attributes:
         files: every file the images are read from; a cached bank is stale once one of them changes.
         classes: lists the classes. It is called only when no bank is cached, so it may be slow.
+        split: the name of the rule that assigns classes to splits, where the data set knows several or people use
+            several: results show it, and results of different rules never share a line.
     """
 
     files: Sequence[Path]
     classes: Callable[[], Sequence[ImageClass]]
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class ImageBank:
         offsets: int64 ``[classes + 1]``; class ``c`` is ``images[offsets[c]:offsets[c + 1]]``.
         names: the name of each class.
         splits: the split of each class.
+        split_rule: see ``Source.split``.
+        images_sha256: digest of the pixels, in the order of ``images``.
         findings: what is odd about the images, a line each; see ``Audit``.
     """
 
@@ -73,6 +78,8 @@ class ImageBank:
     offsets: NDArray[np.int64]
     names: tuple[str, ...]
     splits: tuple[str, ...]
+    split_rule: str | None = None
+    images_sha256: str = ""
     findings: tuple[str, ...] = ()
 
     def classes(self, split: str) -> NDArray[np.int64]:
@@ -82,6 +89,22 @@ class ImageBank:
     def class_names(self, split: str) -> list[str]:
         """The names of the classes of ``split``, in the order of ``classes``."""
         return [self.names[c] for c in self.classes(split)]
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the data of a result: the split rule, and counts and digests of classes and images.
+
+        Two results with equal records were trained and tested on the same classes and the same pixels.
+        """
+        counts = np.diff(self.offsets)
+        return {
+            "split": self.split_rule,
+            "classes": {split: len(self.classes(split)) for split in SPLITS},
+            "images": {split: int(counts[self.classes(split)].sum()) for split in SPLITS},
+            "class_names_sha256": {
+                split: hashlib.sha256(json.dumps(self.class_names(split)).encode()).hexdigest() for split in SPLITS
+            },
+            "images_sha256": self.images_sha256,
+        }
 
 
 def open_bank(name: str, source: Source, settings: Any, cache_dir: str | Path) -> ImageBank:
@@ -169,7 +192,7 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
     try:
         classes = _list_classes(name, source)
         offsets = [0, *accumulate(c.count for c in classes)]
-        audit = Audit()
+        audit, digest = Audit(), hashlib.sha256()
         # Written rather than mapped: a full disk is an error then, not the end of the process.
         with (partial / "images.npy").open("wb") as file:
             description = f"building the image bank of {name}"
@@ -181,7 +204,9 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
                     np.lib.format.write_array_header_1_0(file, header)
                 assert images.dtype == np.uint8, image_class.name
                 assert images.shape == (image_class.count, *shape), image_class.name
-                file.write(np.ascontiguousarray(images).data)
+                pixels = np.ascontiguousarray(images).data
+                file.write(pixels)
+                digest.update(pixels)
                 audit.add(image_class.name, image_class.split, images)
             file.flush()
             os.fsync(file.fileno())  # else a machine that dies could keep the name of a bank and not all of its images
@@ -189,6 +214,8 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
             "offsets": offsets,
             "names": [c.name for c in classes],
             "splits": [c.split for c in classes],
+            "split_rule": source.split,
+            "images_sha256": digest.hexdigest(),
             "findings": audit.findings(),
         }
         (partial / "index.json").write_text(json.dumps(index))
@@ -210,6 +237,8 @@ def _read(directory: Path) -> ImageBank | None:
             offsets=np.array(index["offsets"], dtype=np.int64),
             names=tuple(index["names"]),
             splits=tuple(index["splits"]),
+            split_rule=index["split_rule"],
+            images_sha256=index["images_sha256"],
             findings=tuple(index["findings"]),
         )
         whole = len(bank.offsets) - 1 == len(bank.names) == len(bank.splits) and len(images) == bank.offsets[-1]

@@ -57,7 +57,7 @@ def folder(data_dir: str, size: int, channels: int, val: float, test: float, spl
             for name, of in splits[split].items()
         ]
 
-    return Source([place / name for name in images], classes)
+    return Source([place / name for name in images], classes, "folders" if in_splits else f"drawn, seed {split_seed}")
 
 
 def by_class(files: Mapping[str, ImageFile]) -> dict[str, list[ImageFile]]:

@@ -63,7 +63,7 @@ def glyphs(size: int, samples: int, seed: int) -> Source:
             for split, letter, found in _letters(faces)
         ]
 
-    return Source(faces, classes)
+    return Source(faces, classes, "scripts")
 
 
 def _letters(faces: Sequence[Path]) -> list[tuple[str, str, list[Path]]]:
