@@ -11,7 +11,7 @@ from fewshot.export import export
 @cli.job
 def main(config: DictConfig) -> None:
     """Write the file ``out``, checked against PyTorch."""
-    export(config.checkpoint, config.out)
+    export(config.checkpoint, config.out, config.trust)
 
 
 if __name__ == "__main__":
