@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fewshot.checkpoints import load_checkpoint
 from fewshot.errors import FewShotError, mistake, reason
-from fewshot.methods.base import FewShotMethod
+from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.runs import best_checkpoint
 
 
@@ -56,4 +56,5 @@ def load_trained(place: str) -> Trained:
             f"the weights in {path} do not fit the method that its configuration describes: "
             f"{mistake(error) or reason(error)}; it may be of another version: train anew"
         ) from error
+    require_finite(method, path)
     return Trained(path, method.eval(), config, checkpoint)

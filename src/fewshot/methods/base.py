@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from fewshot.data.episodes import Episode
 from fewshot.distances import Distance
 from fewshot.errors import FewShotError
-from fewshot.metrics import EpisodeAccuracy, Estimate
+from fewshot.metrics import EpisodeAccuracy, Estimate, credit
 
 Classifier = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to logits [images, way]
 
@@ -82,7 +82,7 @@ class FewShotMethod(pl.LightningModule, ABC):
             logits: ``[tasks, queries, way]``.
             labels: int64 ``[tasks, queries]``.
         """
-        accuracy = (logits.detach().argmax(-1) == labels).float().mean()
+        accuracy = credit(logits.detach(), labels).mean()
         self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
 
     def evaluate(self, meta_batch: Episode) -> torch.Tensor:
@@ -110,6 +110,12 @@ class FewShotMethod(pl.LightningModule, ABC):
     def _log_estimate(self, split: str, metric: EpisodeAccuracy) -> None:
         estimate = self.estimates[split] = metric.compute()
         metric.reset()
+        if estimate.tied:
+            self.print(
+                f"warning: several classes have the largest logit of {estimate.tied:,} {split} queries; each of these "
+                "queries counts as a guess among its classes",
+                flush=True,
+            )
         self.log(f"{split}/accuracy", estimate.accuracy, prog_bar=True)
         self.log(f"{split}/ci95", estimate.ci95)
 
@@ -191,6 +197,24 @@ class MetricMethod(FewShotMethod):
     def evaluate(self, meta_batch: Episode) -> torch.Tensor:
         """See ``FewShotMethod``; the episodes hold embeddings already."""
         return torch.stack([self.compare(episode) for episode in meta_batch.tasks()])
+
+
+def require_finite(method: nn.Module, place: object) -> None:
+    """Refuse weights, or statistics of batch norm, that are not finite.
+
+    Args:
+        method: what is about to be used or saved.
+        place: where its weights come from, for the message.
+
+    Raises:
+        FewShotError: names the first tensor that is not finite.
+    """
+    for name, tensor in method.state_dict().items():
+        if not tensor.isfinite().all():
+            raise FewShotError(
+                f"{name} of {place} is not finite (NaN or infinite), so every answer would be wrong; choose another "
+                "checkpoint, or train anew with a lower method.learning_rate"
+            )
 
 
 def _unlabelled(support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, way: int) -> Episode:
