@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from fewshot import cli
 from fewshot.config import check_types
+from fewshot.text import say
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="figure")
@@ -18,7 +19,7 @@ def main(config: DictConfig) -> None:
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     for path in instantiate(config.figure, out=out):
-        print(path)
+        say(path)
 
 
 if __name__ == "__main__":

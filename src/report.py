@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from fewshot import cli
 from fewshot.report import report
+from fewshot.text import say
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="report")
@@ -14,7 +15,7 @@ from fewshot.report import report
 def main(config: DictConfig) -> None:
     """Write the report into the folder ``out``."""
     for path in report(config.runs, config.tables, config.sources, config.out, config.readme):
-        print(path)
+        say(path)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from fewshot.config import CONF, compose_unresolved
 from fewshot.errors import Interrupted, mistake
 from fewshot.processes import PATIENCE
 from fewshot.sweeps import FAILURE, Sweep, failures
-from fewshot.text import for_terminal
+from fewshot.text import for_terminal, open_streams, say
 
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
 # What Hydra and OmegaConf add to a message for those who write configuration files.
@@ -59,6 +59,7 @@ def run(main: Callable[[], Any]) -> None:
 
     Set HYDRA_FULL_ERROR=1 to see the traceback instead.
     """
+    open_streams()
     if TRACEBACK:
         main()
     else:
@@ -70,12 +71,13 @@ def run(main: Callable[[], Any]) -> None:
 def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Decorate the function that ``hydra.main`` runs, so that its mistakes end in the same way.
 
-    In a sweep they are told and written down, in whichever process the job runs: the others go on, and those that
+    In a sweep they are printed and written down, in whichever process the job runs: the others go on, and those that
     failed are named at the end.
     """
 
     @wraps(function)
     def guarded(config: DictConfig) -> Any:
+        open_streams()  # a job of a sweep may run in a process that some launcher started
         if TRACEBACK:
             return function(config)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -96,10 +98,10 @@ def _note_failure(function: Callable[[], Any]) -> Any:
             traceback.print_exc()
             message = repr(error)
         config = HydraConfig.get()
-        told = f"{' '.join(config.overrides.task)}: {message}"
-        print(f"failed: {told}", file=sys.stderr, flush=True)
+        line = for_terminal(f"{' '.join(config.overrides.task)}: {' '.join(message.splitlines())}")
+        say(f"failed: {line}", error=True)
         try:
-            (Path(config.runtime.output_dir) / FAILURE).write_text(told)
+            (Path(config.runtime.output_dir) / FAILURE).write_text(line, encoding="utf-8")
         except OSError:
             raise error from None
         return None
@@ -125,7 +127,7 @@ def _guard(function: Callable[[], Any]) -> Any:
 def _exit_if_jobs_failed() -> None:
     failed = failures(Sweep.folder) if Sweep.folder is not None else []
     if failed:
-        _exit("\n".join([f"{len(failed)} of the jobs failed", *failed]), 1)
+        _exit("\n".join([f"{len(failed)} of the jobs failed", *map(for_terminal, failed)]), 1)
 
 
 def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
@@ -140,7 +142,7 @@ def _exit(message: str, status: int) -> None:
     if rank > 0:
         time.sleep(PATIENCE)  # what befell all processes, the first one tells, and ends this one
         message = f"process {rank}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    say(*f"error: {message}".split("\n"), error=True)
     sys.exit(status)
 
 
@@ -259,7 +261,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _help(*, _root_: DictConfig) -> str:
     """The configuration files behind this command line, with the comments that say what each key is for."""
     primary = CONF / f"{_root_.hydra.job.config_name}.yaml"
-    shown = [primary.read_text()]
+    shown = [primary.read_text(encoding="utf-8")]
     for entry in OmegaConf.load(primary).defaults:
         group = entry if isinstance(entry, str) else next(iter(entry))
         if not (CONF / group).is_dir():
@@ -269,7 +271,7 @@ def _help(*, _root_: DictConfig) -> str:
         shown.append(f"# {group}={'|'.join(files)}")
         if choice in files:
             shown[-1] += f" ... {group}={choice} sets:"
-            shown.append(files[choice].read_text())
+            shown.append(files[choice].read_text(encoding="utf-8"))
     return "\n".join(shown).replace("$", "$$")  # Hydra's help is a string.Template
 
 

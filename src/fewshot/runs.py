@@ -135,7 +135,7 @@ def results_so_far(config: DictConfig) -> dict[str, Any] | None:
     """The results of a run that is complete; None if there are none yet, or they are of fewer episodes."""
     path = results_file(Path(config.run_dir))
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
         as_asked = not any(_differences(config, OmegaConf.create(results["config"]), [*DECISIVE, "test"]))
     except FileNotFoundError:
         return None

@@ -14,7 +14,7 @@ from fewshot.data.bank import ImageBank, open_bank
 from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber, MetaBatchSampler, stack
 from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
-from fewshot.text import for_terminal
+from fewshot.text import say
 
 EVALUATED_TOGETHER = 20  # episodes of a process in a meta-batch of validation and test; changes no result
 EMBEDDED_TOGETHER = 256  # images
@@ -82,7 +82,7 @@ class EpisodeDataModule(pl.LightningDataModule):
             settings = OmegaConf.to_container(source, resolve=True)
             self._bank = open_bank(name, instantiate(source), settings, self.cache_dir)
             for finding in self._bank.findings:
-                rank_zero_only(print)(f"warning: {name}: {for_terminal(finding)}", flush=True)
+                rank_zero_only(say)(f"warning: {name}: {finding}")
         return self._bank
 
     def prepare_data(self) -> None:
