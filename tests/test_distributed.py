@@ -16,10 +16,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
+from fewshot import embeddings
 from fewshot.callbacks import Record
 from fewshot.config import ROOT, compose
-from fewshot.data import datamodule
 from fewshot.errors import FewShotError, Interrupted
+from fewshot.methods.base import MetricMethod
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.training import _check_hardware, make_data, make_method, make_trainer, train
 
@@ -56,11 +57,15 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["fewshot.training"])
 
 
-class Gradients(pl.Callback):
-    """Keeps what the optimizer is given at each step."""
+class Kept(pl.Callback):
+    """Keeps what the optimizer is given at each step, and the embeddings of the last validation."""
 
     def __init__(self):
-        self.steps = []
+        self.steps, self.embeddings = [], None
+
+    def on_validation_epoch_end(self, trainer, method):  # noqa: ARG002
+        if isinstance(method, MetricMethod):
+            self.embeddings = method._embeddings.embeddings
 
     def on_before_optimizer_step(self, trainer, method, optimizer):  # noqa: ARG002
         self.steps.append({name: of.grad.clone() for name, of in method.named_parameters()})
@@ -78,17 +83,17 @@ def learn(overrides):
 
 def learn_on_this_thread(overrides):
     config = compose(*SMALL, *overrides)
-    method, data, record, gradients = make_method(config), make_data(config), Record(), Gradients()
-    trainer = make_trainer(config, record, gradients)
+    method, data, record, kept = make_method(config), make_data(config), Record(), Kept()
+    trainer = make_trainer(config, record, kept)
     trainer.test(method, data, verbose=False)
     trainer.fit(method, data)
     return {
         "test": tuple(method.estimates["test"]),
         "validations": record.validations,
-        "gradients": gradients.steps,
+        "gradients": kept.steps,
         "weights": dict(method.named_parameters()),
         "state": method.state_dict(),
-        "embedded": data._embedded,  # in the validation
+        "embedded": kept.embeddings,
     }
 
 
@@ -101,7 +106,7 @@ def learn_all(rank, folder, cache_dir):
 def as_rank(rank, port, work, *arguments):
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rank_zero_only.rank = rank
-    datamodule.EMBEDDED_TOGETHER = 32  # else one of them would have all images
+    embeddings.EMBEDDED_TOGETHER = 32  # else one of them would have all images
     work(rank, *arguments)
 
 
@@ -162,9 +167,10 @@ def test_what_is_validated_is_what_the_first_process_saves(found, name, tmp_path
     config = compose(*SMALL, *CASES[name], "hardware=cpu", f"run_dir={tmp_path}", f"cache_dir={cache_dir}")
     method, data = make_method(config), make_data(config)
     method.double().load_state_dict(found[name][0]["state"])
-    make_trainer(config).validate(method, data, verbose=False)
+    kept = Kept()
+    make_trainer(config, kept).validate(method, data, verbose=False)
     (validation,) = found[name][0]["validations"]
-    torch.testing.assert_close(found[name][0]["embedded"], data._embedded, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[name][0]["embedded"], kept.embeddings, rtol=1e-9, atol=1e-12)
     assert validation == {"trained_episodes": config.train.episodes, **method.estimates["val"]._asdict()}
 
 
@@ -173,7 +179,7 @@ def draw(stop_at):
     learn_step = PrototypicalNetwork.training_step
 
     def step(self, meta_batch, batch_idx):
-        if self.trainer.datamodule.trained == stop_at and self.global_rank == 1:
+        if meta_batch.share.start == stop_at and self.global_rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return learn_step(self, meta_batch, batch_idx) * torch.rand(1 + self.global_rank)[-1]
 

@@ -1,7 +1,6 @@
 """What a GPU would be asked to do, on one that PyTorch only imagines; and options of the hardware that may fail."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_bank
 from fewshot.config import compose
-from fewshot.data.episodes import Episode
+from fewshot.data.episodes import EpisodeIndex, MetaBatch, Share
 from fewshot.training import make_data, make_method
 
 BANK = make_bank({"train": [8] * 6, "val": [8] * 5, "test": [8] * 5}, size=28)
@@ -55,20 +54,19 @@ def data():
 def test_the_bank_lies_on_the_gpu_when_it_fits_and_is_carried_there_once(data, monkeypatch, room):
     free = 4 * BANK.images.nbytes + (1 if room else -1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
-    monkeypatch.setattr(type(data), "_method", SimpleNamespace(dtype=torch.float32))
     watch = HostWatch()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         positions = {
             "support": torch.zeros((2, 6), dtype=torch.int64),
             "query": torch.zeros((2, 12), dtype=torch.int64),
         }
-        batch = Episode(**positions, support_labels=positions["support"], query_labels=positions["query"], way=3)
+        batch = EpisodeIndex(**positions, support_labels=positions["support"], query_labels=positions["query"], way=3)
         for _ in range(2):
             with watch:
-                episodes = data.on_after_batch_transfer(batch, 0)
+                episodes = batch.load(data.images)
     assert episodes.support.device.type == episodes.query.device.type == "cuda"
     assert episodes.support.shape == (2, 6, 1, 28, 28)
-    assert (data._resident is not None) == room
+    assert (data.images._resident is not None) == room
     # Once for the bank, or each of two times for support and query: the positions there, the images back.
     assert len(watch.waits) == (1 if room else 8)
 
@@ -76,19 +74,21 @@ def test_the_bank_lies_on_the_gpu_when_it_fits_and_is_carried_there_once(data, m
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_step_never_asks_for_a_number_on_the_host(method):
     model = make_method(compose(*MAKE, f"method={method}", *(["method.task_batching=vmap"] * (method == "maml"))))
-    model.log_training, model.weight = lambda *_: None, lambda _: 0.5  # they take a trainer
-    episodes = Episode(
-        support=torch.rand(2, 6, 1, 28, 28),
+    model.log_training = lambda *_: None  # it takes a trainer
+    images = torch.rand(36, 1, 28, 28)
+    positions = EpisodeIndex(
+        support=torch.arange(12).view(2, 6),
         support_labels=torch.arange(3).repeat(2, 2),
-        query=torch.rand(2, 12, 1, 28, 28),
+        query=torch.arange(12, 36).view(2, 12),
         query_labels=torch.arange(3).repeat(2, 4),
         way=3,
     )
+    meta_batch = MetaBatch(positions, Share([], 0.5), lambda positions: images[positions])
     with HostWatch() as watch:
         if method == "maml":
-            model.meta_gradient(episodes)
+            model.meta_gradient(meta_batch.load())
         else:
-            model.training_step(episodes, 0).backward()
+            model.training_step(meta_batch, 0).backward()
     assert not watch.waits
 
 

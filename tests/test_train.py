@@ -131,9 +131,8 @@ def test_the_accuracy_reported_is_that_of_solving_every_episode_by_itself(tiny, 
     right = 0
     for number in range(25):
         episode = data.datasets["test"][EpisodeNumber(0, number)]
-        images = [normalise(data.bank.images[of], config.dataset.normalise) for of in (episode.support, episode.query)]
         with torch.no_grad():
-            logits = method(episode._replace(support=images[0], query=images[1]))
+            logits = method(episode.load(lambda of: normalise(data.bank.images[of], config.dataset.normalise)))
         right += (logits.argmax(1) == episode.query_labels).sum().item()
     assert results_of(tmp_path / "run")["accuracy"] == right / (25 * 75)
 

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.data.episodes import EpisodeNumber
+from fewshot.data.episodes import EpisodeNumber, MetaBatch
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.methods.base import FewShotMethod
 
@@ -34,7 +34,7 @@ class ProgressBar(RichProgressBar):
 
 
 class Record(pl.Callback):
-    """Counts training episodes, has validations when they are due, and keeps what a resumed run goes on from.
+    """Has validations when they are due, and keeps what a resumed run goes on from.
 
     Attributes:
         seconds: spent in training steps, validations left out.
@@ -63,20 +63,15 @@ class Record(pl.Callback):
 
     def on_train_batch_end(  # noqa: D102
         self,
-        trainer: pl.Trainer,
+        trainer: pl.Trainer,  # noqa: ARG002
         method: pl.LightningModule,  # noqa: ARG002
         outputs: Any,  # noqa: ARG002
         batch: Any,  # noqa: ARG002
-        batch_idx: int,
+        batch_idx: int,  # noqa: ARG002
     ) -> None:
         now = time.monotonic()
         self.seconds += now - self._since
         self._since = now
-        data = _data(trainer)
-        if _ends_a_step(trainer, batch_idx):
-            data.trained = min(data.trained + data.meta_batch, data.stage.stop)
-        if data.trained == data.train_episodes:
-            trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         for logger in trainer.loggers:
@@ -132,28 +127,28 @@ class Answers(pl.Callback):
     """Keeps what a method answers in a test, on its device until it is asked for."""
 
     def __init__(self) -> None:
-        self._numbers: list[list[EpisodeNumber]] = []
+        self._numbers: list[EpisodeNumber] = []
         self._labels: list[torch.Tensor] = []
 
     @property
     def answers(self) -> dict[EpisodeNumber, NDArray[np.int64]]:
         """The label given to each query, int64 ``[queries]`` of ``0..way-1``, of each episode this process solved."""
         labels = torch.cat(self._labels).cpu().numpy()
-        solved = self._numbers[: len(self._labels)]  # a test may be cut short
-        return dict(zip((number for batch in solved for number in batch), labels, strict=True))
+        return dict(zip(self._numbers, labels, strict=True))
 
     def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
-        self._numbers, self._labels = list(trainer.test_dataloaders.batch_sampler), []  # type: ignore[union-attr]
+        self._numbers, self._labels = [], []
 
     def on_test_batch_end(  # noqa: D102
         self,
         trainer: pl.Trainer,  # noqa: ARG002
         method: pl.LightningModule,  # noqa: ARG002
         outputs: Any,
-        batch: Any,  # noqa: ARG002
+        batch: MetaBatch,
         batch_idx: int,  # noqa: ARG002
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
+        self._numbers += batch.share.numbers
         self._labels.append(outputs.argmax(-1))
 
 
@@ -179,7 +174,7 @@ class FiniteGradients(pl.Callback):
         optimizer: torch.optim.Optimizer,  # noqa: ARG002
     ) -> None:
         data = _data(trainer)
-        episodes = range(data.trained, min(data.trained + data.meta_batch, data.stage.stop))
+        episodes = data.step
         norm = torch.nn.utils.get_total_norm(of.grad for of in method.parameters() if of.grad is not None)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if method.on_nan == "skip":

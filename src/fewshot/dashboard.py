@@ -110,7 +110,7 @@ def _add_embeddings(logger: TensorBoardLogger, data: EpisodeDataModule, encoder:
     positions = torch.from_numpy(
         np.concatenate([dataset.first[of] + np.arange(min(images, dataset.counts[of])) for of in shown])
     )
-    embeddings = encoder(data.images_at(positions.to(device))).float().cpu()
+    embeddings = encoder(data.images(positions.to(device))).float().cpu()
     if embeddings.shape[1] > len(embeddings):  # as many dimensions as there are points hold all distances
         embeddings = torch.linalg.qr(embeddings.T).R.T
     names = data.bank.class_names("test")

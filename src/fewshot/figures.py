@@ -24,7 +24,7 @@ from fewshot.benchmarks.profile import KINDS_AND_ELSE, convolution_peak, profile
 from fewshot.benchmarks.training import MINIIMAGENET, OMNIGLOT, bare_loop
 from fewshot.config import CONF
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.data.episodes import Episode, EpisodeNumber, classes_of
+from fewshot.data.episodes import EmbeddedEpisode, Episode, EpisodeIndex, EpisodeNumber, classes_of
 from fewshot.distances import l2
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate_split
@@ -167,7 +167,7 @@ def episode(run: str | None, number: int, out: Path) -> list[Path]:
     trained, data = _open(run)
     positions = _test_episode(data, number)
     with torch.no_grad():
-        answers = trained.method(data.load(positions)).argmax(1).numpy()
+        answers = trained.method(positions.load(data.images)).argmax(1).numpy()
     return [_save(draw_episode(data.bank, positions, answers), out / "episode.png")]
 
 
@@ -259,7 +259,7 @@ def prototypes(run: str | None, way: int, shot: int, query: int, number: int, ou
         figure = Figure(figsize=(10, 5.6), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, method, when in zip(panels, (untrained, trained.method), ("before", "after"), strict=True):
-            right = _draw_regions(axes, method, data.load(positions), samples, names)
+            right = _draw_regions(axes, method, positions.load(data.images), samples, names)
             axes.set_title(f"{when} training: {right} of {way * query} queries right")
         for label, marker in (
             ("support sample", {"s": 28, "facecolors": "none", "edgecolors": "#555555"}),
@@ -300,7 +300,7 @@ def adaptation(runs: str, steps: int, episodes: int, out: Path) -> list[Path]:
     curves: dict[str, tuple[int | None, NDArray[np.float64]]] = {}
     for place in found:
         trained, data = _open(str(place))
-        tasks = [data.load(_test_episode(data, number)) for number in range(episodes)]
+        tasks = [_test_episode(data, number).load(data.images) for number in range(episodes)]
         if not curves:
             curves["before training"] = None, _adapted(make_method(trained.config), tasks, steps)
         settings = trained.config.method
@@ -385,7 +385,7 @@ def _open(run: str | None, **task: int) -> tuple[Trained, EpisodeDataModule]:
     return trained, data
 
 
-def _test_episode(data: EpisodeDataModule, number: int) -> Episode:
+def _test_episode(data: EpisodeDataModule, number: int) -> EpisodeIndex:
     if number < 0:
         raise FewShotError(f"figure.number={number} must be at least 0")
     return data.datasets["test"][EpisodeNumber(0, number)]
@@ -412,7 +412,8 @@ def _draw_regions(
     """The embeddings of a task in the plane of its prototypes, each of which has a sample beside it; right answers."""
     with torch.no_grad():
         support, query = method.encoder(task.support), method.encoder(task.query)
-        wrong = method.compare(task._replace(support=support, query=query)).argmax(1) != task.query_labels
+        embedded = EmbeddedEpisode(support, task.support_labels, query, task.query_labels, task.way)
+        wrong = method.compare(embedded).argmax(1) != task.query_labels
     centres = class_means(support, task.support_labels, task.way)
     flat = flattening(centres)
     support, query, centres = flat(support), flat(query), flat(centres)

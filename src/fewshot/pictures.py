@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from fewshot.data.bank import ImageBank
-from fewshot.data.episodes import Episode, classes_of
+from fewshot.data.episodes import EpisodeIndex, classes_of
 from fewshot.style import COLOURS, STYLE
 
 ROWS, SUPPORT, QUERIES = 10, 5, 15  # of an episode that are drawn: classes, support samples and queries of each
@@ -19,7 +19,7 @@ MATRIX = 30  # classes that a confusion matrix has room for
 HARDEST = 20  # classes that are named where there are more
 
 
-def draw_episode(bank: ImageBank, episode: Episode, answers: NDArray[np.int64] | None = None) -> Figure:
+def draw_episode(bank: ImageBank, episode: EpisodeIndex, answers: NDArray[np.int64] | None = None) -> Figure:
     """Draw an episode: a line a class, the support samples, and the queries with what they were taken for.
 
     Args:

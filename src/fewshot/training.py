@@ -200,7 +200,6 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
     return pl.Trainer(
         **hardware,
         max_epochs=-1,  # one from each checkpoint to the next; Record sees the last training episode
-        reload_dataloaders_every_n_epochs=1,  # every epoch has episodes of its own
         use_distributed_sampler=False,  # ours knows its rank
         callbacks=[*callbacks, ProgressBar(refresh_rate=10)],
         plugins=[WholeCheckpoints()],

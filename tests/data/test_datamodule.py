@@ -10,6 +10,7 @@ from conftest import make_bank
 from fewshot.config import compose
 from fewshot.data import datamodule
 from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.data.episodes import Episode, EpisodeIndex
 from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
 
@@ -29,7 +30,7 @@ def make(*overrides, trainer=None):
 
 def single(loader):
     """The episodes of a loader, out of their meta-batches."""
-    return [episode for batch in loader for episode in batch.tasks()]
+    return [episode for batch in loader for episode in batch.episodes.tasks()]
 
 
 def same(loader, other):
@@ -74,8 +75,8 @@ def stages(*overrides, trained=0):
     """From one checkpoint to the next: the training episodes by number, and whether a validation follows."""
     module = after(trained, *overrides)
     while module.trained < module.train_episodes:
-        batches = list(module.train_dataloader().batch_sampler)
-        yield module.stage, [[tuple(of) for of in batch] for batch in batches], module.validates
+        batches = list(module.train_dataloader())
+        yield module.stage, [[tuple(of) for of in batch.share.numbers] for batch in batches], module.validates
         module.trained = module.stage.stop
 
 
@@ -115,8 +116,10 @@ def test_ranks_share_out_the_episodes_of_one_process():
 def test_a_step_has_an_episode_for_each_piece_of_each_process():
     module = make("train.meta_batch=2", "val.every=4", trainer=trainer_of(rank=1, world_size=3, pieces=2))
     assert module.meta_batch == module.every == 6
-    batches = list(module.train_dataloader().batch_sampler)
-    assert [[number for _, number in batch] for batch in batches] == [[1], [4]] and module.weights == [1, 1]
+    shares = [batch.share for batch in module.train_dataloader()]
+    assert [[number for _, number in share.numbers] for share in shares] == [[1], [4]]
+    assert [share.weight for share in shares] == [1, 1]
+    assert [share.completes for share in shares] == [False, True] and shares[0][2:4] == shares[1][2:4] == (0, 6)
     with pytest.raises(FewShotError, match=r"val\.episodes=5 cannot be shared out to 6 processes; ask for at least"):
         make(trainer=trainer_of(world_size=6)).setup()
 
@@ -132,71 +135,62 @@ def test_stages_end_between_whole_meta_batches_and_the_last_one_takes_what_is_le
     assert [[len(batch) for batch in batches] for _, batches, _ in found] == [[3], [3], [3], [1]]
 
 
-def trainer_of(dtype=torch.float32, training=True, rank=0, world_size=1, pieces=1):
-    method = SimpleNamespace(dtype=dtype, device=torch.device("cpu"))
-    strategy = SimpleNamespace(reduce=lambda tensor, **_: tensor)
+def trainer_of(rank=0, world_size=1, pieces=1):
     return SimpleNamespace(
-        global_rank=rank,
-        world_size=world_size,
-        accumulate_grad_batches=pieces,
-        training=training,
-        lightning_module=method,
-        strategy=strategy,
+        global_rank=rank, world_size=world_size, accumulate_grad_batches=pieces, training=True, should_stop=False
     )
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("range", torch.float32), ("standardise", torch.float64)])
-def test_images_are_gathered_and_normalised_after_the_transfer_to_the_device(kind, dtype):
-    module = make(f"dataset.normalise={kind}", trainer=trainer_of(dtype))
-    raw = next(iter(module.val_dataloader()))
-    batch = module.on_after_batch_transfer(raw, 0)
-    assert torch.equal(batch.support, normalise(BANK.images[raw.support], kind).to(dtype))
-    assert torch.equal(batch.query, normalise(BANK.images[raw.query], kind).to(dtype))
-    assert torch.equal(batch.query_labels, raw.query_labels) and batch.way == raw.way
-    assert batch.support.shape == (5, 6, 3, 16, 16) and batch.query.dtype == dtype
+def test_a_batch_brings_its_images_gathered_and_normalised_in_the_default_type(kind, dtype, monkeypatch):
+    batch = next(iter(make(f"dataset.normalise={kind}").val_dataloader())).to("cpu")
+    before = torch.get_default_dtype()
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)  # as the trainer's precision does in a step
+    episodes, positions = batch.load(), batch.episodes
+    monkeypatch.undo()
+    assert torch.get_default_dtype() == before
+    assert isinstance(positions, EpisodeIndex) and isinstance(episodes, Episode)
+    assert torch.equal(episodes.support, normalise(BANK.images[positions.support], kind).to(dtype))
+    assert torch.equal(episodes.query, normalise(BANK.images[positions.query], kind).to(dtype))
+    assert torch.equal(episodes.query_labels, positions.query_labels) and episodes.way == positions.way
+    assert episodes.support.shape == (5, 6, 3, 16, 16) and episodes.query.dtype == dtype
     bound = 1.0 if kind == "range" else 5.0
-    assert 0.9 < batch.query.max() <= bound
+    assert 0.9 < episodes.query.max() <= bound
 
 
-def test_in_evaluation_every_image_in_use_is_embedded_once():
-    trainer = trainer_of(training=False)
-    module = make("val.episodes=30", trainer=trainer)
-    embedded = []
-
-    def encoder(images):
-        embedded.append(images)
-        return images.flatten(1)[:, :7]
-
-    batches = list(module.val_dataloader())
-    expected = [module.on_after_batch_transfer(batch, 0) for batch in batches]
-    module.embed("val", encoder)
-    used = torch.cat([torch.cat([batch.support.flatten(), batch.query.flatten()]) for batch in batches]).unique()
-    assert sum(map(len, embedded)) == len(used)
-    for batch, images in zip(batches, expected, strict=True):
-        found = module.on_after_batch_transfer(batch, 0)
-        assert torch.equal(found.support, images.support.flatten(2)[..., :7])
-        assert torch.equal(found.query, images.query.flatten(2)[..., :7])
-    trainer.training = True
-    raw = next(iter(module.train_dataloader()))
-    assert module.on_after_batch_transfer(raw, 0).query.shape == (1, 30, 3, 16, 16)
+def test_to_iterate_a_loader_again_repeats_no_training_episode_and_to_look_at_one_trains_on_none():
+    module = make("train.meta_batch=2")  # train.episodes=10, val.every=4
+    loader = module.train_dataloader()
+    epochs = [[tuple(of) for batch in loader for of in batch.share.numbers] for _ in range(4)]
+    assert epochs == [[(0, n) for n in range(4)], [(1, n) for n in range(4)], [(2, 0), (2, 1)], []]
+    broken_off = module.train_dataloader()
+    assert [next(iter(broken_off)).share.start for _ in range(3)] == [0, 2, 4]
+    assert module.trained == 0
 
 
-@pytest.mark.parametrize("processes", [2, 15])
-def test_processes_share_out_the_images_to_embed(monkeypatch, processes):
-    monkeypatch.setattr(datamodule, "EMBEDDED_TOGETHER", 8)
-    batches = []
+def test_the_module_counts_what_a_trainer_takes_to_train_on():
+    module = make("train.meta_batch=2", trainer=trainer_of(pieces=2))
+    for first, second in ((0, 2), (2, 4), (4, 6), (6, 8), (8, 10)):
+        if first == module.stage.stop:
+            loader = iter(module.train_dataloader())
+        for completes in (False, True):
+            assert module.trained == first
+            module.on_after_batch_transfer(next(loader), 0)
+            assert module.step == range(first, second) and module.trainer.should_stop == (second == 10 and completes)
+        assert module.trained == second
+    module.trainer.training = False
+    module.on_after_batch_transfer(next(iter(module.val_dataloader())), 0)
+    assert module.trained == 10
 
-    def embeddings(rank, world_size):
-        module = make("val.episodes=15", "test.episodes=15", trainer=trainer_of(rank=rank, world_size=world_size))
-        module.embed("test", lambda images: batches.append(len(images)) or images.flatten(1))
-        return module._embedded[1]
 
-    whole = embeddings(0, 1)
-    pieces = batches.copy()
-    assert sum(pieces) == len(whole) and len(pieces) == 9
-    batches.clear()
-    assert torch.equal(sum(embeddings(rank, processes) for rank in range(processes)), whole)
-    assert sorted(batches) == sorted(pieces + [8] * max(0, processes - len(pieces)))
+def test_the_images_of_an_evaluation_are_those_of_all_its_episodes_on_every_process():
+    loaders = [
+        make("val.episodes=30", trainer=trainer_of(rank, processes)).val_dataloader()
+        for rank, processes in ((0, 1), (0, 2), (1, 2))
+    ]
+    used = torch.cat([torch.cat([of.support, of.query]) for of in single(loaders[0])]).unique()
+    assert all(torch.equal(loader.positions(), used) for loader in loaders)
+    assert [len(loader) for loader in loaders] == [2, 1, 1] == [len(list(loader)) for loader in loaders]
 
 
 def test_the_bank_depends_on_the_settings_of_its_source_resolved_or_not(monkeypatch):

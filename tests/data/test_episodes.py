@@ -1,5 +1,3 @@
-from itertools import chain
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +8,8 @@ from conftest import make_bank
 from fewshot.data.episodes import (
     EpisodeDataset,
     EpisodeNumber,
-    MetaBatchSampler,
     draw_episode,
+    share_out,
     stack,
 )
 from fewshot.errors import FewShotError
@@ -81,29 +79,21 @@ def test_support_and_query_are_the_images_of_the_labelled_classes():
     assert all(bank.splits[found.pop()] == "val" for found in of_label)
 
 
-@given(st.integers(1, 50), st.integers(1, 9), st.integers(0, 9))
-def test_a_meta_batch_is_whole_but_for_the_last(episodes, meta_batch, first):
-    sampler = MetaBatchSampler(episodes, meta_batch, epoch=3, first=first)
-    whole = list(sampler)
-    assert sum(whole, []) == [EpisodeNumber(3, number) for number in range(first, first + episodes)]
-    assert [len(batch) for batch in whole[:-1]] == [meta_batch] * (len(whole) - 1) and 0 < len(whole[-1]) <= meta_batch
-    assert len(sampler) == len(whole) and sampler.weights == [1] * len(whole)
-
-
 @given(st.integers(1, 50), st.integers(1, 5), st.integers(1, 3), st.integers(0, 9))
-def test_ranks_and_pieces_share_every_meta_batch_and_their_mean_is_that_of_its_episodes(episodes, ranks, pieces, more):
-    meta_batch = ranks * pieces + more
-    samplers = [MetaBatchSampler(episodes, meta_batch, 3, 0, rank, ranks, pieces) for rank in range(ranks)]
-    batches = list(zip(*samplers, strict=True))  # as many for every rank
-    weights = list(zip(*(sampler.weights for sampler in samplers), strict=True))
-    assert all(of[0] > 0 for of in weights)  # whose batch norm is kept
-    for step, whole in enumerate(MetaBatchSampler(episodes, meta_batch, 3)):
-        of_step = slice(step * pieces, (step + 1) * pieces)
-        shares = list(zip(chain(*batches[of_step]), chain(*weights[of_step]), strict=True))
-        assert sorted(sum((batch for batch, weight in shares if weight), [])) == whole
-        assert all(set(batch) <= set(whole) for batch, _ in shares)
-        mean = sum(weight * np.mean([number for _, number in batch]) for batch, weight in shares) / (ranks * pieces)
-        assert mean == pytest.approx(np.mean([number for _, number in whole]))
+def test_processes_and_pieces_share_a_step_and_their_mean_is_that_of_all_of_it(count, processes, pieces, first):
+    together = range(first, first + count)
+    shares = [list(share_out(together, rank, processes, pieces)) for rank in range(processes)]
+    assert len({len(of_process) for of_process in shares}) == 1  # as many for every process
+    assert all(weight > 0 for _, weight in shares[0])  # its batch norm is kept
+    counted = [number for of_process in shares for own, weight in of_process if weight for number in own]
+    assert sorted(counted) == list(together)
+    assert all(own and set(own) <= set(together) for of_process in shares for own, _ in of_process)
+    mean = sum(weight * np.mean(own) for of_process in shares for own, weight in of_process) / (processes * pieces)
+    assert mean == pytest.approx(np.mean(together))
+
+
+def test_one_process_takes_a_step_whole():
+    assert list(share_out(range(3, 8))) == [(range(3, 8), 1.0)]
 
 
 def test_a_meta_batch_can_be_taken_apart():

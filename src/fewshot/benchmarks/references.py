@@ -47,7 +47,7 @@ class PngEpisodes(Dataset[Episode]):
         support, query = (
             torch.stack([self._open(position) for position in of]) for of in (episode.support, episode.query)
         )
-        return episode._replace(support=support, query=query)
+        return Episode(support, episode.support_labels, query, episode.query_labels, episode.way)
 
     def _open(self, position: torch.Tensor) -> torch.Tensor:
         image = pil_to_tensor(Image.open(self.folder / f"{int(position)}.png")).float()

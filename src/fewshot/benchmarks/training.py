@@ -23,8 +23,8 @@ from fewshot.benchmarks.references import PngEpisodes, copy_weights, textbook_co
 from fewshot.config import compose
 from fewshot.data.bank import ImageBank, open_bank
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.data.episodes import Episode, EpisodeDataset, MetaBatchSampler
-from fewshot.data.images import normalise
+from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber
+from fewshot.data.images import ImageTable
 from fewshot.data.miniimagenet import miniimagenet
 from fewshot.methods.base import FewShotMethod
 from fewshot.training import make_data, make_method, make_trainer
@@ -78,10 +78,8 @@ def bare_loop(shape: dict[str, Any]) -> Work:
     method = _method(config, shape).train()
     bank, dataset = _noise(shape), _episodes(shape)
     episodes = []
-    for numbers in MetaBatchSampler(shape["steps"], 1):
-        episode = dataset[numbers[0]]
-        support, query = (normalise(bank.images[of], "range") for of in (episode.support, episode.query))
-        episodes.append(episode._replace(support=support, query=query))
+    for number in range(shape["steps"]):
+        episodes.append(dataset[EpisodeNumber(0, number)].load(ImageTable(bank.images, "range")))
     return _loop(method, method.parameters(), cycle(episodes), shape["steps"])
 
 
@@ -150,7 +148,7 @@ def make_episodes(shape: dict[str, Any], episodes: int) -> Work:
     data.trainer.strategy.connect(_method(config, shape))
 
     def work() -> NDArray[Any]:
-        sums = [data.on_after_batch_transfer(batch, 0).query.sum() for batch in data.train_dataloader()]
+        sums = [batch.load().query.sum() for batch in data.train_dataloader()]
         return torch.stack(sums).numpy()
 
     return work
@@ -292,7 +290,7 @@ def _png_loader(shape: dict[str, Any], episodes: int, split: str = "train") -> D
         for number, pixels in enumerate(bank.images.numpy()):
             Image.fromarray(pixels.squeeze()).save(folder / f"{number}.png", compress_level=1)
     dataset = PngEpisodes(_episodes(shape, split), folder)
-    sampler = [numbers[0] for numbers in MetaBatchSampler(episodes, 1)]
+    sampler = [EpisodeNumber(0, number) for number in range(episodes)]
     return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=2)
 
 

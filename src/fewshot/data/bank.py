@@ -86,6 +86,18 @@ class ImageBank:
         """The numbers of the classes of ``split``, int64 ``[classes of the split]``."""
         return np.flatnonzero(np.array(self.splits) == split)
 
+    def labelled(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """All images of ``split``: their positions, and their classes among those of the split.
+
+        Returns:
+            Both int64 ``[images of the split]``, the classes numbered from 0.
+        """
+        classes = self.classes(split)
+        spans = zip(self.offsets[classes], self.offsets[classes + 1], strict=True)
+        positions = [torch.arange(int(first), int(end)) for first, end in spans]
+        labels = [torch.full_like(of_class, label) for label, of_class in enumerate(positions)]
+        return torch.cat(positions), torch.cat(labels)
+
     def class_names(self, split: str) -> list[str]:
         """The names of the classes of ``split``, in the order of ``classes``."""
         return [self.names[c] for c in self.classes(split)]

@@ -1,23 +1,19 @@
-"""The Lightning data module: from a data set's configuration to normalised episodes on the device."""
+"""The Lightning data module: from a data set's configuration to the episodes of each split."""
 
-from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
-from torch.utils.data import DataLoader
 
 from fewshot.data.bank import ImageBank, open_bank
-from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber, MetaBatchSampler, stack
-from fewshot.data.images import normalise
+from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, MetaBatch, Share, share_out, stack
+from fewshot.data.images import ImageTable
+from fewshot.data.loaders import EvaluationLoader, TrainingLoader
 from fewshot.errors import FewShotError
 from fewshot.text import for_terminal
-
-EVALUATED_TOGETHER = 20  # episodes of a process in a meta-batch of validation and test; changes no result
-EMBEDDED_TOGETHER = 256  # images
 
 
 class EpisodeDataModule(pl.LightningDataModule):
@@ -39,8 +35,8 @@ class EpisodeDataModule(pl.LightningDataModule):
 
     Attributes:
         trained: how many training episodes are done, over all processes.
-        stage: the training episodes from the last checkpoint to the next, counted likewise.
-        weights: of this process's batches in that stage, see ``MetaBatchSampler``.
+        stage: the training episodes from the last checkpoint to the next, counted over all processes, too.
+        step: those of the training step at hand.
     """
 
     def __init__(
@@ -65,13 +61,9 @@ class EpisodeDataModule(pl.LightningDataModule):
         self.train_episodes, self._meta_batch = train.episodes, train.meta_batch
         self._every, self._checkpoint_every = val.every, checkpoint_every
         self.trained = 0
-        self.stage = range(0)
-        self.weights: list[float] = []
+        self.stage = self.step = range(0)
         self.episodes = {"val": val.episodes, "test": test.episodes}
         self._bank: ImageBank | None = None
-        self._resident: torch.Tensor | None = None  # the bank's images on the GPU
-        # For each image of the bank its row in the embeddings of those that the last evaluation used, and these.
-        self._embedded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def bank(self) -> ImageBank:
@@ -84,6 +76,11 @@ class EpisodeDataModule(pl.LightningDataModule):
             for finding in self._bank.findings:
                 rank_zero_only(print)(f"warning: {name}: {for_terminal(finding)}", flush=True)
         return self._bank
+
+    @cached_property
+    def images(self) -> ImageTable:
+        """The images as an encoder takes them, by their positions in the bank."""
+        return ImageTable(self.bank.images, self.dataset.normalise)
 
     def prepare_data(self) -> None:
         """Download and build on one process a machine; the others open what it built."""
@@ -131,18 +128,37 @@ class EpisodeDataModule(pl.LightningDataModule):
         """Whether a validation follows the current stage."""
         return self.stage.stop % self.every == 0 or self.stage.stop == self.train_episodes
 
-    def train_dataloader(self) -> DataLoader[Episode]:
+    def train_dataloader(self) -> TrainingLoader[MetaBatch]:
         """The meta-batches from the episodes trained so far to the next checkpoint or validation."""
-        epoch, first = divmod(self.trained, self.every)
+        if self.trainer is not None:
+            # Every epoch of the trainer is another stage; it would go on with the first one's length.
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        self.stage = self._stage(self.trained)
+        return TrainingLoader(self.trained, self._stage, self._shares, self._meta_batch_of)
+
+    def _stage(self, trained: int) -> range:
+        """The training episodes from a number of them on to the next checkpoint or validation."""
+        epoch, first = divmod(trained, self.every)
         checkpoint_every = self._in_whole_steps(self._checkpoint_every)
         checkpoint = (first // checkpoint_every + 1) * checkpoint_every
-        stop = min(epoch * self.every + min(checkpoint, self.every), self.train_episodes)
-        self.stage = range(self.trained, stop)
-        sampler = MetaBatchSampler(
-            len(self.stage), self.meta_batch, epoch, first, self._rank, self.processes, self.pieces
-        )
-        self.weights = sampler.weights
-        return self._loader("train", sampler)
+        return range(trained, min(epoch * self.every + min(checkpoint, self.every), self.train_episodes))
+
+    def _shares(self, stage: range) -> list[Share]:
+        """What this process takes of a stage, batch by batch."""
+        shares = []
+        epoch, first = divmod(stage.start, self.every)
+        for start in range(stage.start, stage.stop, self.meta_batch):
+            step = range(start, min(start + self.meta_batch, stage.stop))
+            numbers = range(first + step.start - stage.start, first + step.stop - stage.start)
+            pieces = list(share_out(numbers, self._rank, self.processes, self.pieces))
+            for place, (own, weight) in enumerate(pieces, 1):
+                names = [EpisodeNumber(epoch, number) for number in own]
+                shares.append(Share(names, weight, step.start, step.stop, completes=place == len(pieces)))
+        return shares
+
+    def _meta_batch_of(self, share: Share) -> MetaBatch:
+        dataset = self.datasets["train"]
+        return MetaBatch(stack([dataset[number] for number in share.numbers]), share, self.images)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -152,79 +168,29 @@ class EpisodeDataModule(pl.LightningDataModule):
         """Go on after the episodes that a checkpoint has been trained on."""
         self.trained = state_dict["trained"]
 
-    def val_dataloader(self) -> DataLoader[Episode]:
+    def val_dataloader(self) -> EvaluationLoader:
         """The validation episodes, the same at every epoch."""
         return self._evaluation_loader("val")
 
-    def test_dataloader(self) -> DataLoader[Episode]:
+    def test_dataloader(self) -> EvaluationLoader:
         """The test episodes."""
         return self._evaluation_loader("test")
+
+    def on_after_batch_transfer(self, batch: MetaBatch, dataloader_idx: int) -> MetaBatch:  # noqa: ARG002
+        """Count the episodes that a trainer takes to train on."""
+        if self.trainer is not None and self.trainer.training:
+            self.step = range(batch.share.start, batch.share.stop)
+            if batch.share.completes:
+                self.trained = batch.share.stop
+                self.trainer.should_stop |= self.trained == self.train_episodes  # after this step
+        return batch
 
     def _in_whole_steps(self, episodes: int) -> int:
         return -(-episodes // self.meta_batch) * self.meta_batch
 
-    def _evaluation_loader(self, split: str) -> DataLoader[Episode]:
-        own = [EpisodeNumber(0, number) for number in range(self._rank, self.episodes[split], self.processes)]
-        return self._loader(split, [own[i : i + EVALUATED_TOGETHER] for i in range(0, len(own), EVALUATED_TOGETHER)])
-
-    def _loader(self, split: str, meta_batches: Iterable[list[EpisodeNumber]]) -> DataLoader[Episode]:
-        # No worker processes: an episode is drawn far quicker than it could be sent from one. PyTorch's loaders draw a
-        # number they do not need; from a generator of its own, so that a resumed run draws on as the first would have.
-        generator = torch.Generator()
-        return DataLoader(self.datasets[split], batch_sampler=meta_batches, collate_fn=stack, generator=generator)
-
-    def embed(self, split: str, encoder: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Have the episodes of validation or test hold embeddings in place of images, each image embedded once.
-
-        The processes share out the work. An embedding's last bit may depend on its batch, so the batches are those of a
-        single process.
-
-        Args:
-            split: "val" or "test".
-            encoder: ``[images, channels, height, width]`` to ``[images, features]``, each image by itself.
-        """
-        episodes = (self.datasets[split][EpisodeNumber(0, number)] for number in range(self.episodes[split]))
-        device = self._method.device
-        used = torch.cat([torch.cat([episode.support, episode.query]) for episode in episodes]).unique().to(device)
-        rows = torch.zeros(len(self.bank.images), dtype=torch.int64, device=device)
-        rows[used] = torch.arange(len(used), device=device)
-        pieces = used.split(EMBEDDED_TOGETHER)
-        # A process for which there is none embeds the first, to learn how many features an embedding has.
-        own = [encoder(self.images_at(piece)) for piece in pieces[self._rank :: self.processes] or pieces[:1]]
-        embeddings = own[0].new_zeros(len(used), own[0].shape[1])
-        for place, of in zip(embeddings.split(EMBEDDED_TOGETHER)[self._rank :: self.processes], own, strict=False):
-            place.copy_(of)
-        self._embedded = rows, self.trainer.strategy.reduce(embeddings, reduce_op="sum")  # type: ignore[union-attr]
-
-    def images_at(self, positions: torch.Tensor) -> torch.Tensor:
-        """Images of the bank as a method takes them: ``[..., channels, height, width]``, of the trainer's precision.
-
-        Args:
-            positions: in the bank, int64 ``[...]``, on the device the images are to be on.
-        """
-        images = self.bank.images
-        if positions.is_cuda and self._resident is None and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
-            self._resident = images.to(positions.device)  # gathered there from now on, without waiting for the host
-        pixels = images[positions.cpu()].to(positions.device) if self._resident is None else self._resident[positions]
-        images = normalise(pixels, self.dataset.normalise)
-        return images if self.trainer is None else images.to(self._method.dtype)
-
-    def load(self, episode: Episode) -> Episode:
-        """An episode, or a meta-batch, with its images in place of their positions."""
-        return episode._replace(support=self.images_at(episode.support), query=self.images_at(episode.query))
-
-    def on_after_batch_transfer(self, batch: Episode, dataloader_idx: int) -> Episode:  # noqa: ARG002
-        """Put images, or embeddings, where their positions are."""
-        if self._embedded is not None and not self.trainer.training:  # type: ignore[union-attr]
-            rows, embeddings = self._embedded
-            return batch._replace(support=embeddings[rows[batch.support]], query=embeddings[rows[batch.query]])
-        return self.load(batch)
+    def _evaluation_loader(self, split: str) -> EvaluationLoader:
+        return EvaluationLoader(self.datasets[split], self.episodes[split], self.images, self._rank, self.processes)
 
     @property
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def _method(self) -> pl.LightningModule:
-        assert self.trainer is not None
-        return self.trainer.lightning_module

@@ -5,32 +5,25 @@ resumes where it stopped, the ranks of a distributed run never draw the same epi
 on the very same test episodes.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.errors import FewShotError
 
+# From positions in the image bank, int64 [...], to what lies there: images [..., channels, height, width], or
+# embeddings.
+Gather = Callable[[torch.Tensor], torch.Tensor]
 
-class Episode(NamedTuple):
-    """One few-shot task: tell the classes of the queries from the support samples.
 
-    Attributes:
-        support: the labelled images, ``[support samples, channels, height, width]``.
-        support_labels: int64 ``[support samples]``, each in ``0..way-1``.
-        query: the images to classify, ``[queries, channels, height, width]``.
-        query_labels: int64 ``[queries]``; what the method must not look at.
-        way: the number of classes.
-
-    A data set of episodes gives positions in the image bank, int64 ``[support samples]`` and ``[queries]``, in place of
-    the images; the data module puts the images there, on the device. Loaders give episodes by the meta-batch: one
-    ``Episode`` whose tensors have a leading dimension, the tasks.
-    """
+class _Task(NamedTuple):
+    """What the three forms of an episode have in common: which tensors there are, and how to take them apart."""
 
     support: torch.Tensor
     support_labels: torch.Tensor
@@ -38,14 +31,74 @@ class Episode(NamedTuple):
     query_labels: torch.Tensor
     way: int
 
-    def tasks(self) -> Iterator["Episode"]:
-        """The episodes of a meta-batch, which has a leading dimension of them before all of the above."""
-        return (Episode._make((*tensors, self.way)) for tensors in zip(*self[:-1], strict=True))
+    def tasks(self) -> Iterator[Self]:
+        """The episodes of a meta-batch, whose tensors have a leading dimension, the tasks."""
+        return (self.apply(itemgetter(task)) for task in range(len(self.query_labels)))
 
-    def split(self, tasks: int) -> Iterator["Episode"]:
+    def split(self, tasks: int) -> Iterator[Self]:
         """The same meta-batch in smaller ones, of at most so many tasks."""
-        pieces = (tensor.split(tasks) for tensor in self[:-1])
-        return (Episode._make((*tensors, self.way)) for tensors in zip(*pieces, strict=True))
+        starts = range(0, len(self.query_labels), tasks)
+        return (self.apply(itemgetter(slice(start, start + tasks))) for start in starts)
+
+    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """The same with each tensor changed by a function."""
+        support, query = change(self.support), change(self.query)
+        return type(self)(support, change(self.support_labels), query, change(self.query_labels), self.way)
+
+
+class Episode(_Task):
+    """One few-shot task: classify the queries by the support samples.
+
+    Attributes:
+        support: the labelled images, ``[support samples, channels, height, width]``.
+        support_labels: int64 ``[support samples]``, each in ``0..way-1``.
+        query: the images to classify, ``[queries, channels, height, width]``.
+        query_labels: int64 ``[queries]``; what the method must not look at.
+        way: the number of classes.
+    """
+
+    __slots__ = ()
+
+
+class EmbeddedEpisode(_Task):
+    """An episode with embeddings in place of its images.
+
+    Attributes:
+        support: ``[support samples, ...]``; one embedding can have any shape: a vector, or feature maps.
+        support_labels: int64 ``[support samples]``, each in ``0..way-1``.
+        query: ``[queries, ...]``.
+        query_labels: int64 ``[queries]``; what the method must not look at.
+        way: the number of classes.
+    """
+
+    __slots__ = ()
+
+
+class EpisodeIndex(_Task):
+    """An episode as the positions of its images in the image bank.
+
+    Attributes:
+        support: int64 ``[support samples]``.
+        support_labels: int64 ``[support samples]``, each in ``0..way-1``.
+        query: int64 ``[queries]``.
+        query_labels: int64 ``[queries]``.
+        way: the number of classes.
+    """
+
+    __slots__ = ()
+
+    def load(self, images: Gather) -> Episode:
+        """The episode with its images."""
+        return Episode(images(self.support), self.support_labels, images(self.query), self.query_labels, self.way)
+
+    def embed(self, embeddings: Gather) -> EmbeddedEpisode:
+        """The episode with embeddings of its images."""
+        return EmbeddedEpisode(
+            embeddings(self.support), self.support_labels, embeddings(self.query), self.query_labels, self.way
+        )
+
+
+AnyEpisode = TypeVar("AnyEpisode", bound=_Task)
 
 
 class EpisodeNumber(NamedTuple):
@@ -82,8 +135,8 @@ def draw_episode(
     return classes, np.argsort(keys, axis=1)[:, : shot + query], random.permutation(way * shot)
 
 
-class EpisodeDataset(Dataset[Episode]):
-    """The episodes of one split of an image bank, as positions of their images.
+class EpisodeDataset(Dataset[EpisodeIndex]):
+    """The episodes of one split of an image bank.
 
     Args:
         bank: the images.
@@ -98,7 +151,7 @@ class EpisodeDataset(Dataset[Episode]):
     """
 
     def __init__(self, bank: ImageBank, split: str, way: int, shot: int, query: int, seed: int) -> None:
-        self.split, self.way, self.shot, self.query, self.seed = split, way, shot, query, seed
+        self.bank, self.split, self.way, self.shot, self.query, self.seed = bank, split, way, shot, query, seed
         classes = bank.classes(split)
         self.first, self.counts = bank.offsets[classes], np.diff(bank.offsets)[classes]
         self._check(bank.class_names(split))
@@ -128,11 +181,11 @@ class EpisodeDataset(Dataset[Episode]):
                 f"lower {prefix}shot or {prefix}query"
             )
 
-    def __getitem__(self, episode: EpisodeNumber) -> Episode:
+    def __getitem__(self, episode: EpisodeNumber) -> EpisodeIndex:
         make = self.way, self.shot, self.query
         classes, images, order = draw_episode(self.counts, *make, seed=self.seed, split=self.split, **episode._asdict())
         positions, shuffle = torch.from_numpy(self.first[classes, None] + images), torch.from_numpy(order)
-        return Episode(
+        return EpisodeIndex(
             support=positions[:, : self.shot].flatten()[shuffle],
             support_labels=self.support_labels[shuffle],
             query=positions[:, self.shot :].flatten(),
@@ -141,11 +194,11 @@ class EpisodeDataset(Dataset[Episode]):
         )
 
 
-def classes_of(episode: Episode, first: NDArray[np.int64]) -> NDArray[np.int64]:
+def classes_of(episode: EpisodeIndex, first: NDArray[np.int64]) -> NDArray[np.int64]:
     """Which class each label of an episode stands for.
 
     Args:
-        episode: of positions in the bank.
+        episode: the episode.
         first: the position of the first image of each class to choose from, ascending, ``[classes]``.
 
     Returns:
@@ -156,56 +209,75 @@ def classes_of(episode: Episode, first: NDArray[np.int64]) -> NDArray[np.int64]:
     return classes
 
 
-def stack(episodes: Sequence[Episode]) -> Episode:
-    """Stack episodes of one make into a meta-batch."""
-    *tensors, ways = zip(*episodes, strict=True)
-    return Episode._make((*map(torch.stack, tensors), ways[0]))
+def stack(episodes: Sequence[AnyEpisode]) -> AnyEpisode:
+    """Stack episodes of the same way, shot and number of queries into a meta-batch."""
+    return type(episodes[0])(
+        torch.stack([episode.support for episode in episodes]),
+        torch.stack([episode.support_labels for episode in episodes]),
+        torch.stack([episode.query for episode in episodes]),
+        torch.stack([episode.query_labels for episode in episodes]),
+        episodes[0].way,
+    )
 
 
-class MetaBatchSampler(Sampler[list[EpisodeNumber]]):
-    """The numbers of one rank's training episodes in a stretch of an epoch, a meta-batch at a time.
-
-    Every rank gets as many batches as any other, since all take part in every step. Where there is no episode left for
-    a rank, it is given one that counts for nothing.
-
-    Args:
-        episodes: how many there are, over all ranks; the last meta-batch takes what is left.
-        meta_batch: episodes in a meta-batch, which the ranks share out.
-        epoch: see ``draw_episode``.
-        first: the number of the first one in its epoch.
-        rank: this process, in ``0..world_size-1``.
-        world_size: how many processes share the episodes.
-        pieces: batches that a meta-batch comes in, over which the gradient is accumulated.
+class Share(NamedTuple):
+    """What one process does at once for a training step: its part of the step, or a piece of that.
 
     Attributes:
-        weights: of each batch's mean loss: the mean over all ranks and pieces is then the mean over all episodes of the
-            meta-batch, however unequal the shares are.
+        numbers: of its episodes in their epoch.
+        weight: of the mean loss of these: the mean over all processes and pieces is then the mean over all episodes of
+            the meta-batch, however unequal the shares are.
+        start: the training episodes before the step, over all processes.
+        stop: the same after the step.
+        completes: whether it is the last piece, after which the optimizer steps.
     """
 
-    def __init__(
-        self,
-        episodes: int,
-        meta_batch: int,
-        epoch: int = 0,
-        first: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        pieces: int = 1,
-    ) -> None:
-        self.epoch = epoch
-        self.batches: list[range] = []
-        self.weights: list[float] = []
-        for start in range(first, first + episodes, meta_batch):
-            together = range(start, min(start + meta_batch, first + episodes))
-            for piece in range(pieces):
-                of_all = together[meta_batch * piece // pieces : meta_batch * (piece + 1) // pieces]
-                if of_all:
-                    own = of_all[rank::world_size]
-                    self.batches.append(own or of_all[:1])
-                    self.weights.append(len(own) * world_size * pieces / len(together))
+    numbers: list[EpisodeNumber]
+    weight: float = 1.0
+    start: int = 0
+    stop: int = 0
+    completes: bool = False
 
-    def __iter__(self) -> Iterator[list[EpisodeNumber]]:
-        return ([EpisodeNumber(self.epoch, number) for number in batch] for batch in self.batches)
 
-    def __len__(self) -> int:
-        return len(self.batches)
+def share_out(together: range, rank: int = 0, processes: int = 1, pieces: int = 1) -> Iterator[tuple[range, float]]:
+    """One process's part of what a training step takes together, in pieces.
+
+    Every process gets as many pieces as any other, since all take part in every step. Where there is nothing left for
+    a process, it gets something with a weight of zero.
+
+    Args:
+        together: the numbers of what the step takes.
+        rank: this process, in ``0..processes-1``.
+        processes: how many share.
+        pieces: how many batches a process takes its part in, to accumulate the gradient.
+
+    Yields:
+        The numbers of a piece, and its weight, see ``Share``.
+    """
+    for piece in range(pieces):
+        of_all = together[len(together) * piece // pieces : len(together) * (piece + 1) // pieces]
+        if of_all:
+            own = of_all[rank::processes]
+            yield own or of_all[:1], len(own) * processes * pieces / len(together)
+
+
+class MetaBatch(NamedTuple):
+    """Episodes that a method takes together, and all that it needs to know of them. ``to`` moves it to a device.
+
+    Attributes:
+        episodes: the positions of their images; all tensors have a leading dimension, the tasks.
+        share: which episodes they are, and their part in the training step.
+        images: where their images are.
+    """
+
+    episodes: EpisodeIndex
+    share: Share
+    images: Gather
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device, where ``load`` puts the images, too."""
+        return self._replace(episodes=self.episodes.apply(lambda tensor: tensor.to(device)))
+
+    def load(self) -> Episode:
+        """The episodes with their images, all tensors with a leading dimension, the tasks."""
+        return self.episodes.load(self.images)

@@ -94,3 +94,38 @@ def normalise(images: torch.Tensor, kind: str) -> torch.Tensor:
     else:
         raise FewShotError(f"dataset.normalise={kind} is unknown: choose range, standardise or plain")
     return pixels.movedim(-1, -3)
+
+
+class ImageTable:
+    """The images of a bank as an encoder takes them, found by their positions.
+
+    Where a GPU has room for all pixels, they lie there from the first call on, and no gather waits for the host.
+
+    Args:
+        pixels: uint8 ``[images, height, width, channels]``.
+        kind: see ``normalise``.
+    """
+
+    def __init__(self, pixels: torch.Tensor, kind: str) -> None:
+        self.pixels, self.kind = pixels, kind
+        self._resident: torch.Tensor | None = None  # the pixels on the GPU
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __call__(self, positions: torch.Tensor) -> torch.Tensor:
+        """Gather and normalise images.
+
+        Args:
+            positions: of the images, int64 ``[...]``, on the device the images are to be on.
+
+        Returns:
+            ``[..., channels, height, width]`` of PyTorch's default type, which is the trainer's precision in a step.
+        """
+        if positions.is_cuda and self._resident is None and 4 * self.pixels.nbytes < torch.cuda.mem_get_info()[0]:
+            self._resident = self.pixels.to(positions.device)
+        if self._resident is None:
+            pixels = self.pixels[positions.cpu()].to(positions.device)
+        else:
+            pixels = self._resident[positions]
+        return normalise(pixels, self.kind).to(torch.get_default_dtype())

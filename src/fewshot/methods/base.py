@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fewshot.data.episodes import Episode
+from fewshot.data.episodes import EmbeddedEpisode, Episode, MetaBatch
+from fewshot.data.loaders import EvaluationLoader
 from fewshot.distances import Distance
+from fewshot.embeddings import EmbeddingTable, LabelledEmbeddings, embed
 from fewshot.errors import FewShotError
 from fewshot.metrics import EpisodeAccuracy, Estimate
 
@@ -58,10 +60,6 @@ class FewShotMethod(pl.LightningModule, ABC):
             Logits, ``[queries, way]``.
         """
 
-    def weight(self, batch_idx: int) -> float:
-        """Of a training batch's mean loss: the mean over all processes is then that over all their episodes."""
-        return self.trainer.datamodule.weights[batch_idx]  # type: ignore[attr-defined]
-
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
         """Learn a support set once, to classify any number of images by it afterwards, a batch at a time.
 
@@ -72,7 +70,7 @@ class FewShotMethod(pl.LightningModule, ABC):
             labels: int64 ``[support samples]``, every class at least once.
             way: the number of classes.
         """
-        return lambda images: self(_unlabelled(support, labels, images, way))
+        return lambda images: self(Episode(support, labels, images, _unknown(images), way))
 
     def log_training(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Log the loss and the accuracy of a training step, of this process's part of the meta-batch.
@@ -85,22 +83,25 @@ class FewShotMethod(pl.LightningModule, ABC):
         accuracy = (logits.detach().argmax(-1) == labels).float().mean()
         self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
 
-    def evaluate(self, meta_batch: Episode) -> torch.Tensor:
+    def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:
         """The logits of every episode of a meta-batch in validation or test: ``[tasks, queries, way]``."""
-        return torch.stack([self(episode) for episode in meta_batch.tasks()])
+        # Some methods take gradients, and nothing that a trainer made in inference mode can be part of one.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            episodes = meta_batch.episodes.apply(torch.clone).load(meta_batch.images)
+            return torch.stack([self(episode) for episode in episodes.tasks()])
 
-    def validation_step(self, meta_batch: Episode, batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, meta_batch: MetaBatch, batch_idx: int) -> None:  # noqa: ARG002
         """Count the accuracy of validation episodes."""
-        self.val_accuracy.update(self.evaluate(meta_batch), meta_batch.query_labels)
+        self.val_accuracy.update(self.evaluate(meta_batch), meta_batch.episodes.query_labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation accuracy, by which the best weights are chosen."""
         self._log_estimate("val", self.val_accuracy)
 
-    def test_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+    def test_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
         """Count the accuracy of test episodes; their logits, ``[tasks, queries, way]``, are for callbacks to see."""
         logits = self.evaluate(meta_batch)
-        self.test_accuracy.update(logits, meta_batch.query_labels)
+        self.test_accuracy.update(logits, meta_batch.episodes.query_labels)
         return logits
 
     def on_test_epoch_end(self) -> None:
@@ -143,10 +144,11 @@ class MetricMethod(FewShotMethod):
     def __init__(self, encoder: nn.Module, distance: Distance, **training: Unpack[Optimization]) -> None:
         super().__init__(encoder, **training)
         self.distance = distance
+        self._embeddings: EmbeddingTable | None = None  # of the images of a validation or test, while it lasts
 
     @abstractmethod
-    def compare(self, embedded: Episode) -> torch.Tensor:
-        """Classify the queries of an episode that has embeddings, ``[..., features]``, in place of images.
+    def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
+        """Classify the queries of an episode by the embeddings of its images, of whatever shape the encoder gives.
 
         Returns:
             Logits, ``[queries, way]``.
@@ -156,42 +158,87 @@ class MetricMethod(FewShotMethod):
         """Embed and compare; support and query in one batch, so that batch norm sees them together while it trains."""
         embeddings = self.encoder(torch.cat([episode.support, episode.query]))
         support, query = embeddings.tensor_split([len(episode.support)])
-        return self.compare(episode._replace(support=support, query=query))
+        return self.compare(EmbeddedEpisode(support, episode.support_labels, query, episode.query_labels, episode.way))
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What training makes small: the mean cross-entropy of the queries.
+
+        Args:
+            logits: ``[queries, way]``, of all episodes of the meta-batch.
+            labels: int64 ``[queries]``.
+        """
+        return cross_entropy(logits, labels)
+
+    def before_evaluation(self, embed_split: Callable[[str], LabelledEmbeddings]) -> None:
+        """Learn from the embeddings of whole splits, before a validation or test; a method may need nothing of it.
+
+        What is learnt so belongs into a buffer: a checkpoint keeps it for predictions, where there is no data set.
+
+        Args:
+            embed_split: gives the embeddings of all images of "train", for example.
+        """
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
         """See ``FewShotMethod``; the support is embedded once."""
         embedded = self.encoder(support)
-        return lambda images: self.compare(_unlabelled(embedded, labels, self.encoder(images), way))
+        return lambda images: self.compare(
+            EmbeddedEpisode(embedded, labels, self.encoder(images), _unknown(images), way)
+        )
 
-    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:
-        """The cross-entropy of the queries, over all episodes of the meta-batch: both papers' loss."""
-        logits = torch.stack([self(episode) for episode in meta_batch.tasks()])
-        loss = cross_entropy(logits.flatten(0, 1), meta_batch.query_labels.flatten())
-        self.log_training(loss, logits, meta_batch.query_labels)
-        return loss * self.weight(batch_idx)
+    def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+        """The loss of the queries, over all episodes of the meta-batch."""
+        episodes = meta_batch.load()
+        logits = torch.stack([self(episode) for episode in episodes.tasks()])
+        loss = self.loss(logits.flatten(0, 1), episodes.query_labels.flatten())
+        self.log_training(loss, logits, episodes.query_labels)
+        return loss * meta_batch.share.weight
 
-    # In validation and test an embedding depends on nothing but its image, so each image is embedded once.
     def on_validation_epoch_start(self) -> None:
-        """Embed the images of validation."""
-        self._embed("val")
+        """Embed the images of the validation."""
+        self._embed(self.trainer.val_dataloaders)
 
     def on_test_epoch_start(self) -> None:
         """Embed the images of the test."""
-        self._embed("test")
+        self._embed(self.trainer.test_dataloaders)
 
-    def _embed(self, split: str) -> None:
+    def _embed(self, loader: Any) -> None:
+        if not isinstance(loader, EvaluationLoader):
+            return  # one's own: its episodes are embedded one by one
+        strategy = self.trainer.strategy
         if self.trainer.world_size > 1:
             # What batch norm remembers differs between processes that train on different episodes. The first one's is
             # what a checkpoint holds.
             for remembered in self.encoder.buffers():
                 torch.distributed.broadcast(remembered, src=0)
+
+        def embed_split(split: str) -> LabelledEmbeddings:
+            positions, labels = loader.dataset.bank.labelled(split)
+            embeddings = embed(self.encoder, loader.images, positions.to(self.device), strategy)
+            return LabelledEmbeddings(embeddings, labels.to(self.device))
+
         with self.trainer.precision_plugin.forward_context():
-            self.trainer.datamodule.embed(split, self.encoder)  # type: ignore[attr-defined]
+            self.before_evaluation(embed_split)
+            positions = loader.positions().to(self.device)
+            embeddings = embed(self.encoder, loader.images, positions, strategy)
+        self._embeddings = EmbeddingTable(positions, embeddings, len(loader.dataset.bank.images))
 
-    def evaluate(self, meta_batch: Episode) -> torch.Tensor:
-        """See ``FewShotMethod``; the episodes hold embeddings already."""
-        return torch.stack([self.compare(episode) for episode in meta_batch.tasks()])
+    def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:
+        """See ``FewShotMethod``; each image has been embedded once."""
+        if self._embeddings is None:
+            return super().evaluate(meta_batch)
+        return torch.stack([self.compare(episode) for episode in meta_batch.episodes.embed(self._embeddings).tasks()])
+
+    def on_validation_epoch_end(self) -> None:
+        """See ``FewShotMethod``; the embeddings are of no use any more."""
+        self._embeddings = None
+        super().on_validation_epoch_end()
+
+    def on_test_epoch_end(self) -> None:
+        """See ``FewShotMethod``; the embeddings are of no use any more."""
+        self._embeddings = None
+        super().on_test_epoch_end()
 
 
-def _unlabelled(support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, way: int) -> Episode:
-    return Episode(support, labels, query, labels.new_zeros(len(query)), way)
+def _unknown(images: torch.Tensor) -> torch.Tensor:
+    """In place of the labels of queries that have none."""
+    return torch.zeros(len(images), dtype=torch.int64, device=images.device)

@@ -11,7 +11,7 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
-from fewshot.data.episodes import Episode
+from fewshot.data.episodes import Episode, MetaBatch
 from fewshot.encoders.adaptable import make_adaptable
 from fewshot.errors import FewShotError
 from fewshot.hardware import map_in_threads
@@ -259,12 +259,13 @@ class MAML(FewShotMethod):
             return map_in_threads(learn, meta_batch.tasks())
         return map(learn, meta_batch.tasks())
 
-    def training_step(self, meta_batch: Episode, batch_idx: int) -> torch.Tensor:
+    def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
         """One meta-update: algorithm 2. Returns the mean loss of the tasks after adaptation."""
         optimizer: Any = self.optimizers()
-        gradients, loss, logits = self.meta_gradient(meta_batch)
+        episodes = meta_batch.load()
+        gradients, loss, logits = self.meta_gradient(episodes)
         if self.trainer.world_size > 1:
-            gradients = self._mean_over_processes(gradients, self.weight(batch_idx))
+            gradients = self._mean_over_processes(gradients, meta_batch.share.weight)
         for parameter, gradient in zip(self.weights().values(), gradients, strict=True):
             parameter.grad = gradient
         if self.clip_norm is not None:
@@ -273,7 +274,7 @@ class MAML(FewShotMethod):
         schedule: Any = self.lr_schedulers()
         if schedule is not None:
             schedule.step()
-        self.log_training(loss, logits, meta_batch.query_labels)
+        self.log_training(loss, logits, episodes.query_labels)
         return loss
 
     def _mean_over_processes(self, gradients: list[torch.Tensor], weight: float) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
-from fewshot.data.episodes import Episode
+from fewshot.data.episodes import EmbeddedEpisode
 from fewshot.distances import Distance
 from fewshot.errors import FewShotError
 from fewshot.methods.base import Classifier, MetricMethod, Optimization
@@ -20,7 +20,7 @@ class MatchingNetwork(MetricMethod):
         training: see ``Optimization``.
     """
 
-    def compare(self, embedded: Episode) -> torch.Tensor:
+    def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
         """Logits ``[queries, way]``: the logarithms of the probabilities of equation 1."""
         attention = (-self.distance(embedded.query, embedded.support)).log_softmax(dim=1)  # log a, section 2.1.1
         return sum_by_class(attention, embedded.support_labels, embedded.way)
@@ -63,7 +63,7 @@ class FullContextMatchingNetwork(MatchingNetwork):
         # are as linear as to the hidden state.
         self.query_lstm = nn.LSTMCell(2 * features, features)
 
-    def compare(self, embedded: Episode) -> torch.Tensor:
+    def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
         """See ``MatchingNetwork``, here with the embeddings g of the support and f of the queries in context."""
         support = self.embed_support(embedded.support)
         return super().compare(embedded._replace(support=support, query=self.embed_query(embedded.query, support)))

@@ -2,7 +2,7 @@
 
 import torch
 
-from fewshot.data.episodes import Episode
+from fewshot.data.episodes import EmbeddedEpisode
 from fewshot.methods.base import MetricMethod
 
 
@@ -15,7 +15,7 @@ class PrototypicalNetwork(MetricMethod):
         training: see ``Optimization``.
     """
 
-    def compare(self, embedded: Episode) -> torch.Tensor:
+    def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
         """Logits ``[queries, way]``: the softmax over them is equation 2."""
         return -self.distance(embedded.query, prototypes(embedded.support, embedded.support_labels, embedded.way))
 

@@ -1,0 +1,68 @@
+"""Embed every image once: in validation and test an embedding depends on nothing but its image."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from pytorch_lightning.strategies import Strategy
+
+from fewshot.data.episodes import Gather
+
+EMBEDDED_TOGETHER = 256  # images
+Encoder = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to [images, ...]
+
+
+class LabelledEmbeddings(NamedTuple):
+    """The embeddings of all images of some classes.
+
+    Attributes:
+        embeddings: ``[images, ...]``.
+        labels: the class of each, int64 ``[images]`` of ``0..classes-1``.
+    """
+
+    embeddings: torch.Tensor
+    labels: torch.Tensor
+
+
+class EmbeddingTable:
+    """Embeddings of images of the bank, found again by the images' positions.
+
+    Args:
+        positions: of the images, int64 ``[images]``, each once.
+        embeddings: ``[images, ...]``, on the same device.
+        size: how many images the bank holds.
+    """
+
+    def __init__(self, positions: torch.Tensor, embeddings: torch.Tensor, size: int) -> None:
+        self.embeddings = embeddings
+        self._rows = torch.zeros(size, dtype=torch.int64, device=positions.device)
+        self._rows[positions] = torch.arange(len(positions), device=positions.device)
+
+    def __call__(self, positions: torch.Tensor) -> torch.Tensor:
+        """The embeddings ``[..., one embedding's shape]`` of the images at the positions, int64 ``[...]``."""
+        return self.embeddings[self._rows[positions]]
+
+
+def embed(encoder: Encoder, images: Gather, positions: torch.Tensor, strategy: Strategy) -> torch.Tensor:
+    """Embed images, a batch at a time.
+
+    The processes share out the work. An embedding's last bit may depend on its batch, so the batches are those of a
+    single process.
+
+    Args:
+        encoder: embeds each image by itself.
+        images: where the images are.
+        positions: which, int64 ``[images]``, on the device of the encoder.
+        strategy: the processes.
+
+    Returns:
+        ``[images, ...]``, one embedding of any shape.
+    """
+    rank, processes = strategy.global_rank, strategy.world_size  # type: ignore[attr-defined]
+    pieces = positions.split(EMBEDDED_TOGETHER)
+    # A process for which there is none embeds the first, to learn what shape an embedding has.
+    own = [encoder(images(piece)) for piece in pieces[rank::processes] or pieces[:1]]
+    embeddings = own[0].new_zeros(len(positions), *own[0].shape[1:])
+    for place, values in zip(embeddings.split(EMBEDDED_TOGETHER)[rank::processes], own, strict=False):
+        place.copy_(values)
+    return strategy.reduce(embeddings, reduce_op="sum")
