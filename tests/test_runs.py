@@ -253,7 +253,7 @@ def spoil(monkeypatch, at, value):
     learn, meta_gradient = PrototypicalNetwork.training_step, MAML.meta_gradient
 
     def factor(method):
-        return value if method.trainer.datamodule.trained in (at if isinstance(at, range) else [at]) else 1
+        return value if method.trainer.datamodule.step.start in (at if isinstance(at, range) else [at]) else 1
 
     def spoiled(self, meta_batch):
         found = meta_gradient(self, meta_batch)
@@ -320,7 +320,9 @@ def test_a_loss_scaler_may_pass_over_steps_but_not_over_all(run, tmp_path, monke
 def test_a_validation_no_better_than_guessing_is_told_once(run, monkeypatch, capsys):
     from fewshot.methods.protonet import PrototypicalNetwork  # noqa: PLC0415
 
-    monkeypatch.setattr(PrototypicalNetwork, "evaluate", lambda _, batch: torch.zeros(*batch.query.shape[:2], 5))
+    monkeypatch.setattr(
+        PrototypicalNetwork, "evaluate", lambda _, batch: torch.zeros(*batch.episodes.query.shape[:2], 5)
+    )
     train(compose(*run("run")))
     assert capsys.readouterr().out.count("warning: after 8 training episodes this is what guessing gives (20.00%)") == 1
 
