@@ -87,7 +87,7 @@ class Record(pl.Callback):
             self._warned = True
             method.print(
                 f"warning: after {trained:,} training episodes this is what guessing gives ({chance:.2%}); if it stays "
-                "so, look at method.learning_rate, distance and dataset.normalise",
+                "so, look at optimizer.lr, distance and dataset.normalise",
                 flush=True,
             )
         self._since = time.monotonic()
@@ -153,17 +153,21 @@ class Answers(pl.Callback):
 
 
 class FiniteGradients(pl.Callback):
-    """Stops the run before a gradient that is not finite, or skips the step, as ``method.on_nan`` says.
+    """Stops the run before a gradient that is not finite, or skips the step.
 
     To stop costs an accelerator nothing: the norms are looked at when the log is, and before weights are judged or
     saved. To skip is to know at once, so the host waits for every step. While the loss scaler of 16-mixed finds its
     scale, some gradients are infinite, and it passes over those: there, what stops a run is that no scale will do.
 
+    Args:
+        on_nan: "stop" or "skip".
+
     Attributes:
-        skipped: how many steps were.
+        skipped: how many steps were skipped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_nan: str = "stop") -> None:
+        self.on_nan = on_nan
         self.skipped = 0
         self._norms: list[tuple[range, torch.Tensor]] = []
 
@@ -177,7 +181,7 @@ class FiniteGradients(pl.Callback):
         episodes = data.step
         norm = torch.nn.utils.get_total_norm(of.grad for of in method.parameters() if of.grad is not None)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if method.on_nan == "skip":
+        if self.on_nan == "skip":
             if not norm.isfinite():
                 method.zero_grad()  # the optimizer passes over a parameter without a gradient
                 self.skipped += 1
@@ -192,7 +196,7 @@ class FiniteGradients(pl.Callback):
             raise FewShotError(
                 f"{_not_finite(norm, episodes, data)}, as others before it, by however little 16-mixed multiplies the "
                 "loss. None of them has changed the weights. Choose hardware.precision=bf16-mixed, or lower "
-                "method.learning_rate, in a new run"
+                "optimizer.lr, in a new run"
             )
 
     def on_validation_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
@@ -214,8 +218,7 @@ class FiniteGradients(pl.Callback):
         episodes, norm = next((episodes, norm) for episodes, norm in norms if not norm.isfinite())
         raise FewShotError(
             f"{_not_finite(norm, episodes, _data(trainer))}. The last checkpoint is of before that. Lower "
-            f"method.learning_rate in a new run, or pass over such steps by resume={trainer.default_root_dir} "
-            "method.on_nan=skip"
+            f"optimizer.lr in a new run, or skip such steps by resume={trainer.default_root_dir} train.on_nan=skip"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import OmegaConf
 
-from fewshot.config import CONF
+from fewshot.config import CONF, outdated
 from fewshot.errors import FewShotError
 
 
@@ -74,6 +74,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise _not_ours(path, error) from error
     if not whole:
         raise _not_ours(path, "it holds no weights, or no configuration")
+    old = outdated(OmegaConf.create(config))
+    if old is not None:
+        raise FewShotError(
+            f"{path} is of an earlier version of fewshot, which knew {old}: train anew, or use it with that version"
+        )
     if foreign:
         raise _not_ours(path, f"its configuration names {', '.join(foreign)}, which no file in conf names")
     return checkpoint
@@ -84,7 +89,7 @@ def known_targets() -> frozenset[str]:
     """Everything that a ``_target_`` in the groups that a run is made of names."""
     return frozenset(
         str(target)
-        for group in ("dataset", "method", "distance", "encoder")
+        for group in ("dataset", "method", "distance", "encoder", "optimizer", "schedule")
         for path in (CONF / group).rglob("*.yaml")
         for target in _targets(OmegaConf.to_container(OmegaConf.load(path)))
     )

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from fewshot.config import CONF, compose_unresolved
+from fewshot.config import CONF, RENAMED, compose_unresolved
 from fewshot.errors import Interrupted, mistake
 from fewshot.processes import PATIENCE
 from fewshot.sweeps import FAILURE, Sweep, failures
@@ -196,6 +196,9 @@ def _wrong_overrides() -> Iterator[str]:
         if override.is_sweep_override():
             one = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
             tried = f"{argument.partition('=')[0]}={one}"
+        if override.key_or_group in RENAMED:
+            yield f"{override.key_or_group} is now {RENAMED[override.key_or_group]}"
+            continue
         of_group = (CONF / override.key_or_group).is_dir() or override.key_or_group.startswith("hydra/")
         (groups if of_group else keys).append((override.key_or_group, tried))
     chosen: list[str] = []

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from inspect import Parameter, signature
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra
 import pytorch_lightning as pl
@@ -15,7 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from fewshot.errors import FewShotError, mistake
+from fewshot import optimization
+from fewshot.errors import FewShotError, mistake, reason
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -36,6 +38,8 @@ class Training(Task):
 
     episodes: int = MISSING
     meta_batch: int = MISSING
+    steps: int = MISSING
+    on_nan: str = MISSING
 
 
 @dataclass
@@ -61,6 +65,8 @@ class TrainConfig(Task):
     method: Any = MISSING
     distance: Any = MISSING
     encoder: Any = MISSING
+    optimizer: Any = MISSING
+    schedule: Any = None
     hardware: Any = MISSING
     train: Training = field(default_factory=Training)
     val: Validation = field(default_factory=Validation)
@@ -93,14 +99,21 @@ AT_LEAST = {
     "eval_seed": 0,
     "checkpoint_every": 1,
     "log_every": 1,
-    "method.halve_every": 1,
+    "schedule.step_size": 1,
+    "schedule.T_max": 1,
     "hardware.num_nodes": 1,
     "hardware.accumulate_grad_batches": 1,
 }
-NODES = ("dataset", "method", "distance", "encoder", "hardware", "train", "val", "test")
-ABOVE_ZERO = ("method.learning_rate",)
+NODES = ("dataset", "method", "distance", "encoder", "optimizer", "hardware", "train", "val", "test")
+ABOVE_ZERO = ("optimizer.lr",)
+# Keys of earlier versions, and what to write today.
+RENAMED = {
+    "method.learning_rate": "optimizer.lr",
+    "method.halve_every": "schedule.step_size, of schedule=halving, in training steps",
+    "method.on_nan": "train.on_nan",
+}
 ONE_OF = {
-    "method.on_nan": ("stop", "skip"),
+    "train.on_nan": ("stop", "skip"),
     "dataset.normalise": ("range", "standardise", "plain"),
     "dataset.channels": (1, 3),
 }
@@ -118,7 +131,7 @@ def check(config: DictConfig) -> None:
     absent = [key for key in NODES if not OmegaConf.is_dict(OmegaConf.select(config, key))]
     if absent:
         raise FewShotError(f"the configuration has no {', '.join(absent)}; leave out the override that takes it away")
-    wrong = [told for key, node in _targets(config) for told in _wrong_types(key, node, get_object(node._target_))]
+    wrong = [line for key, node in _targets(config) for line in _wrong_types(key, node, get_object(node._target_))]
     hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
     wrong += _wrong_types("hardware", hardware, pl.Trainer)
     if not isinstance(config.hardware.compile, bool):
@@ -127,14 +140,19 @@ def check(config: DictConfig) -> None:
     values = {key: OmegaConf.select(config, key) for key in (*AT_LEAST, *ABOVE_ZERO, *ONE_OF)}
     for key, least in AT_LEAST.items():
         whole = _fits(values[key], int)
-        if values[key] < least if whole else not key.startswith("method."):
+        if values[key] < least if whole else not key.startswith("schedule."):  # some schedules have other keys
             wrong.append(f"{key}={values[key]} must be at least {least}")
     if not of_a_wrong_type:
-        wrong += [f"{key}={values[key]} must be positive" for key in ABOVE_ZERO if not (values[key] or 0) > 0]
+        wrong += [f"{key}={values[key]} must be positive" for key in ABOVE_ZERO if not (values[key] or 1) > 0]
         wrong += [f"{key}={values[key]} must be {_or(of)}" for key, of in ONE_OF.items() if values[key] not in of]
         wrong += _refused(config)
     if wrong:
         raise FewShotError("; ".join(dict.fromkeys(wrong)))
+
+
+def outdated(config: DictConfig) -> str | None:
+    """A key by which a configuration, of a checkpoint say, is of an earlier version; None if it has none."""
+    return next((key for key in RENAMED if OmegaConf.select(config, key) is not None), None)
 
 
 def check_types(key: str, node: DictConfig) -> None:
@@ -158,17 +176,18 @@ def _targets(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConf
 
 
 def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[..., Any]) -> Iterator[str]:
-    hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
-    for hint in list(hints.values()):
-        if get_origin(hint) is Unpack:
-            hints |= get_type_hints(*get_args(hint))
+    function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    parameters = signature(function).parameters
+    open_ended = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    hints = get_type_hints(function)
     for key, value in settings.items():
         if str(key).startswith("_") or OmegaConf.is_dict(value):
             continue
-        if key not in hints:
-            yield f"{prefix}.{key} is not a setting of {target.__name__}"
-        elif not _fits(value, hints[key]):
-            yield f"{prefix}.{key}={value} must be {_or(_told(hints[key]))}"
+        if key not in parameters:
+            if not open_ended:
+                yield f"{prefix}.{key} is not a setting of {target.__name__}"
+        elif not _fits(value, hints.get(key, Any)):
+            yield f"{prefix}.{key}={value} must be {_or(_in_words(hints[key]))}"
 
 
 def _or(choices: Iterable[Any]) -> str:
@@ -187,14 +206,14 @@ def _fits(value: Any, hint: Any) -> bool:
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
-def _told(hint: Any) -> Iterator[str]:
-    """What fits, in words."""
+def _in_words(hint: Any) -> Iterator[str]:
+    """What fits."""
     if get_origin(hint) in (Union, UnionType):
-        for of in get_args(hint):
-            yield from _told(of)
+        for option in get_args(hint):
+            yield from _in_words(option)
     elif get_origin(hint) is Literal:
         yield from map(str, get_args(hint))
-    else:
+    elif hint is not torch.Tensor:  # which no YAML holds
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
         yield words.get(hint, str(hint))
 
@@ -213,6 +232,13 @@ def _refused(config: DictConfig) -> Iterator[str]:
                 raise
             refused = True
             yield str(told)
+    try:
+        optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+        if config.schedule is not None:
+            instantiate(config.schedule)(optimizer)
+    except (TypeError, ValueError) as error:  # PyTorch's own checks
+        part = "schedule" if "optimizer" in locals() else "optimizer"
+        yield f"{part}={config.choices[part]}: {reason(error)}"
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:
@@ -247,6 +273,7 @@ def _experiment() -> str | None:
 
 
 ConfigStore.instance().store("train_schema", TrainConfig)
+OmegaConf.register_new_resolver("fewshot_steps", optimization.steps, replace=True)
 OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
 # What a key of an experiment is at each budget: ${by_budget:{paper:1000,cpu:10}}.
 OmegaConf.register_new_resolver("by_budget", lambda values, *, _root_: values[_root_.choices.budget], replace=True)

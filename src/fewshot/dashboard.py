@@ -82,10 +82,10 @@ def log_hyperparameters(logger: TensorBoardLogger, result: Result, step: int) ->
     settings: dict[str, Any] = {
         **{key: result[key] or "none" for key in ("method", "distance", "encoder", "dataset")},
         **{key: result[key] for key in ("way", "shot", "seed")},
-        "learning_rate": result["config"]["method"]["learning_rate"],
+        "learning_rate": result["config"]["optimizer"].get("lr", "none"),
     }
     # The same keys in every run: TensorBoard takes its columns from one of them.
-    told = (*settings, "method.learning_rate", "resume")
+    told = (*settings, "optimizer.lr", "resume")
     others = [of for of in result["overrides"] if of.lstrip("+~").partition("=")[0] not in told]
     settings["other"] = " ".join(others)
     metrics = {"val/best_accuracy": result["val_accuracy"], "test/accuracy": result["accuracy"]}

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from fewshot.checkpoints import load_checkpoint, write_whole
 from fewshot.config import CONF
 from fewshot.errors import FewShotError
+from fewshot.optimization import HORIZONS, steps
 
 # What decides the result of a run, and of that what may differ all the same when it is gone on with. The rest
 # (hardware, places, logging) may differ anyway.
@@ -31,8 +32,10 @@ DECISIVE = [
     "dataset.channels",
     "dataset.normalise",
     "method",
+    "optimizer",
+    "schedule",
 ]
-MAY_DIFFER = {"train.episodes", "method.on_nan", "method.task_batching", "method.vmap_tasks", "method.recompute"}
+MAY_DIFFER = {"train.episodes", "train.steps", "train.on_nan", "method.task_batching", "method.vmap_tasks", "method.recompute"}
 
 
 def last_checkpoint(run_dir: Path) -> Path:
@@ -122,7 +125,8 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
     saved = OmegaConf.create(checkpoint["hyper_parameters"])
     if config.resume != "auto":
         config = _with_overrides(saved, config)
-    differ = [told for key, told in _differences(config, saved, DECISIVE) if key not in MAY_DIFFER]
+    _keep_horizon(saved, config)
+    differ = [line for key, line in _differences(config, saved, DECISIVE) if key not in MAY_DIFFER]
     if differ:
         raise FewShotError(
             f"{run_dir} holds a run of another make: {', '.join(differ)}; go on with it as it is by resume={run_dir}, "
@@ -164,7 +168,19 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
             raise FewShotError(f"{override.input_line}: a run that is resumed keeps its {key}; leave it out")
         OmegaConf.update(changed, key, OmegaConf.select(config, key), merge=False)
     changed.run_dir, changed.resume = config.run_dir, config.resume
+    changed.train.steps = steps(changed.train.episodes, changed.train.meta_batch)
     return changed
+
+
+def _keep_horizon(saved: DictConfig, config: DictConfig) -> None:
+    """Refuse another number of episodes where the schedule depends on it: every step so far would have been another."""
+    horizons = [key for key in HORIZONS if saved.schedule is not None and saved.schedule.get(key) == saved.train.steps]
+    if horizons and config.train.steps != saved.train.steps:
+        raise FewShotError(
+            f"train.episodes={config.train.episodes}: the schedule of the run in {config.run_dir} is made for "
+            f"{saved.train.episodes} episodes (schedule.{horizons[0]}={saved.train.steps} steps); leave it out, or train "
+            "anew into another directory"
+        )
 
 
 def _differences(ours: DictConfig, theirs: DictConfig, keys: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -42,6 +42,7 @@ from fewshot.runs import (
     write_json,
 )
 
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # in the state of PyTorch's optimizers
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "pillow")
 
 
@@ -74,7 +75,7 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
     keep_freed_memory()
     run_dir = Path(config.run_dir)
     method = make_method(config)
-    record, finite, dashboard = Record(), FiniteGradients(), Dashboard(config.get("pictures", True))
+    record, finite, dashboard = Record(), FiniteGradients(config.train.on_nan), Dashboard(config.get("pictures", True))
     keep: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False, **keep)
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **keep)
@@ -169,6 +170,8 @@ def make_method(config: DictConfig) -> FewShotMethod:
     """The method with its first weights, which the seed decides; its checkpoints will hold the configuration."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
     method: FewShotMethod = instantiate(config.method)
+    method.make_optimizer = instantiate(config.optimizer)
+    method.make_schedule = instantiate(config.schedule)
     method.save_hyperparameters(OmegaConf.to_container(config), logger=False)
     if config.hardware.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, after a warning
@@ -247,15 +250,16 @@ def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
     Raises:
         ValueError: tells what does not fit the method.
     """
-    shapes = {name: of.shape for name, of in method.state_dict().items()}
-    if {name: of.shape for name, of in checkpoint["state_dict"].items()} != shapes:
+    shapes = {name: tensor.shape for name, tensor in method.state_dict().items()}
+    if {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()} != shapes:
         raise ValueError("its weights are not those of the method")
     parameters = list(method.parameters())
     (optimizer,) = checkpoint["optimizer_states"]
-    for number, moments in optimizer["state"].items():
-        if any(of.ndim and of.shape != parameters[number].shape for of in moments.values()):
-            raise ValueError(f"what Adam remembers of parameter {number} is not of its shape")
-    if len(checkpoint["lr_schedulers"]) != (method.halve_every is not None):
+    for number, state in optimizer["state"].items():
+        for name in MOMENTS & state.keys():
+            if state[name] is not None and state[name].shape != parameters[number].shape:
+                raise ValueError(f"the optimizer's {name} of parameter {number} is not of its shape")
+    if len(checkpoint["lr_schedulers"]) != (method.make_schedule is not None):
         raise ValueError("the schedule of the learning rate is another one")
 
 

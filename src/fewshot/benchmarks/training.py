@@ -242,8 +242,8 @@ def _config(shape: dict[str, Any], episodes: int, test: int = 2) -> DictConfig:
         f"dataset.size={shape['size']}",
         f"dataset.channels={shape['channels']}",
         "hardware=cpu",
-        f"method.learning_rate={LEARNING_RATE}",
-        "method.halve_every=null",
+        f"optimizer.lr={LEARNING_RATE}",
+        "schedule=none",
         f"run_dir={run_dir}",
     )
 

@@ -2,35 +2,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fewshot import optimization
 from fewshot.data.episodes import EmbeddedEpisode, Episode, MetaBatch
 from fewshot.data.loaders import EvaluationLoader
 from fewshot.distances import Distance
 from fewshot.embeddings import EmbeddingTable, LabelledEmbeddings, embed
-from fewshot.errors import FewShotError
 from fewshot.metrics import EpisodeAccuracy, Estimate
+from fewshot.optimization import MakeOptimizer, MakeSchedule
 
 Classifier = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to logits [images, way]
-
-
-class Optimization(TypedDict):
-    """What every method is told of its training.
-
-    Attributes:
-        learning_rate: of Adam.
-        halve_every: training steps after which the learning rate is halved, over and over; None: never.
-        on_nan: what to do about a gradient that is not finite: "stop" the run, or "skip" the step and count it.
-    """
-
-    learning_rate: float
-    halve_every: int | None
-    on_nan: str
 
 
 class FewShotMethod(pl.LightningModule, ABC):
@@ -38,17 +25,18 @@ class FewShotMethod(pl.LightningModule, ABC):
 
     Args:
         encoder: images ``[images, channels, height, width]`` to embeddings ``[images, features]``.
-        training: see ``Optimization``.
 
     Attributes:
+        make_optimizer: from the parameters; set it, as the group ``optimizer`` does, before training starts.
+        make_schedule: from the optimizer, counting training steps; None: the learning rate stays.
         estimates: the accuracy last measured on "val" and on "test".
     """
 
-    def __init__(self, encoder: nn.Module, **training: Unpack[Optimization]) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        self.learning_rate, self.halve_every = training["learning_rate"], training["halve_every"]
-        self.on_nan = training["on_nan"]
+        self.make_optimizer: MakeOptimizer = optimization.DEFAULT
+        self.make_schedule: MakeSchedule | None = None
         self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
         self.estimates: dict[str, Estimate] = {}
 
@@ -115,21 +103,8 @@ class FewShotMethod(pl.LightningModule, ABC):
         self.log(f"{split}/ci95", estimate.ci95)
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate halved every ``halve_every`` steps.
-
-        Raises:
-            FewShotError: there is nothing to train.
-        """
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            raise FewShotError(
-                "there is nothing to train: the encoder is frozen, and what follows it has no weights; set "
-                "encoder.frozen=false, or leave training out: python src/predict.py works without"
-            )
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-        if self.halve_every is None:
-            return optimizer
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.halve_every, gamma=0.5)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        """See ``fewshot.optimization.configure``."""
+        return optimization.configure(self.parameters(), self.make_optimizer, self.make_schedule)
 
 
 class MetricMethod(FewShotMethod):
@@ -138,11 +113,10 @@ class MetricMethod(FewShotMethod):
     Args:
         encoder: see ``FewShotMethod``.
         distance: between embeddings, see ``fewshot.distances``.
-        training: see ``Optimization``.
     """
 
-    def __init__(self, encoder: nn.Module, distance: Distance, **training: Unpack[Optimization]) -> None:
-        super().__init__(encoder, **training)
+    def __init__(self, encoder: nn.Module, distance: Distance) -> None:
+        super().__init__(encoder)
         self.distance = distance
         self._embeddings: EmbeddingTable | None = None  # of the images of a validation or test, while it lasts
 

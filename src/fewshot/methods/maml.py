@@ -1,9 +1,7 @@
 """Model-agnostic meta-learning (Finn, Abbeel & Levine, 2017, arXiv 1703.03400), first and second order."""
 
-import copy
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Unpack, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -14,11 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from fewshot.data.episodes import Episode, MetaBatch
 from fewshot.encoders.adaptable import make_adaptable
 from fewshot.errors import FewShotError
-from fewshot.hardware import map_in_threads
-from fewshot.methods.base import Classifier, FewShotMethod, Optimization
+from fewshot.methods.base import Classifier, FewShotMethod
+from fewshot.methods.tasks import TASK_BATCHING, for_each_task
 
 Weights = dict[str, torch.Tensor]
-TASK_BATCHING = ("auto", "loop", "threads", "vmap")
 
 
 class MetaGradient(NamedTuple):
@@ -27,7 +24,7 @@ class MetaGradient(NamedTuple):
     Attributes:
         gradients: of the loss, one for each trainable parameter, in their order.
         loss: the mean over the tasks of the cross-entropy of the queries after adaptation.
-        logits: ``[tasks, queries, way]``, likewise.
+        logits: of the queries after adaptation, ``[tasks, queries, way]``.
     """
 
     gradients: list[torch.Tensor]
@@ -38,8 +35,14 @@ class MetaGradient(NamedTuple):
 class MAML(FewShotMethod):
     """Learn weights from which a few gradient steps on a support set make a good classifier of its queries.
 
+    The optimizer's learning rate is beta of the paper.
+
     As published, batch norm always takes the statistics of the images at hand: queries are classified together, and
     each one's logits depend a little on the others (transductive).
+
+    Methods of its family override one function: ``adapts`` (which parameters the inner steps change), ``update`` (an
+    inner step), ``adapt`` (all of them) or ``task_gradient`` (what a task teaches). How tasks are run is no concern of
+    theirs, see ``fewshot.methods.tasks``; with vmap, all tensors have a leading dimension of tasks.
 
     Args:
         encoder: images to embeddings, with its number of ``features``; its batch norms are replaced.
@@ -55,7 +58,6 @@ class MAML(FewShotMethod):
         vmap_tasks: how many tasks vmap solves at once; memory grows with it, and not with the meta-batch.
         recompute: forget the activations of the inner steps and compute them again when the meta-gradient needs them,
             so that memory does not grow with the steps.
-        training: see ``Optimization``; the learning rate is beta of the paper.
 
     Raises:
         FewShotError: a number is out of range, or ``task_batching`` unknown.
@@ -67,20 +69,19 @@ class MAML(FewShotMethod):
         self,
         encoder: nn.Module,
         way: int,
-        order: int,
-        inner_learning_rate: float,
-        inner_steps: int,
-        test_inner_steps: int,
-        clip_norm: float | None,
-        task_batching: str,
-        vmap_tasks: int,
-        recompute: bool,
-        **training: Unpack[Optimization],
+        order: int = 2,
+        inner_learning_rate: float = 0.4,
+        inner_steps: int = 1,
+        test_inner_steps: int = 3,
+        clip_norm: float | None = None,
+        task_batching: str = "auto",
+        vmap_tasks: int = 8,
+        recompute: bool = False,
     ) -> None:
-        super().__init__(encoder, **training)
+        super().__init__(encoder)
         wrong = [
-            told
-            for wrong, told in (
+            message
+            for out_of_range, message in (
                 (order not in {1, 2}, f"method.order={order} must be 1 or 2"),
                 (inner_learning_rate <= 0, f"method.inner_learning_rate={inner_learning_rate} must be positive"),
                 (inner_steps < 0, f"method.inner_steps={inner_steps} must be at least 0"),
@@ -92,7 +93,7 @@ class MAML(FewShotMethod):
                     f"method.task_batching={task_batching} is unknown: choose {', '.join(TASK_BATCHING)}",
                 ),
             )
-            if wrong
+            if out_of_range
         ]
         if wrong:
             raise FewShotError("; ".join(wrong))
@@ -145,15 +146,46 @@ class MAML(FewShotMethod):
         row = torch.arange(way, device=self.head.weight.device) % self.head.out_features
         return weights | {name: of[row] for name, of in weights.items() if name.startswith("head.")}
 
-    def classify(self, weights: Weights, images: torch.Tensor) -> torch.Tensor:
-        """The logits ``[images, way]`` of the network with the given weights: f of the paper.
+    def features(self, weights: Weights, images: torch.Tensor) -> torch.Tensor:
+        """The embeddings ``[images, features]`` by the encoder with the given weights.
+
+        With a leading dimension of tasks in both, ``[tasks, images, features]``.
+        """
+        if images.ndim == 5:
+            return vmap(self.features)(weights, images)
+        encoder = {name.removeprefix("encoder."): of for name, of in weights.items() if name.startswith("encoder.")}
+        return functional_call(self.encoder, encoder, images)
+
+    def logits(self, weights: Weights, features: torch.Tensor) -> torch.Tensor:
+        """The logits ``[images, way]`` of embeddings, by the last layer with the given weights.
 
         With a leading dimension of tasks in both, ``[tasks, images, way]``.
         """
-        if images.ndim == 5:
-            return vmap(self.classify)(weights, images)
-        encoder = {name.removeprefix("encoder."): of for name, of in weights.items() if name.startswith("encoder.")}
-        return linear(functional_call(self.encoder, encoder, images), weights["head.weight"], weights["head.bias"])
+        weight, bias = weights["head.weight"], weights["head.bias"]
+        return vmap(linear)(features, weight, bias) if weight.ndim == 3 else linear(features, weight, bias)
+
+    def classify(self, weights: Weights, images: torch.Tensor) -> torch.Tensor:
+        """The logits of images by the network with the given weights: f of the paper. Shapes as in ``logits``."""
+        return self.logits(weights, self.features(weights, images))
+
+    def adapts(self, name: str) -> bool:  # noqa: ARG002
+        """Whether the inner steps change the parameter of this name; in MAML, they change all."""
+        return True
+
+    def update(self, weights: Weights, gradients: Weights) -> Weights:
+        """One inner step: theta - alpha * gradient.
+
+        Args:
+            weights: all of them, by name.
+            gradients: of those that the inner steps change, by name.
+
+        Returns:
+            New weights for the names in ``gradients``.
+        """
+        return {
+            name: torch.sub(weights[name], gradient, alpha=self.inner_learning_rate)
+            for name, gradient in gradients.items()
+        }
 
     def adapt(
         self, weights: Weights, support: torch.Tensor, labels: torch.Tensor, steps: int, differentiable: bool = False
@@ -163,33 +195,43 @@ class MAML(FewShotMethod):
         Args:
             weights: theta, or with a leading dimension one theta a task.
             support: ``[support samples, channels, height, width]``, or with a leading dimension of tasks.
-            labels: int64 ``[support samples]``, likewise.
+            labels: int64 ``[support samples]``, or with a leading dimension of tasks.
             steps: how many.
             differentiable: whether the result can be differentiated through the gradients of the steps.
 
         Returns:
             The adapted weights, theta' of the paper.
         """
-        names = list(weights)
+        return self.descend(weights, lambda adapted: self.classify(adapted, support), labels, steps, differentiable)
+
+    def descend(
+        self,
+        weights: Weights,
+        classify: Callable[[Weights], torch.Tensor],
+        labels: torch.Tensor,
+        steps: int,
+        differentiable: bool,
+    ) -> Weights:
+        """The steps of ``adapt``, with any function from weights to the logits of the support samples."""
+        names = [name for name in weights if self.adapts(name)]
 
         def step(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            loss = total_cross_entropy(self.classify(dict(zip(names, values, strict=True)), support), labels)
+            current = weights | dict(zip(names, values, strict=True))
+            loss = total_cross_entropy(classify(current), labels)
             # Without create_graph the gradients are constants to autograd, and theta' = theta - alpha * constant has
             # the identity for its derivative: the meta-gradient is then the gradient at theta', which is all that
             # first order means.
             gradients = torch.autograd.grad(loss, values, create_graph=differentiable)
-            return tuple(
-                torch.sub(value, gradient, alpha=self.inner_learning_rate)
-                for value, gradient in zip(values, gradients, strict=True)
-            )
+            updated = self.update(current, dict(zip(names, gradients, strict=True)))
+            return tuple(updated[name] for name in names)
 
-        values = tuple(weights.values())
+        values = tuple(weights[name] for name in names)
         for _ in range(steps):
             if differentiable and self.recompute:
                 values = checkpoint(step, *values, use_reentrant=False, preserve_rng_state=False)
             else:
                 values = step(*values)
-        return dict(zip(names, values, strict=True))
+        return weights | dict(zip(names, values, strict=True))
 
     def solve(self, episode: Episode) -> torch.Tensor:
         """The logits of the queries after the inner steps of training, differentiable by the parameters.
@@ -207,6 +249,16 @@ class MAML(FewShotMethod):
         adapted = self.adapt(weights, episode.support, episode.support_labels, self.inner_steps, self.order == 2)
         return self.classify(adapted, episode.query)
 
+    def task_gradient(self, episode: Episode) -> MetaGradient:
+        """What a task teaches; of a meta-batch, the sum over its tasks. Gradients and loss are added up, not averaged.
+
+        It is called on a twin of the method where tasks run on threads, so it keeps nothing in ``self``.
+        """
+        logits = self.solve(episode)
+        loss = total_cross_entropy(logits, episode.query_labels)
+        gradients = torch.autograd.grad(loss, list(self.weights().values()))
+        return MetaGradient(list(gradients), loss.detach(), logits.detach())
+
     def meta_gradient(self, meta_batch: Episode) -> MetaGradient:
         """The gradient of the mean loss of the tasks after adaptation: line 10 of algorithm 2.
 
@@ -216,48 +268,15 @@ class MAML(FewShotMethod):
             FewShotError: the episodes have another number of classes than the head.
         """
         self._check(meta_batch)
-        device, parameters = meta_batch.query.device.type, list(self.weights().values())
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-        twins: dict[int, MAML] = {}  # a thread's own
-
-        def learn(episode: Episode) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-            thread = threading.get_ident()
-            if thread not in twins:
-                twins[thread] = self._twin()
-            # A thread starts without the autocast of the one that started it.
-            with torch.enable_grad(), torch.autocast(device, enabled=autocast[0], dtype=autocast[1]):
-                logits = twins[thread].solve(episode)
-                loss = total_cross_entropy(logits, episode.query_labels)
-            return torch.autograd.grad(loss, parameters), loss.detach(), logits.detach()
-
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        gradients = [torch.zeros_like(parameter) for parameter in self.weights().values()]
         losses, logits = [], []
-        for of_parameters, loss, of_queries in self._each(learn, meta_batch):
-            torch._foreach_add_(gradients, of_parameters)
-            losses.append(loss)
-            logits.append(of_queries.reshape(-1, *of_queries.shape[-2:]))
+        for task in for_each_task(self, type(self).task_gradient, meta_batch, self.task_batching, self.vmap_tasks):
+            torch._foreach_add_(gradients, task.gradients)
+            losses.append(task.loss)
+            logits.append(task.logits.reshape(-1, *task.logits.shape[-2:]))
         tasks = len(meta_batch.query)
         torch._foreach_div_(gradients, tasks)
         return MetaGradient(gradients, torch.stack(losses).sum() / tasks, torch.cat(logits))
-
-    def _twin(self) -> "MAML":
-        """The same method around the same parameters; ``functional_call`` puts weights into the modules it calls."""
-        shared = {id(tensor): tensor for tensor in (*self.encoder.parameters(), *self.encoder.buffers())}
-        twin = copy.copy(self)
-        twin._modules = self._modules | {"encoder": copy.deepcopy(self.encoder, shared)}
-        return twin
-
-    def _each(self, learn: Callable[[Episode], Any], meta_batch: Episode) -> Iterator[Any]:
-        """Apply ``learn`` to all tasks in the way ``task_batching`` says, in their order."""
-        batching = self.task_batching
-        if batching == "auto":
-            batching = "threads" if meta_batch.query.device.type == "cpu" else "vmap"
-        if batching == "vmap":
-            return map(learn, meta_batch.split(self.vmap_tasks))
-        if batching == "threads":
-            return map_in_threads(learn, meta_batch.tasks())
-        return map(learn, meta_batch.tasks())
 
     def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
         """One meta-update: algorithm 2. Returns the mean loss of the tasks after adaptation."""

@@ -1,14 +1,12 @@
 """Matching networks (Vinyals et al., 2016, arXiv 1606.04080), without and with full context embeddings."""
 
-from typing import Unpack
-
 import torch
 from torch import nn
 
 from fewshot.data.episodes import EmbeddedEpisode
 from fewshot.distances import Distance
 from fewshot.errors import FewShotError
-from fewshot.methods.base import Classifier, MetricMethod, Optimization
+from fewshot.methods.base import Classifier, MetricMethod
 
 
 class MatchingNetwork(MetricMethod):
@@ -17,7 +15,6 @@ class MatchingNetwork(MetricMethod):
     Args:
         encoder: the embedding f' = g' of the paper.
         distance: from queries to support samples; the paper's c is minus the cosine distance.
-        training: see ``Optimization``.
     """
 
     def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
@@ -44,16 +41,13 @@ class FullContextMatchingNetwork(MatchingNetwork):
         encoder: the embedding f' = g' of the paper, with its number of ``features``.
         distance: see ``MatchingNetwork``.
         unrolling_steps: K of the paper: how often a query looks at the support set.
-        training: see ``Optimization``.
 
     Raises:
         FewShotError: no unrolling step.
     """
 
-    def __init__(
-        self, encoder: nn.Module, distance: Distance, unrolling_steps: int, **training: Unpack[Optimization]
-    ) -> None:
-        super().__init__(encoder, distance, **training)
+    def __init__(self, encoder: nn.Module, distance: Distance, unrolling_steps: int) -> None:
+        super().__init__(encoder, distance)
         if unrolling_steps < 1:
             raise FewShotError(f"method.unrolling_steps={unrolling_steps} must be at least 1; without: method=matching")
         features = int(encoder.features)  # type: ignore[arg-type]

@@ -12,7 +12,6 @@ class PrototypicalNetwork(MetricMethod):
     Args:
         encoder: the embedding function f of the paper.
         distance: d of the paper, from queries to prototypes.
-        training: see ``Optimization``.
     """
 
     def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:

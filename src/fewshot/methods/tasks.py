@@ -1,0 +1,70 @@
+"""How the tasks of a meta-batch are run: one after another, on the threads of the CPU, or several at once by vmap."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fewshot.data.episodes import Episode
+from fewshot.hardware import map_in_threads
+
+TASK_BATCHING = ("auto", "loop", "threads", "vmap")
+
+Learner = TypeVar("Learner", bound=nn.Module)
+Result = TypeVar("Result")
+
+
+def for_each_task(
+    learner: Learner,
+    work: Callable[[Learner, Episode], Result],
+    meta_batch: Episode,
+    task_batching: str,
+    vmap_tasks: int,
+) -> Iterator[Result]:
+    """Apply ``work`` to every task of a meta-batch, with gradients enabled.
+
+    Args:
+        learner: the module that ``work`` calls.
+        work: gets the module, or on a thread a twin of it, and an episode; with vmap, a meta-batch of several.
+        meta_batch: the tasks.
+        task_batching: "loop", "threads", "vmap", or "auto": threads on the CPU and vmap elsewhere.
+        vmap_tasks: how many tasks vmap takes at once.
+
+    Returns:
+        The results, in the order of the tasks.
+    """
+    device = meta_batch.query.device.type
+    if task_batching == "auto":
+        task_batching = "threads" if device == "cpu" else "vmap"
+    if task_batching != "threads":
+        tasks = meta_batch.split(vmap_tasks) if task_batching == "vmap" else meta_batch.tasks()
+        with torch.enable_grad():
+            yield from (work(learner, episode) for episode in tasks)
+        return
+
+    # A thread starts without the autocast of the one that started it.
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    twins: dict[int, Learner] = {}
+
+    def on_thread(episode: Episode) -> Result:
+        thread = threading.get_ident()
+        if thread not in twins:
+            twins[thread] = _twin(learner)
+        with torch.enable_grad(), torch.autocast(device, enabled=enabled, dtype=dtype):
+            return work(twins[thread], episode)
+
+    yield from map_in_threads(on_thread, meta_batch.tasks())
+
+
+def _twin(learner: Learner) -> Learner:
+    """The same module around the same tensors; ``functional_call`` puts weights into the modules that it calls."""
+    shared = {id(tensor): tensor for tensor in (*learner.parameters(), *learner.buffers())}
+    twin = copy.copy(learner)
+    twin._modules = {
+        name: copy.deepcopy(child, shared) if next(child.parameters(), None) is not None else child
+        for name, child in learner.named_children()
+    }
+    return twin

@@ -1,0 +1,54 @@
+"""How weights are updated: which optimizer, and which schedule of its learning rate."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fewshot.errors import FewShotError
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeSchedule = Callable[[torch.optim.Optimizer], LRScheduler]
+
+DEFAULT: MakeOptimizer = partial(torch.optim.Adam, lr=0.001)  # of methods that are made without a configuration
+# What PyTorch's schedules call the number of steps that they are made for; and what ours and others' should.
+HORIZONS = ("T_max", "total_steps", "total_iters", "steps")
+
+
+def configure(
+    parameters: Iterable[nn.Parameter], make_optimizer: MakeOptimizer, make_schedule: MakeSchedule | None
+) -> dict[str, Any]:
+    """What ``LightningModule.configure_optimizers`` returns; the schedule counts training steps.
+
+    Args:
+        parameters: to train; those that need no gradient stay as they are.
+        make_optimizer: from the parameters.
+        make_schedule: from the optimizer; None: the learning rate stays.
+
+    Raises:
+        FewShotError: no parameter needs a gradient, or the schedule needs more than the number of the step.
+    """
+    parameters = list(parameters)
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise FewShotError(
+            "there is nothing to train: the encoder is frozen, and what follows it has no weights; set "
+            "encoder.frozen=false, or leave training out: python src/predict.py works without"
+        )
+    optimizer = make_optimizer(parameters)
+    if make_schedule is None:
+        return {"optimizer": optimizer}
+    schedule = make_schedule(optimizer)
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise FewShotError(
+            "schedule._target_: ReduceLROnPlateau follows a metric, and a schedule here counts training steps; choose "
+            "schedule=halving or schedule=cosine"
+        )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def steps(episodes: int, meta_batch: int) -> int:
+    """The training steps that so many training episodes take, ``meta_batch`` in each; the last may have fewer."""
+    return max(1, -(-episodes // max(1, meta_batch)))
