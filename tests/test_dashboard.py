@@ -29,7 +29,7 @@ TINY = [
 METHODS = {
     "protonet": ["method=protonet", "way=5", "seed=7"],
     "matching": ["method=matching", "distance=cosine", "shot=2", "seed=7"],
-    "maml": ["method=maml", "method.learning_rate=0.01", "seed=7"],
+    "maml": ["method=maml", "optimizer.lr=0.01", "seed=7"],
 }
 
 
@@ -55,11 +55,25 @@ def hyperparameters(run: Path) -> dict:
 
 
 def test_hyperparameters_tell_what_a_run_was(runs):
-    common = {"dataset": "glyphs", "encoder": "conv4", "seed": 7, "other": ""}
+    common = {"dataset": "glyphs", "encoder": "conv4", "optimizer": "adam", "seed": 7, "other": ""}
     expected = {
-        "protonet": {"method": "protonet", "distance": "l2", "way": 5, "shot": 1, "learning_rate": 0.001},
-        "matching": {"method": "matching", "distance": "cosine", "way": 5, "shot": 2, "learning_rate": 0.001},
-        "maml": {"method": "maml", "distance": "none", "way": 5, "shot": 1, "learning_rate": 0.01},
+        "protonet": {
+            "method": "protonet",
+            "distance": "l2",
+            "way": 5,
+            "shot": 1,
+            "schedule": "halving",
+            "learning_rate": 0.001,
+        },
+        "matching": {
+            "method": "matching",
+            "distance": "cosine",
+            "way": 5,
+            "shot": 2,
+            "schedule": "none",
+            "learning_rate": 0.001,
+        },
+        "maml": {"method": "maml", "distance": "none", "way": 5, "shot": 1, "schedule": "none", "learning_rate": 0.01},
     }
     for name, own in expected.items():
         assert hyperparameters(runs / name) == common | own

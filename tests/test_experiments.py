@@ -36,7 +36,7 @@ def test_every_cell_is_what_its_name_says_at_both_budgets(cell):
             assert config.choices.distance == "l2"
         assert (config.way, config.shot, config.query) == (int(way), int(shot), 15)
         assert config.test.episodes >= 1000
-        assert config.method.learning_rate > 0
+        assert config.optimizer.lr > 0
         assert config.val.every <= config.train.episodes / 2
     assert of(cell, "budget=cpu").train.episodes <= of(cell).train.episodes
 
@@ -44,14 +44,14 @@ def test_every_cell_is_what_its_name_says_at_both_budgets(cell):
 # As in the papers and the article's code.
 PUBLISHED = {
     "omniglot/protonet_5way_5shot": (
-        "train.way=60 train.shot=1 train.query=5 train.episodes=4000 method.learning_rate=0.001 method.halve_every=2000"
+        "train.way=60 train.shot=1 train.query=5 train.episodes=4000 optimizer.lr=0.001 schedule.step_size=2000 schedule.gamma=0.5"
     ),
     "omniglot/protonet_20way_5shot": "train.way=60 train.shot=5 train.query=5 train.episodes=4000",
-    "omniglot/matching_l2_20way_1shot": "train.way=5 train.query=15 train.episodes=10000 method.learning_rate=0.001",
+    "omniglot/matching_l2_20way_1shot": "train.way=5 train.query=15 train.episodes=10000 optimizer.lr=0.001",
     "omniglot/matching_scaled_cosine_5way_1shot": "distance.learn=True distance.scale=10.0",
     "omniglot/maml_1st_5way_5shot": (
         "train.meta_batch=32 train.query=1 train.episodes=1280000 method.inner_steps=1 method.test_inner_steps=3 "
-        "method.inner_learning_rate=0.4 method.learning_rate=0.001 method.halve_every=None"
+        "method.inner_learning_rate=0.4 optimizer.lr=0.001 schedule.gamma=1.0"
     ),
     "omniglot/maml_2nd_5way_5shot": "train.meta_batch=16 train.episodes=640000",
     "omniglot/maml_2nd_20way_1shot": (
@@ -60,11 +60,11 @@ PUBLISHED = {
     "omniglot/maml_1st_20way_5shot": "train.meta_batch=16",
     "omniglot/maml_2nd_20way_5shot": "train.meta_batch=4 train.episodes=160000",
     "miniimagenet/protonet_5way_5shot": (
-        "train.way=20 train.shot=5 train.query=15 train.episodes=8000 method.halve_every=4000 distance.scale=1.0 "
+        "train.way=20 train.shot=5 train.query=15 train.episodes=8000 schedule.step_size=4000 distance.scale=1.0 "
         "hardware.precision=32-true"
     ),
     "miniimagenet/matching_l2_5way_1shot": (
-        "train.way=5 train.query=15 train.episodes=20000 method.halve_every=None distance.scale=1.0"
+        "train.way=5 train.query=15 train.episodes=20000 schedule.gamma=1.0 distance.scale=1.0"
     ),
     "miniimagenet/matching_fce_cosine_5way_5shot": "train.shot=5 train.episodes=20000 method.unrolling_steps=2",
     "miniimagenet/maml_1st_5way_5shot": (

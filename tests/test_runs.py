@@ -38,10 +38,10 @@ SHORT = [
     "hardware=cpu",
 ]
 METHODS = {
-    "protonet": ["method=protonet", "method.halve_every=5"],
+    "protonet": ["method=protonet", "schedule.step_size=5"],
     "matching": ["method=matching", "distance=scaled_cosine", "distance.learn=true"],
     "matching_fce": ["method=matching_fce"],
-    "maml": ["method=maml", "train.meta_batch=2", "method.halve_every=5"],
+    "maml": ["method=maml", "train.meta_batch=2", "schedule=cosine"],
     "maml_1st": ["method=maml", "method.order=1", "train.meta_batch=3"],
 }
 # Processes that start with everything imported.
@@ -213,14 +213,14 @@ def test_a_directory_holds_one_run_and_one_at_a_time(run, tmp_path):
     ],
 )
 def test_a_run_whose_checkpoint_was_tampered_with_is_refused_in_one_line(run, tmp_path, forge):
-    train(compose(*run("run", "method.halve_every=5")))
+    train(compose(*run("run", "schedule.step_size=5")))
     (tmp_path / "run" / "results.json").unlink()
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     forge(checkpoint)
     torch.save(checkpoint, path)
     with pytest.raises(FewShotError, match=f"the run cannot be gone on with: {path} is broken, or of another version"):
-        train(compose(*run("run", "method.halve_every=5", "resume=auto", "train.episodes=24")))
+        train(compose(*run("run", "schedule.step_size=5", "resume=auto", "train.episodes=24")))
 
 
 def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
@@ -277,7 +277,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_episodes(run,
 @pytest.mark.parametrize("name", ["protonet", "maml"])
 def test_a_step_without_a_finite_gradient_can_be_skipped_and_is_counted(run, tmp_path, monkeypatch, name, capsys):
     spoil(monkeypatch, at=14, value=float("inf"))
-    train(compose(*run("run", f"method={name}", "train.meta_batch=2", "method.on_nan=skip")))
+    train(compose(*run("run", f"method={name}", "train.meta_batch=2", "train.on_nan=skip")))
     assert "skipped: the gradient of training episode 14 is" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "results.json").read_text())["skipped_steps"] == 1
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -312,7 +312,7 @@ def test_a_loss_scaler_may_pass_over_steps_but_not_over_all(run, tmp_path, monke
     ):
         train(compose(*run("run", "train.episodes=100")))
     last("run")
-    train(compose(*run("skipped", "train.episodes=12", "method.on_nan=skip")))
+    train(compose(*run("skipped", "train.episodes=12", "train.on_nan=skip")))
     skipped = json.loads((tmp_path / "skipped" / "results.json").read_text())["skipped_steps"]
     assert last("skipped") == (2 ** (16 - skipped), 12 - skipped) and skipped >= 2
 

@@ -45,17 +45,17 @@ def no_sweep(monkeypatch):
 def test_jobs_are_told_in_their_order_by_what_was_swept(tmp_path):
     for number in range(11):
         resumed = ["resume=auto"] if number > 5 else []  # where it was interrupted
-        swept = [f"method.learning_rate={number}", *(["+experiment/x=a"] if number == 2 else [])]
+        swept = [f"optimizer.lr={number}", *(["+experiment/x=a"] if number == 2 else [])]
         write_job(tmp_path / str(number), ["seed=0", *resumed, *swept], 0.5 + number / 100)
-    write_job(tmp_path / "11", ["seed=0", "method.learning_rate=11"], 0.5, validations=[])
+    write_job(tmp_path / "11", ["seed=0", "optimizer.lr=11"], 0.5, validations=[])
     jobs = read_jobs(tmp_path)
     assert [job.name for job in jobs] == [str(number) for number in range(12)]
-    assert jobs[2].swept == {"method.learning_rate": "2", "experiment/x": "a"}
-    assert jobs[10].swept == {"method.learning_rate": "10", "experiment/x": ""}
+    assert jobs[2].swept == {"optimizer.lr": "2", "experiment/x": "a"}
+    assert jobs[10].swept == {"optimizer.lr": "10", "experiment/x": ""}
     assert jobs[10].test == pytest.approx((60, 1)) and jobs[10].validation == pytest.approx((55, 2))
     table = tabulate(jobs)
     assert [column.header for column in table.columns] == [
-        *("job", "method.learning_rate", "experiment/x", "validation", "test")
+        *("job", "optimizer.lr", "experiment/x", "validation", "test")
     ]
     assert list(table.columns[3].cells)[10:] == ["55.00 ± 2.00", ""]
     assert next(iter(table.columns[4].cells)) == "50.00 ± 1.00"
@@ -136,14 +136,14 @@ def test_jobs_of_other_processes_are_told_and_the_failed_are_named(cli, tmp_path
 
 def test_a_search_maximises_the_validation_accuracy_and_takes_its_path_again(cli, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="no Optuna sweeper: pip install -e '.[optuna]'")
-    search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "method.learning_rate=tag(log,interval(0.0001,0.1))"]
+    search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "optimizer.lr=tag(log,interval(0.0001,0.1))"]
     search += ["train.shot=1,99", f"hydra.sweep.dir={tmp_path}", "resume=auto"]
     first, again = (cli("-m", *search, *TINY) for _ in range(2))
     found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("results.json")}
     best = max(found.values(), key=lambda of: of["val_accuracy"])
     chosen = OmegaConf.load(tmp_path / "optimization_results.yaml")
     assert chosen.best_value == best["val_accuracy"]
-    assert chosen.best_params["method.learning_rate"] == best["config"]["method"]["learning_rate"]
+    assert chosen.best_params["optimizer.lr"] == best["config"]["optimizer"]["lr"]
     failed = len(failures(tmp_path))
     assert len(found) + failed == 3 and 0 < failed < 3
     for done in (first, again):

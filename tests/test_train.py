@@ -199,29 +199,33 @@ def test_help_shows_the_groups_and_every_key_with_a_comment(cli):
 
 
 BAD = {
-    ("way=five", "wya=5", "distance=cosin", "method.learnig_rate=1"): (
+    ("way=five", "wya=5", "distance=cosin", "optimizer.lrr=1"): (
         "(did you mean cosine?)",
         "way=five",
         "'wya'",
         "(did you mean way?)",
-        "(did you mean method.learning_rate?)",
+        "(did you mean optimizer.lr?)",
     ),
     ("dataset=cifar",): ("'dataset/cifar'",),
     (
         "way=1",
         "train.episodes=0",
-        "method.learning_rate=-1",
+        "optimizer.lr=-1",
         "distance=scaled_cosine",
         "distance.scale=-1",
         "encoder.filters=0",
     ): (
-        "way=1 must be at least 2; train.episodes=0 must be at least 1; method.learning_rate=-1 must be positive; ",
+        "way=1 must be at least 2; train.episodes=0 must be at least 1; optimizer.lr=-1 must be positive; ",
         "encoder.filters=0 of at least 1; distance.scale=-1 must be positive",
     ),
-    ("hardware.precision=17", "hardware.compile=maybe", "method.halve_every=often", "dataset.source.samples=1.5"): (
-        "dataset.source.samples=1.5 must be a whole number; method.halve_every=often must be a whole number or null; ",
+    ("hardware.precision=17", "hardware.compile=maybe", "schedule.step_size=often", "dataset.source.samples=1.5"): (
+        "dataset.source.samples=1.5 must be a whole number; schedule.step_size=often must be a whole number; ",
         "hardware.precision=17 must be ",
         "hardware.compile=maybe must be true or false",
+    ),
+    ("method.learning_rate=0.1", "method.halve_every=9", "method.on_nan=skip"): (
+        "method.learning_rate is now optimizer.lr; method.halve_every is now schedule.step_size",
+        "method.on_nan is now train.on_nan",
     ),
     ("way=9999",): ("way=9999 is more than",),
     ("shot=15",): ("shot=15 and query=15 need 30 images of each class",),
@@ -230,8 +234,8 @@ BAD = {
     ("dataset=omniglot", "data_dir=/proc/none"): ("data_dir=PATH",),
     ("dataset=miniimagenet", "data_dir=/proc/none"): ("/proc/none/miniimagenet",),
     ("hardware=gpu",): ("gpu",),
-    ("dataset.normalise=no", "method.on_nan=pray"): (
-        "method.on_nan=pray must be stop or skip; dataset.normalise=no must be range or standardise or plain",
+    ("dataset.normalise=no", "train.on_nan=pray"): (
+        "train.on_nan=pray must be stop or skip; dataset.normalise=no must be range or standardise or plain",
     ),
     ("method=maml", "method.order=3", "method.task_batching=magic"): ("method.order=3 must be 1 or 2; method.task_",),
     ("method=maml", "train.way=6"): ("made for 5 classes, and the episode has 6",),

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from inspect import Parameter, signature
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from fewshot import optimization
 from fewshot.errors import FewShotError, mistake, reason
@@ -143,14 +143,18 @@ def check(config: DictConfig) -> None:
         if values[key] < least if whole else not key.startswith("schedule."):  # some schedules have other keys
             wrong.append(f"{key}={values[key]} must be at least {least}")
     if not of_a_wrong_type:
-        wrong += [f"{key}={values[key]} must be positive" for key in ABOVE_ZERO if not (values[key] or 1) > 0]
+        wrong += [
+            f"{key}={values[key]} must be positive"
+            for key in ABOVE_ZERO
+            if values[key] is not None and not values[key] > 0
+        ]
         wrong += [f"{key}={values[key]} must be {_or(of)}" for key, of in ONE_OF.items() if values[key] not in of]
         wrong += _refused(config)
     if wrong:
         raise FewShotError("; ".join(dict.fromkeys(wrong)))
 
 
-def outdated(config: DictConfig) -> str | None:
+def outdated(config: DictConfig | ListConfig) -> str | None:
     """A key by which a configuration, of a checkpoint say, is of an earlier version; None if it has none."""
     return next((key for key in RENAMED if OmegaConf.select(config, key) is not None), None)
 
@@ -232,13 +236,14 @@ def _refused(config: DictConfig) -> Iterator[str]:
                 raise
             refused = True
             yield str(told)
-    try:
-        optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
-        if config.schedule is not None:
-            instantiate(config.schedule)(optimizer)
-    except (TypeError, ValueError) as error:  # PyTorch's own checks
-        part = "schedule" if "optimizer" in locals() else "optimizer"
-        yield f"{part}={config.choices[part]}: {reason(error)}"
+    updated: Any = [torch.nn.Parameter(torch.zeros(1))]
+    for part in ("optimizer", "schedule"):
+        if config[part] is not None:
+            try:
+                updated = instantiate(config[part])(updated)
+            except (TypeError, ValueError) as error:  # PyTorch's own checks
+                yield f"{part}={config.choices[part]}: {reason(error)}"
+                return
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:

@@ -80,7 +80,7 @@ def log_hyperparameters(logger: TensorBoardLogger, result: Result, step: int) ->
         step: the last one of the training.
     """
     settings: dict[str, Any] = {
-        **{key: result[key] or "none" for key in ("method", "distance", "encoder", "dataset")},
+        **{key: result[key] or "none" for key in ("method", "distance", "encoder", "dataset", "optimizer", "schedule")},
         **{key: result[key] for key in ("way", "shot", "seed")},
         "learning_rate": result["config"]["optimizer"].get("lr", "none"),
     }

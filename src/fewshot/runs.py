@@ -35,7 +35,14 @@ DECISIVE = [
     "optimizer",
     "schedule",
 ]
-MAY_DIFFER = {"train.episodes", "train.steps", "train.on_nan", "method.task_batching", "method.vmap_tasks", "method.recompute"}
+MAY_DIFFER = {
+    "train.episodes",
+    "train.steps",
+    "train.on_nan",
+    "method.task_batching",
+    "method.vmap_tasks",
+    "method.recompute",
+}
 
 
 def last_checkpoint(run_dir: Path) -> Path:

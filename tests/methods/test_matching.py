@@ -28,14 +28,12 @@ def episode(shots=(2, 1, 3), queries=6, dtype=torch.float64):
 
 def plain(distance=l2):
     torch.manual_seed(1)
-    return MatchingNetwork(Linear(5, 4), distance, learning_rate=1e-3, halve_every=None, on_nan="stop").double()
+    return MatchingNetwork(Linear(5, 4), distance).double()
 
 
 def full_context(steps=2, distance=l2):
     torch.manual_seed(1)
-    return FullContextMatchingNetwork(
-        Linear(5, 4), distance, unrolling_steps=steps, learning_rate=1e-3, halve_every=None, on_nan="stop"
-    ).double()
+    return FullContextMatchingNetwork(Linear(5, 4), distance, unrolling_steps=steps).double()
 
 
 def shuffled(of: Episode) -> Episode:

@@ -4,13 +4,11 @@ from torch import nn
 
 from fewshot.data.episodes import Episode
 from fewshot.distances import cosine, l2
-from fewshot.errors import FewShotError
 from fewshot.methods.protonet import PrototypicalNetwork, prototypes
 
 
-def method(distance=l2, **changes):
-    settings = {"learning_rate": 1e-3, "halve_every": 10, "on_nan": "stop"} | changes
-    return PrototypicalNetwork(nn.Flatten(), distance, **settings)
+def method(distance=l2):
+    return PrototypicalNetwork(nn.Flatten(), distance)
 
 
 def test_prototypes_are_class_means_whatever_the_order_and_the_shots():
@@ -34,26 +32,8 @@ def test_labels_of_the_queries_are_never_looked_at():
     assert torch.equal(method()(episode), method()(shuffled))
 
 
-def test_the_learning_rate_is_halved():
-    configured = method(halve_every=2).cpu()
-    configured.encoder = nn.Linear(3, 3)
-    optimizers = configured.configure_optimizers()
-    optimizer, schedule = optimizers["optimizer"], optimizers["lr_scheduler"]["scheduler"]
-    rates = []
-    for _ in range(5):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step(), schedule.step()
-    assert rates == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4]
-    assert optimizers["lr_scheduler"]["interval"] == "step"
-
-
 def test_a_support_set_is_learnt_once():
     torch.manual_seed(0)
     labels = torch.tensor([1, 0, 1, 1])
     episode = Episode(torch.randn(4, 1, 2, 2), labels, torch.randn(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64), 2)
     torch.testing.assert_close(method().classifier(episode.support, labels, 2)(episode.query), method()(episode))
-
-
-def test_nothing_to_train_is_told():
-    with pytest.raises(FewShotError, match=r"nothing to train: .* encoder\.frozen=false"):
-        method().configure_optimizers()
