@@ -44,7 +44,8 @@ def test_every_cell_is_what_its_name_says_at_both_budgets(cell):
 # As in the papers and the article's code.
 PUBLISHED = {
     "omniglot/protonet_5way_5shot": (
-        "train.way=60 train.shot=1 train.query=5 train.episodes=4000 optimizer.lr=0.001 schedule.step_size=2000 schedule.gamma=0.5"
+        "train.way=60 train.shot=1 train.query=5 train.episodes=4000 optimizer.lr=0.001 "
+        "schedule.step_size=2000 schedule.gamma=0.5"
     ),
     "omniglot/protonet_20way_5shot": "train.way=60 train.shot=5 train.query=5 train.episodes=4000",
     "omniglot/matching_l2_20way_1shot": "train.way=5 train.query=15 train.episodes=10000 optimizer.lr=0.001",

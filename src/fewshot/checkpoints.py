@@ -74,7 +74,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise _not_ours(path, error) from error
     if not whole:
         raise _not_ours(path, "it holds no weights, or no configuration")
-    old = outdated(OmegaConf.create(config))
+    old = outdated(config)
     if old is not None:
         raise FewShotError(
             f"{path} is of an earlier version of fewshot, which knew {old}: train anew, or use it with that version"

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from fewshot import optimization
 from fewshot.errors import FewShotError, mistake, reason
@@ -143,20 +143,22 @@ def check(config: DictConfig) -> None:
         if values[key] < least if whole else not key.startswith("schedule."):  # some schedules have other keys
             wrong.append(f"{key}={values[key]} must be at least {least}")
     if not of_a_wrong_type:
-        wrong += [
-            f"{key}={values[key]} must be positive"
-            for key in ABOVE_ZERO
-            if values[key] is not None and not values[key] > 0
-        ]
+        given = [key for key in ABOVE_ZERO if values[key] is not None]
+        wrong += [f"{key}={values[key]} must be positive" for key in given if not values[key] > 0]
         wrong += [f"{key}={values[key]} must be {_or(of)}" for key, of in ONE_OF.items() if values[key] not in of]
         wrong += _refused(config)
     if wrong:
         raise FewShotError("; ".join(dict.fromkeys(wrong)))
 
 
-def outdated(config: DictConfig | ListConfig) -> str | None:
+def outdated(config: Mapping[Any, Any]) -> str | None:
     """A key by which a configuration, of a checkpoint say, is of an earlier version; None if it has none."""
-    return next((key for key in RENAMED if OmegaConf.select(config, key) is not None), None)
+    for key in RENAMED:
+        node, _, name = key.partition(".")
+        section = config.get(node)
+        if isinstance(section, dict) and name in section:
+            return key
+    return None
 
 
 def check_types(key: str, node: DictConfig) -> None:

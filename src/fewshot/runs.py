@@ -185,8 +185,8 @@ def _keep_horizon(saved: DictConfig, config: DictConfig) -> None:
     if horizons and config.train.steps != saved.train.steps:
         raise FewShotError(
             f"train.episodes={config.train.episodes}: the schedule of the run in {config.run_dir} is made for "
-            f"{saved.train.episodes} episodes (schedule.{horizons[0]}={saved.train.steps} steps); leave it out, or train "
-            "anew into another directory"
+            f"{saved.train.episodes} episodes (schedule.{horizons[0]}={saved.train.steps} steps); leave it out, or "
+            "train anew into another directory"
         )
 
 
