@@ -143,3 +143,11 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
         with pytest.raises(FewShotError, match=f"cannot write {path}: No space left on device"):
             write_whole(path, bytes(10**6))
     assert path.read_bytes() == b"first"
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named_as_such(good, tmp_path):
+    whole = content(good)
+    whole["hyper_parameters"]["method"]["learning_rate"] = 0.001
+    torch.save(whole, tmp_path / "old.ckpt")
+    with pytest.raises(FewShotError, match=r"old\.ckpt is of an earlier version of fewshot, which knew method\.learn"):
+        load_checkpoint(tmp_path / "old.ckpt")

@@ -68,6 +68,7 @@ def test_a_method_of_ones_own_program_needs_no_configuration():
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
+        (["optimizer.lr=0"], "optimizer.lr=0 must be positive"),
         (["optimizer.lr=-1"], "optimizer.lr=-1 must be positive"),
         (["optimizer.lr=fast"], "optimizer.lr=fast must be a number"),
         (["optimizer.lr=true"], "optimizer.lr=True must be a number"),
