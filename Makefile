@@ -1,5 +1,6 @@
-# Both commands set up all they need: Python 3.11 with venv and pip is enough to start from.
-PYTHON ?= python3.11
+# Both commands set up all they need: Python 3.11 to 3.13 with venv and pip is enough to start from.
+PYTHON ?= $(or $(shell for version in 3.13 3.12 3.11; do python$$version -c 'import ensurepip' 2>/dev/null && \
+    echo python$$version && break; done),python3)
 VENV ?= .venv
 
 .PHONY: train test lint bench reproduce report dashboard notebooks demo

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 import sys
 import time
 import traceback
@@ -11,6 +12,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Quote, QuotedString
@@ -18,15 +21,16 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from fewshot.config import CONF, RENAMED, compose_unresolved
+from fewshot import __version__
+from fewshot.commands import COMMANDS
+from fewshot.config import CHECKOUT, CONF, RENAMED, compose_unresolved
 from fewshot.errors import Interrupted, mistake
-from fewshot.processes import PATIENCE
 from fewshot.sweeps import FAILURE, Sweep, failures
 from fewshot.text import for_terminal
 
+LEADING = {"report": "runs"}  # the key of the arguments that need none
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning looks for the number of a process
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
 # What Hydra and OmegaConf add to a message for those who write configuration files.
 ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
@@ -54,11 +58,60 @@ def name_leading(key: str, arguments: list[str]) -> None:
         arguments[1:stop] = [f"{key}=[{','.join(paths)}]"]
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Run a Hydra application; a mistake on its command line ends in one clear line and a non-zero exit status.
+_command = "train"  # the one that runs in this process
+
+
+def main() -> None:
+    """The command ``fewshot NAME KEY=VALUE ...``."""
+    program, *arguments = sys.argv
+    name = arguments[0] if arguments else "--help"
+    if name in COMMANDS:
+        run(name, [program, *arguments[1:]])
+    elif name in {"--help", "-h"}:
+        print(f"fewshot NAME KEY=VALUE ...; fewshot NAME --help shows the keys. NAME is one of\n{_usage()}")
+    elif name == "--version":
+        print(f"fewshot {__version__}")
+    elif arguments[:2] == ["-sc", "query=bash"]:
+        _complete(program)
+    elif name in {"-sc", "--shell-completion"}:
+        run("train", sys.argv)  # the script that Hydra prints is the same for all
+    else:
+        _exit(f"{name} is not a command{_nearest(name, COMMANDS)}; choose one of {', '.join(COMMANDS)}", 1)
+
+
+def _usage() -> str:
+    return "\n".join(f"  {name:9} {str(command.__doc__).splitlines()[0]}" for name, command in COMMANDS.items())
+
+
+def _complete(program: str) -> None:
+    """Complete ``fewshot NAME``; of what follows, Hydra completes ``NAME``'s own line."""
+    called, name, *_ = [*os.environ["COMP_LINE"].split(), "", ""]
+    if name in COMMANDS:
+        os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(f"{called} {name}", called, 1)
+        run(name, [program, "-sc", "query=bash"])
+    else:
+        print(*COMMANDS)
+
+
+def run(name: str, arguments: list[str] | None = None) -> None:
+    """Run a command; a mistake on its command line ends in one clear line and a non-zero exit status.
 
     Set HYDRA_FULL_ERROR=1 to see the traceback instead.
+
+    Args:
+        name: of the command, and of its file in ``conf``.
+        arguments: the program and the overrides; None: ``sys.argv``.
     """
+    global _command  # noqa: PLW0603
+    _command = name
+    typed, sys.argv = sys.argv, sys.argv if arguments is None else arguments
+    if name in LEADING:
+        name_leading(LEADING[name], sys.argv)
+    if {"--help", "-h"} & set(sys.argv):
+        # Hydra's list of groups takes a second, and our help has its own.
+        Hydra.format_config_groups = lambda *_: ""  # type: ignore[method-assign]
+    function = job(COMMANDS[name], typed)
+    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(function)
     if TRACEBACK:
         main()
     else:
@@ -67,11 +120,15 @@ def run(main: Callable[[], Any]) -> None:
         _exit_if_jobs_failed()
 
 
-def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+def job(function: Callable[[DictConfig], Any], typed: list[str]) -> Callable[[DictConfig], Any]:
     """Decorate the function that ``hydra.main`` runs, so that its mistakes end in the same way.
 
     In a sweep they are told and written down, in whichever process the job runs: the others go on, and those that
     failed are named at the end.
+
+    Args:
+        function: takes the composed configuration.
+        typed: the command line, by which Lightning starts the other processes of a run.
     """
 
     @wraps(function)
@@ -80,6 +137,7 @@ def job(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             return function(config)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return _note_failure(lambda: function(config))
+        sys.argv = typed
         os.environ.pop("HYDRA_FULL_ERROR", None)  # processes started from here decide for themselves
         return _guard(lambda: function(config))
 
@@ -136,12 +194,22 @@ def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
 
 
 def _exit(message: str, status: int) -> None:
-    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    rank = _rank()
     if rank > 0:
-        time.sleep(PATIENCE)  # what befell all processes, the first one tells, and ends this one
+        from fewshot.processes import PATIENCE  # noqa: PLC0415
+
+        time.sleep(PATIENCE)  # a failure of all processes is reported by the first one, which ends this one
         message = f"process {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _rank() -> int:
+    """The number of this process among those that train together; Lightning knows it better, where it is imported."""
+    lightning = sys.modules.get("lightning_fabric.utilities.rank_zero")
+    if lightning is not None:
+        return int(lightning.rank_zero_only.rank)
+    return int(next((os.environ[name] for name in RANKS if name in os.environ), 0))
 
 
 def _explain(error: BaseException) -> str | None:
@@ -149,10 +217,10 @@ def _explain(error: BaseException) -> str | None:
     told = mistake(error)
     if told is not None:
         return str(told)
-    help_ = f"(see {_program()}.py --help)"
+    help_ = f"(see {_program()}.py --help)" if CHECKOUT else f"(see fewshot {_program()} --help)"
     causes = list(_causes(error))
     for cause in causes:
-        if isinstance(cause, MisconfigurationException):
+        if type(cause).__name__ == "MisconfigurationException":  # Lightning's; importing it takes seconds
             return f"{' '.join(str(cause).split())} {help_}"
         if isinstance(cause, OSError) and cause.filename is not None:
             return (
@@ -221,7 +289,7 @@ def _wrong_overrides() -> Iterator[str]:
 
 def _program() -> str:
     """The name of the entry point, and of its configuration; a job of a sweep may run in a process of other make."""
-    return str(HydraConfig.get().job.config_name) if HydraConfig.initialized() else Path(sys.argv[0]).stem
+    return str(HydraConfig.get().job.config_name) if HydraConfig.initialized() else _command
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -263,6 +331,8 @@ def _help(*, _root_: DictConfig) -> str:
     """The configuration files behind this command line, with the comments that say what each key is for."""
     primary = CONF / f"{_root_.hydra.job.config_name}.yaml"
     shown = [primary.read_text()]
+    if not CHECKOUT:
+        shown = [re.sub(r"python src/(\w+)\.py", r"fewshot \1", shown[0])]
     for entry in OmegaConf.load(primary).defaults:
         group = entry if isinstance(entry, str) else next(iter(entry))
         if not (CONF / group).is_dir():

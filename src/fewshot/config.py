@@ -8,8 +8,6 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra
-import pytorch_lightning as pl
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,8 +17,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from fewshot import optimization
 from fewshot.errors import FewShotError, mistake, reason
 
-ROOT = Path(__file__).parents[2]
-CONF = ROOT / "conf"
+PACKAGE = Path(__file__).parent
+CHECKOUT = (PACKAGE.parents[1] / "conf" / "train.yaml").is_file()  # else the package is installed, conf inside it
+ROOT = PACKAGE.parents[1] if CHECKOUT else Path.cwd()  # where outputs and data lie
+CONF = (ROOT if CHECKOUT else PACKAGE) / "conf"
 
 
 @dataclass
@@ -133,7 +133,9 @@ def check(config: DictConfig) -> None:
         raise FewShotError(f"the configuration has no {', '.join(absent)}; leave out the override that takes it away")
     wrong = [line for key, node in _targets(config) for line in _wrong_types(key, node, get_object(node._target_))]
     hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
-    wrong += _wrong_types("hardware", hardware, pl.Trainer)
+    from pytorch_lightning import Trainer  # noqa: PLC0415
+
+    wrong += _wrong_types("hardware", hardware, Trainer)
     if not isinstance(config.hardware.compile, bool):
         wrong.append(f"hardware.compile={config.hardware.compile} must be true or false")
     of_a_wrong_type = bool(wrong)
@@ -225,6 +227,8 @@ def _in_words(hint: Any) -> Iterator[str]:
 
 
 def _refused(config: DictConfig) -> Iterator[str]:
+    import torch  # noqa: PLC0415
+
     refused = False
     for part in ("encoder", "distance", "method"):
         if part == "method" and refused:
@@ -246,6 +250,11 @@ def _refused(config: DictConfig) -> Iterator[str]:
             except (TypeError, ValueError) as error:  # PyTorch's own checks
                 yield f"{part}={config.choices[part]}: {reason(error)}"
                 return
+
+
+def command(name: str) -> str:
+    """How to call a command, for messages."""
+    return f"python {ROOT / 'src' / name}.py" if CHECKOUT else f"fewshot {name}"
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:

@@ -7,9 +7,7 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any, ClassVar
 
-import matplotlib as mpl
 from hydra.experimental.callback import Callback
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -112,6 +110,9 @@ def tabulate(jobs: Sequence[Job]) -> Table:
 
 def draw(jobs: Sequence[Job], path: Path) -> Path:
     """Draw the same, a line a job; returns the path."""
+    import matplotlib as mpl  # noqa: PLC0415  slow, and the command line imports this file
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 0.28 * len(jobs) + 1.5), layout="constrained")
         axes = figure.subplots()

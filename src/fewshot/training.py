@@ -23,7 +23,7 @@ from rich.table import Table
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
 from fewshot.checkpoints import WholeCheckpoints
-from fewshot.config import ROOT, check
+from fewshot.config import CHECKOUT, ROOT, check, command
 from fewshot.dashboard import Dashboard, Log, log_hyperparameters
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
@@ -60,7 +60,7 @@ def train(config: DictConfig) -> float:
     """
     OmegaConf.resolve(config)
     run_dir = Path(config.run_dir)
-    interruption = Interruption(f"python {ROOT / 'src' / 'train.py'} resume={run_dir}")
+    interruption = Interruption(f"{command('train')} resume={run_dir}")
     with interruption, only_run_in(run_dir):
         config, checkpoint = to_go_on_with(config)
         check(config)
@@ -308,8 +308,10 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of this code, marked when files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    if not CHECKOUT:
+        return None
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,0 +1,93 @@
+"""What each command does: ``fewshot NAME KEY=VALUE ...``, and in a checkout ``python src/NAME.py KEY=VALUE ...``.
+
+A command imports what it needs when it runs, so that help, completion and mistakes need neither PyTorch nor Lightning.
+"""
+
+import sys
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from fewshot.config import CHECKOUT, ROOT, check_types
+from fewshot.errors import FewShotError
+
+
+def train(config: DictConfig) -> float:
+    """Train a few-shot method, choose its weights on validation classes, and test them once."""
+    from fewshot.training import train
+
+    return train(config)
+
+
+def evaluate(config: DictConfig) -> float:
+    """Test the weights of a checkpoint, at any way and shot, class by class, alone or against others."""
+    from fewshot.evaluation import evaluate
+
+    return evaluate(config)
+
+
+def predict(config: DictConfig) -> None:
+    """Classify your own images by a few examples of each class."""
+    from fewshot.prediction import predict
+
+    predict(config)
+
+
+def report(config: DictConfig) -> None:
+    """Set the results of runs beside the published ones."""
+    from fewshot.report import report
+
+    for path in report(config.runs, config.tables, config.sources, config.out, config.readme):
+        print(path)
+
+
+def figure(config: DictConfig) -> None:
+    """Draw one of the project's figures."""
+    _only_in_a_checkout("figure")
+    check_types("figure", config.figure)
+    out = Path(config.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    for path in instantiate(config.figure, out=out):
+        print(path)
+
+
+def export(config: DictConfig) -> None:
+    """Write the encoder of a checkpoint as ONNX, for other programs."""
+    from fewshot.export import export
+
+    export(config.checkpoint, config.out)
+
+
+def demo(config: DictConfig) -> None:
+    """Show a page where images are classified by a few examples of each class, until Ctrl-C."""
+    from fewshot.demo import serve
+
+    serve(config)
+
+
+def bench(config: DictConfig) -> None:
+    """Time this project beside the ways others do the same."""
+    _only_in_a_checkout("bench")
+    from fewshot.benchmarks.contest import bench
+    from fewshot.benchmarks.suite import choose
+
+    bench(choose(config.only), config.rounds, Path(config.out).expanduser())
+
+
+COMMANDS = {command.__name__: command for command in (train, evaluate, predict, report, figure, export, demo, bench)}
+
+
+def _only_in_a_checkout(name: str) -> None:
+    """Make ``src`` importable: benchmarks and figures are not part of the installed package.
+
+    Raises:
+        FewShotError: there is no ``src``.
+    """
+    if not CHECKOUT:
+        raise FewShotError(
+            f"fewshot {name} works in a checkout of the project only: the installed package leaves out its benchmarks "
+            "and figures"
+        )
+    if str(ROOT / "src") not in sys.path:
+        sys.path.append(str(ROOT / "src"))
