@@ -3,11 +3,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fewshot.config import check, compose
+from fewshot.config import check, compose, training_steps
 from fewshot.distances import l2
 from fewshot.errors import FewShotError
 from fewshot.methods.protonet import PrototypicalNetwork
-from fewshot.optimization import configure, steps
+from fewshot.optimization import configure
 from fewshot.training import make_method
 
 ONE_OF_EACH = [
@@ -107,4 +107,4 @@ def test_a_schedule_that_follows_a_metric_is_refused():
 
 
 def test_the_last_step_may_have_fewer_episodes():
-    assert [steps(10, 1), steps(10, 3), steps(9, 3), steps(1, 32)] == [10, 4, 3, 1]
+    assert [steps(10, 1), training_steps(10, 3), training_steps(9, 3), training_steps(1, 32)] == [10, 4, 3, 1]

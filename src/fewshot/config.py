@@ -14,7 +14,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from fewshot import optimization
 from fewshot.errors import FewShotError, mistake, reason
 
 PACKAGE = Path(__file__).parent
@@ -221,7 +220,7 @@ def _in_words(hint: Any) -> Iterator[str]:
             yield from _in_words(option)
     elif get_origin(hint) is Literal:
         yield from map(str, get_args(hint))
-    elif hint is not torch.Tensor:  # which no YAML holds
+    elif getattr(hint, "__module__", None) != "torch":  # no YAML holds a tensor
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
         yield words.get(hint, str(hint))
 
@@ -280,6 +279,11 @@ def compose_unresolved(*overrides: str, name: str = "train") -> DictConfig:
         GlobalHydra.instance().hydra = outer
 
 
+def training_steps(episodes: int, meta_batch: int) -> int:
+    """The training steps that so many training episodes take, ``meta_batch`` in each; the last may have fewer."""
+    return max(1, -(-episodes // max(1, meta_batch)))
+
+
 def _experiment() -> str | None:
     """The file below conf/experiment, chosen as experiment=FOLDER/NAME or as +experiment/FOLDER=NAME."""
     for group, option in HydraConfig.get().runtime.choices.items():
@@ -289,7 +293,7 @@ def _experiment() -> str | None:
 
 
 ConfigStore.instance().store("train_schema", TrainConfig)
-OmegaConf.register_new_resolver("fewshot_steps", optimization.steps, replace=True)
+OmegaConf.register_new_resolver("fewshot_steps", training_steps, replace=True)
 OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
 # What a key of an experiment is at each budget: ${by_budget:{paper:1000,cpu:10}}.
 OmegaConf.register_new_resolver("by_budget", lambda values, *, _root_: values[_root_.choices.budget], replace=True)

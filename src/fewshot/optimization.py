@@ -14,8 +14,6 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], LRScheduler]
 
 DEFAULT: MakeOptimizer = partial(torch.optim.Adam, lr=0.001)  # of methods that are made without a configuration
-# What PyTorch's schedules call the number of steps that they are made for; and what ours and others' should.
-HORIZONS = ("T_max", "total_steps", "total_iters", "steps")
 
 
 def configure(
@@ -47,8 +45,3 @@ def configure(
             "schedule=halving or schedule=cosine"
         )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def steps(episodes: int, meta_batch: int) -> int:
-    """The training steps that so many training episodes take, ``meta_batch`` in each; the last may have fewer."""
-    return max(1, -(-episodes // max(1, meta_batch)))

@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.checkpoints import load_checkpoint, write_whole
-from fewshot.config import CONF
+from fewshot.config import CONF, training_steps
 from fewshot.errors import FewShotError
-from fewshot.optimization import HORIZONS, steps
 
+# What PyTorch's schedules call the number of steps that they are made for; and what ours and others' should.
+HORIZONS = ("T_max", "total_steps", "total_iters", "steps")
 # What decides the result of a run, and of that what may differ all the same when it is gone on with. The rest
 # (hardware, places, logging) may differ anyway.
 DECISIVE = [
@@ -175,7 +176,7 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
             raise FewShotError(f"{override.input_line}: a run that is resumed keeps its {key}; leave it out")
         OmegaConf.update(changed, key, OmegaConf.select(config, key), merge=False)
     changed.run_dir, changed.resume = config.run_dir, config.resume
-    changed.train.steps = steps(changed.train.episodes, changed.train.meta_batch)
+    changed.train.steps = training_steps(changed.train.episodes, changed.train.meta_batch)
     return changed
 
 
