@@ -9,15 +9,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from fewshot.config import ROOT, compose
 from fewshot.data.bank import ImageBank
@@ -41,6 +47,66 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("fuzz")
+
+
+def layout_faults(figure: Figure) -> list[str]:
+    """What cannot be read of a figure: texts that overlap or leave the page, and legends over other panels."""
+    drawn: dict[int, Text] = {}
+    draw = Text.draw
+
+    def record(text: Text, *given: Any, **named: Any) -> None:
+        if text.get_visible() and text.get_text().strip():
+            drawn[id(text)] = text
+        draw(text, *given, **named)
+
+    canvas = FigureCanvasAgg(figure)
+    with patch.object(Text, "draw", record):
+        canvas.draw()
+    # A pixel of overlap is rounding.
+    boxes = {id(text): text.get_window_extent().padded(-1) for text in drawn.values()}
+    legends = [part for part in figure.findobj(Legend) if part.get_visible()]
+    frames = [(f"the legend with {_words(part.get_texts()[0])}", part.get_window_extent()) for part in legends]
+    faults = [
+        f"{name} leaves the page"
+        for name, box in [*((_words(text), boxes[key]) for key, text in drawn.items()), *frames]
+        if box.x0 < -1 or box.y0 < -1 or box.x1 > figure.bbox.x1 + 1 or box.y1 > figure.bbox.y1 + 1
+    ]
+    faults += [
+        f"{_words(one)} and {_words(other)} overlap"
+        for one, other in combinations(drawn.values(), 2)
+        if _meet(boxes[id(one)], boxes[id(other)])
+    ]
+    for part, (name, box) in zip(legends, frames, strict=True):
+        panels = [axes for axes in figure.axes if axes.get_visible() and axes is not part.axes]
+        faults += [f"{name} lies over a panel" for axes in panels if _meet(box.padded(-1), axes.get_window_extent())]
+        inside = {id(text) for text in part.findobj(Text)}
+        faults += [
+            f"{name} lies over {_words(text)}"
+            for key, text in drawn.items()
+            if key not in inside and _meet(box.padded(-1), boxes[key])
+        ]
+    return faults
+
+
+def _words(text: Text) -> str:
+    return repr(text.get_text())
+
+
+def _meet(one: Bbox, other: Bbox) -> bool:
+    return min(one.x1, other.x1) > max(one.x0, other.x0) and min(one.y1, other.y1) > max(one.y0, other.y0)
+
+
+@pytest.fixture
+def legible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every figure that a test saves has to be legible."""
+    savefig = Figure.savefig
+
+    def check(figure: Figure, *given: Any, **named: Any) -> None:
+        faults = layout_faults(figure)
+        assert not faults, faults
+        savefig(figure, *given, **named)
+
+    monkeypatch.setattr(Figure, "savefig", check)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,16 @@
-"""The results that training runs leave: found anywhere below some folders, checked, and sorted by what they repeat."""
+"""The results that trainings and evaluations leave: found anywhere below some folders, checked, and grouped."""
 
 import json
 import math
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fewshot.errors import FewShotError
 
 Result = Mapping[str, Any]  # the content of a results.json, as fewshot.training writes it
+Settings = dict[str, Any]  # dotted keys and their values
 
 # What the readers of results need of one.
 NEEDED = {
@@ -27,17 +27,55 @@ NEEDED = {
     "overrides": list,
     "config": dict,
 }
-# What one may lack: results of earlier versions do, and methods without a distance.
-OPTIONAL = {"experiment": str, "budget": str, "distance": str, "machine": dict}
-# The keys of a run's configuration that decide its accuracy, the seed left out.
-DECISIVE = ("way", "shot", "query", "train", "val", "test", "eval_seed", "dataset", "method")
+# What may be absent or null: older results lack some, methods without a distance and trainings others.
+OPTIONAL = {
+    "experiment": str,
+    "budget": str,
+    "distance": str,
+    "encoder": str,
+    "query": int,
+    "machine": dict,
+    "meta_batch": int,
+    "data": dict,
+    "precision": str,
+    "encoder_parameters": int,
+    "split": str,
+    "weights": str,
+    "run_config": dict,
+}
+SPLITS = ("train", "val", "test")
+# Parts of a run's configuration that do not change its accuracy: places, hardware (what an accelerator rounds
+# differently is no other setting), logging, and names that other keys spell out. Every other key counts.
+NOT_DECISIVE = (
+    "seed",  # what the runs of a line differ in
+    "test",  # in the result itself, as is the task
+    "choices",
+    "distance",  # once more in method, where the method has one
+    "encoder",  # once more in method
+    "hardware",  # but for the precision, which is in the result
+    "data_dir",
+    "dataset.source.data_dir",
+    "cache_dir",
+    "run_dir",
+    "resume",
+    "trust",
+    "checkpoint_every",
+    "log_every",
+    "logger",
+    "pictures",
+    "method.task_batching",
+    "method.vmap_tasks",
+    "method.recompute",
+)
 
 
-def read_results(runs: str | Sequence[str]) -> list[Result]:
+def read_results(runs: str | Sequence[str], *, known_data: bool = False) -> list[Result]:
     """Read every ``results.json`` anywhere below some folders; what is broken or foreign is named, and left out.
 
     Args:
         runs: the folders, or such files themselves; a file that is reached twice counts once.
+        known_data: leave out, and name, what does not belong into a table: results that do not record the data they
+            were measured on, and evaluations of other weights than the best or on other classes than the test's.
 
     Returns:
         The results, in the order of ``runs`` and of the paths below each.
@@ -47,9 +85,20 @@ def read_results(runs: str | Sequence[str]) -> list[Result]:
     """
     places = [Path(run).expanduser() for run in ([runs] if isinstance(runs, str) else runs)]
     found = find_results(places)
+    below = ", ".join(map(str, places))
     if not found:
-        told = ", ".join(map(str, places))
-        raise FewShotError(f"no results.json of a run lies below {told}; run it first, or name its folder: runs=PATH")
+        raise FewShotError(f"no results.json of a run lies below {below}; run it first, or name its folder: runs=PATH")
+    if known_data:
+        reasons = {path: _not_counted(result) for path, result in found.items()}
+        for path, reason in reasons.items():
+            if reason:
+                _skip(path, reason)
+        found = {path: result for path, result in found.items() if not reasons[path]}
+        if not found:
+            raise FewShotError(
+                f"none of the {len(reasons)} results below {below} can be reported, see the lines above; train again, "
+                "or name another folder: runs=PATH"
+            )
     return list(found.values())
 
 
@@ -76,42 +125,177 @@ def find_results(places: Sequence[Path]) -> dict[Path, Result]:
 
 
 def by_settings(results: Sequence[Result]) -> list[list[Result]]:
-    """Gather the results that differ in their seed only, each seed once, by ascending seed.
+    """Group the results that differ in their seed only, each seed once, by ascending seed.
 
-    The same run again, a copy say, is named on the standard error and left out: it says nothing new.
+    A repeated result is named on the standard error and left out, since it says nothing new: a copy of a run, and an
+    evaluation of a run on the task of the run's own test.
     """
-    groups: dict[str, dict[int, Result]] = {}
+    unique: dict[str, Result] = {}
+    own = {_test_of(result): result for result in results if not is_evaluation(result)}
     for result in results:
-        group = groups.setdefault(_settings(result), {})
-        if result["seed"] in group:
-            told = result.get("experiment") or f"{result['dataset']} {result['method']}"
-            print(f"counted once: {told}, seed {result['seed']}, at the same settings", file=sys.stderr)
-        group.setdefault(result["seed"], result)
-    return [[group[seed] for seed in sorted(group)] for group in groups.values()]
+        key = json.dumps([settings(result), seed_of(result)], sort_keys=True)
+        repeated = key in unique or (is_evaluation(result) and _test_of(result) in own)
+        if repeated:
+            name = result.get("experiment") or f"{result['dataset']} {result['method']}"
+            task = f"{result['way']}-way {result['shot']}-shot"
+            print(f"counted once: {name}, tested {task}, seed {seed_of(result)}, same settings", file=sys.stderr)
+        else:
+            unique[key] = result
+    groups: dict[str, list[Result]] = {}
+    for result in unique.values():
+        groups.setdefault(json.dumps(settings(result), sort_keys=True), []).append(result)
+    return [sorted(group, key=seed_of) for group in groups.values()]
 
 
-def _settings(result: Result) -> str:
-    settings = {key: result["config"].get(key) for key in DECISIVE} | {"budget": result.get("budget")}
-    settings["experiment"] = result.get("experiment")
-    # Where the data lay decides nothing.
-    return re.sub(r'"data_dir": "[^"]*"', "", json.dumps(settings, sort_keys=True))
+def settings(result: Result) -> Settings:
+    """All that decides an accuracy but the seed: data, precision, configuration, and the task of the test.
+
+    Keys without a value are left out, so that a key which a later version adds makes no difference by itself.
+    """
+    run = run_config(result)
+    decisive = {
+        **dict(_flat({key: result.get(key) for key in ("data", "precision", "encoder_parameters")})),
+        **{key: value for key, value in _flat(run) if not _is_below(key, NOT_DECISIVE)},
+        "test.episodes": result["episodes"],
+    }
+    # The best weights were chosen on episodes of the run's own task, and an evaluation may test them on others.
+    test = {key: result.get(key) for key in ("way", "shot", "query")} | {"eval_seed": result["config"].get("eval_seed")}
+    decisive |= {f"test.{key}": value for key, value in test.items() if value != run.get(key)}
+    if result.get("meta_batch") != decisive.get("train.meta_batch"):  # more processes than that take an episode each
+        decisive["meta_batch"] = result.get("meta_batch")
+    hardware = run.get("hardware")
+    if isinstance(hardware, dict) and hardware.get("precision") != decisive.get("precision"):
+        decisive["train.precision" if decisive.get("precision") else "precision"] = hardware.get("precision")
+    tested, trained = (dict(_flat({"method": config.get("method")})) for config in (result["config"], run))
+    decisive |= {
+        f"test.{key}": tested.get(key)
+        for key in {**tested, **trained}
+        if tested.get(key) != trained.get(key) and not _is_below(key, NOT_DECISIVE)
+    }
+    return {key: value for key, value in decisive.items() if value is not None}
+
+
+def run_config(result: Result) -> Mapping[str, Any]:
+    """The configuration of the training; in the result of an evaluation, ``config`` is that of the test."""
+    config: Mapping[str, Any] = result.get("run_config") or result["config"]
+    return config
+
+
+def seed_of(result: Result) -> int:
+    """The seed that the configuration of the training says; a copy may claim another one."""
+    seed: int = run_config(result).get("seed", result["seed"])
+    return seed
+
+
+def split_of(result: Result) -> str | None:
+    """The rule that split the classes; None where the data set knows only one, or the result does not say."""
+    data = result.get("data")
+    return None if data is None else data.get("split")
+
+
+def is_evaluation(result: Result) -> bool:
+    """Whether ``src/evaluate.py`` wrote it, and not a training."""
+    return "checkpoint" in result
+
+
+def _test_of(result: Result) -> str:
+    """Which run a result is of, and what task it was tested on, in however many episodes."""
+    free = ("test.episodes", "test.query", "test.eval_seed", "meta_batch")
+    same = {key: value for key, value in settings(result).items() if key not in free}
+    return json.dumps([same, seed_of(result)], sort_keys=True)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _is_below(key: str, parents: Sequence[str]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def _not_counted(result: Result) -> str | None:
+    """Why a sound result has no place in a table; None if it has."""
+    if is_evaluation(result):
+        if result.get("split") != "test":
+            return f"an evaluation on {result.get('split')} classes, and not on those of the test"
+        if result.get("data") is not None and not isinstance(result.get("run_config"), dict):
+            return "an evaluation that does not record the configuration of its run"
+        if result.get("data") is not None and result.get("weights") != "best":
+            return f"an evaluation of {result.get('weights')}.ckpt; only the weights best on validation classes count"
+    return None if result.get("data") is not None else "older format: split unknown; run it again"
 
 
 def _wrong(result: Any) -> str | None:
     """What keeps some JSON from being a result; None if nothing does."""
     if not isinstance(result, dict):
         return "it is no mapping"
-    lacking = [key for key, kind in NEEDED.items() if not _is(result.get(key), kind)]
-    lacking += [key for key, kind in OPTIONAL.items() if result.get(key) is not None and not _is(result[key], kind)]
-    if lacking:
-        return f"it has no sound {', '.join(lacking)}"
-    train = result["config"].get("train")
+    unsound = [key for key, kind in NEEDED.items() if not _is(result.get(key), kind)]
+    unsound += [key for key, kind in OPTIONAL.items() if result.get(key) is not None and not _is(result[key], kind)]
+    if unsound:
+        return f"it has no sound {', '.join(unsound)}"
+    if not _is(seed_of(result), int):
+        return "its config has no sound seed"
+    train = run_config(result).get("train")
     if not isinstance(train, dict) or not _is(train.get("episodes"), int):
         return "its config has no sound train.episodes"
-    curve = [of if isinstance(of, dict) else {} for of in result["validations"]]
-    if not all(_is(of.get("trained_episodes"), int) and _is(of.get("accuracy"), float) for of in curve):
+    curve = [point if isinstance(point, dict) else {} for point in result["validations"]]
+    if not all(_is(point.get("trained_episodes"), int) and _is(point.get("accuracy"), float) for point in curve):
         return "it has no sound validations"
-    return None if 0 <= result["accuracy"] <= 1 else f"its accuracy is {result['accuracy']}"
+    return _absurd(result) or _wrong_data(result)
+
+
+def _absurd(result: Result) -> str | None:
+    """The first value that no test can give, or that contradicts the configuration."""
+    for key, least, most in (
+        ("accuracy", 0, 1),
+        ("ci95", 0, 0.5),
+        ("episodes", 2, math.inf),
+        ("way", 2, math.inf),
+        ("shot", 1, math.inf),
+        ("query", 1, math.inf),
+        ("train_seconds", 0, math.inf),
+        ("seed", 0, math.inf),
+        ("encoder_parameters", 0, math.inf),
+    ):
+        if result.get(key) is not None and not least <= result[key] <= most:
+            bound = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            return f"its {key} is {result[key]}, and must be {bound}"
+    if not all(0 <= point["accuracy"] <= 1 and point["trained_episodes"] >= 0 for point in result["validations"]):
+        return "its validations hold an accuracy that is not between 0 and 1, or a negative number of episodes"
+    for key in ("way", "shot", "query"):
+        if result["config"].get(key) not in (None, result.get(key)):
+            return f"its {key} is {result.get(key)}, and its config says {result['config'][key]}"
+    if seed_of(result) < 0:
+        return f"its config says seed={seed_of(result)}"
+    if run_config(result)["train"]["episodes"] < 1:
+        return f"its config says train.episodes={run_config(result)['train']['episodes']}"
+    return None
+
+
+def _wrong_data(result: Result) -> str | None:
+    """What is wrong with the record of the data; None if nothing is, or there is none."""
+    data = result.get("data")
+    if data is None:
+        return None
+    counts = [data.get(key) for key in ("classes", "images")]
+    names = data.get("class_names_sha256")
+    if (
+        not isinstance(data.get("split"), str | None)
+        or not all(isinstance(of, dict) and all(_is(of.get(split), int) for split in SPLITS) for of in counts)
+        or not isinstance(names, dict)
+        or not all(isinstance(digest, str) for digest in (*names.values(), data.get("images_sha256")))
+    ):
+        return "it has no sound data: a split, counts of classes and images, and digests of their names and pixels"
+    if data["classes"]["test"] < result["way"]:
+        return f"its episodes have {result['way']} classes, and its data {data['classes']['test']} for the test"
+    way = run_config(result)["train"].get("way")
+    if _is(way, int) and data["classes"]["train"] < way:
+        return f"its config says train.way={way}, and its data have {data['classes']['train']} classes for training"
+    return None
 
 
 def _is(value: Any, kind: type) -> bool:
