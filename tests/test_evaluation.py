@@ -11,7 +11,7 @@ from fewshot.config import compose
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate as run_evaluation
 from fewshot.metrics import paired_difference
-from fewshot.results import read_results
+from fewshot.results import by_settings, read_results, settings
 from fewshot.training import train
 
 TINY = ["train.episodes=2", "train.way=5", "query=4", "encoder.filters=8", "val.episodes=3", "test.episodes=23"]
@@ -58,13 +58,21 @@ def test_as_the_run_was_tested_the_accuracy_is_the_same_to_the_last_digit(run, e
     same = ("accuracy", "ci95", "episodes", "dataset", "method", "distance", "encoder", "way", "shot", "query", "seed")
     assert {key: tested[key] for key in same} == {key: trained[key] for key in same}
     assert tested["validations"] == trained["validations"] and tested["val_accuracy"] == trained["val_accuracy"]
-    assert len(read_results([str(tmp_path / "out"), str(run(method))])) == 2  # as the report reads them
+    found = read_results([str(tmp_path / "out"), str(run(method))])
+    assert len(found) == 2
+    assert by_settings(found) == [[trained]]  # the report counts the run's own test, and not the same once more
+    (again,) = by_settings([tested])[0]
+    assert settings(again) == settings(trained) and (again["weights"], again["split"]) == ("best", "test")
     assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 300
 
 
 def test_another_task_and_another_split(run, evaluate):
     config = ["way=3", "shot=2", "query=2", "episodes=5", "eval_seed=7"]
     tested = evaluate(run("maml"), *config)
+    trained = json.loads((run("maml") / "results.json").read_text())
+    assert tested["run_config"] == trained["config"]
+    asked = {"test.way": 3, "test.shot": 2, "test.query": 2, "test.episodes": 5, "test.eval_seed": 7}
+    assert dict(settings(tested).items() - settings(trained).items()) == asked
     assert [tested[key] for key in ("way", "shot", "query", "episodes")] == [3, 2, 2, 5]
     assert tested["config"]["eval_seed"] == 7 and tested["overrides"][-1] == "test.episodes=5"
     assert evaluate(run("protonet"), "way=30", "episodes=2")["way"] == 30

@@ -53,11 +53,12 @@ def result(cell: str = CELL, *, seed: int = 0, split: str | None = "vinyals", im
     )
     for key in [key for key in other if "." in key]:
         OmegaConf.update(config, key, other.pop(key), force_add=True)
-    config = OmegaConf.to_container(config)
+    plain = OmegaConf.to_container(config)
+    assert isinstance(plain, dict)
     accuracy = other.get("accuracy", 0.99)
     return {
         **{"dataset": dataset, "method": method, "distance": None if order else distance, "encoder": "conv4"},
-        **{key: config[key] for key in ("way", "shot", "query", "seed")},
+        **{key: plain[key] for key in ("way", "shot", "query", "seed")},
         **{"experiment": cell, "budget": "cpu", "accuracy": accuracy, "ci95": 0.002, "episodes": 1000},
         **{"train_seconds": 600.0, "machine": {"processor": "abacus", "threads": 2}, "overrides": [f"seed={seed}"]},
         **{"precision": "32-true", "encoder_parameters": 111_936},
@@ -67,7 +68,7 @@ def result(cell: str = CELL, *, seed: int = 0, split: str | None = "vinyals", im
             "images_sha256": f"{split} {images}",
         },
         "validations": [{"trained_episodes": 10, "accuracy": accuracy, "ci95": 0.01, "episodes": 10}],
-        "config": config,
+        "config": plain,
         **other,
     }
 
@@ -265,7 +266,7 @@ def test_accuracies_compare_on_the_same_split_only():
         "within the interval: MAML, 2nd order, 5-way 1-shot on Omniglot. Below it: Prototypical networks, 5" in printed
     )
     assert "20-way" not in printed and "within the interval: Prototypical networks, 20-way 1-shot on Omn" in article
-    assert "Machine 1: an \\| &lt;abacus> of wood." in text
+    assert "Machine 1: an \\| &lt;abacus&gt;\\\\nof wood." in text
     # The files of a data set bring another split.
     own = result("miniimagenet/protonet_5way_5shot", split=None)
     own["data"]["classes"] = {"train": 60, "val": 20, "test": 20}

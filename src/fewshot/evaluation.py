@@ -189,6 +189,8 @@ def _results(trained: Trained, asked: DictConfig, config: DictConfig, tested: Ev
     return outcome(asked, trained.method, tested.data.bank, tested.trainer) | {
         "split": config.split,
         "checkpoint": str(trained.path),
+        "weights": trained.path.stem,  # the report counts those that were best on validation classes
+        "run_config": OmegaConf.to_container(trained.config),  # of the training; config is that of this test
         "val_accuracy": max((of["accuracy"] for of in validations), default=None),
         "train_seconds": record.get("seconds"),
         "validations": validations,

@@ -18,10 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from fewshot.errors import FewShotError
 from fewshot.results import Result, by_settings, is_evaluation, read_results, run_config, seed_of, settings, split_of
 from fewshot.style import COLOURS, LINES, MARKERS, STYLE
+from fewshot.text import for_csv, for_markdown
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
 # Overrides that change no accuracy, or that another column of the table shows; the others stand beside the budget.
@@ -275,12 +277,17 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
     columns += ["trained", "settings", "machine"]
     text = []
     for dataset in dict.fromkeys(line.dataset for line in lines):
-        text += [f"**{dataset}**", "", f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
+        text += [
+            f"**{for_markdown(dataset)}**",
+            "",
+            f"| {' | '.join(columns)} |",
+            f"| {' | '.join(['---'] * len(columns))} |",
+        ]
         for line in lines:
             if line.dataset == dataset:
                 task = f"{line.task} ({line.number})" if line.of > 1 else line.task
                 cells = [line.method, task, *(_reference(line, key) for key in REFERENCES), *_ours(line, machines)]
-                text.append(f"| {' | '.join(map(_plain, cells))} |")
+                text.append(f"| {' | '.join(map(for_markdown, cells))} |")
         text.append("")
     text += [
         "Accuracy in % on test classes, and in parentheses the split it was measured on: figures on different splits "
@@ -294,7 +301,7 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
         "",
         *(f"*{name.capitalize()}*: {sources[key]}.\n" for key, name in REFERENCES.items()),
         *_verdicts(lines),
-        *(f"Machine {number}: {_plain(machine)}.\n" for number, machine in enumerate(machines, 1)),
+        *(f"Machine {number}: {for_markdown(machine)}.\n" for number, machine in enumerate(machines, 1)),
         f"![Accuracy of each cell, of others and ours]({Path(folder, 'report.png').as_posix()})",
         "",
         "How the trainings went: validation accuracy on the task of the test, every seed a curve; the large points are "
@@ -324,7 +331,7 @@ def as_csv(lines: Sequence[Line]) -> str:
             row |= {"train_way": line.train["way"], "train_shot": line.train["shot"], "machine": line.machine}
             row |= {key: line.runs[0].get(key) for key in ("encoder_parameters", "experiment")}
             row |= {"train_episodes": line.train["episodes"], "train_seconds": round(line.train_seconds)}
-        table.writerow(row)
+        table.writerow({key: for_csv(value) for key, value in row.items()})
     return text.getvalue()
 
 
@@ -433,7 +440,7 @@ def _verdicts(lines: Sequence[Line]) -> list[str]:
         for line in compared:
             assert line.ours is not None
             side = reached if line.ours + line.ci95 >= line.references[key].accuracy else below
-            side.append(_plain(f"{line.method}, {line.task} on {line.dataset}"))
+            side.append(for_markdown(f"{line.method}, {line.task} on {line.dataset}"))
         if compared:
             sides = (("at or above it, within the interval", reached), ("below it", below))
             told = ". ".join(f"{side.capitalize()}: {'; '.join(cells)}" for side, cells in sides if cells)
@@ -563,9 +570,11 @@ def _draw_curves(axes: Axes, lines: Sequence[Line]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     title = [*_short(cell.method, 40, 2), *_short(f"{cell.dataset}, {cell.task}", 40, 2)]
     axes.set_title("\n".join(title), fontsize="medium", parse_math=False)
-    _as_they_are(
-        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.45, -0.24), ncols=2, frameon=False)
-    )
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    below = axes.transAxes + ScaledTranslation(0, -32 / 72, figure.dpi_scale_trans)  # the axis and its label
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, 0), "bbox_transform": below}
+    _as_they_are(axes.legend(fontsize="small", ncols=2, frameon=False, **place))
 
 
 def _name(split: str) -> str:
@@ -582,11 +591,6 @@ def _short(text: str, width: int, lines: int) -> list[str]:
     """A text in at most so many lines."""
     parts = wrap(text, width)
     return parts if len(parts) <= lines else [*parts[: lines - 1], f"{parts[lines - 1][: width - 1]}…"]
-
-
-def _plain(text: str) -> str:
-    """A text of a result, which anybody may have written, as one that ends neither a table's cell nor its row."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewshot.errors import FewShotError
+from fewshot.text import for_terminal
 
 Result = Mapping[str, Any]  # the content of a results.json, as fewshot.training writes it
 Settings = dict[str, Any]  # dotted keys and their values
@@ -138,7 +139,8 @@ def by_settings(results: Sequence[Result]) -> list[list[Result]]:
         if repeated:
             name = result.get("experiment") or f"{result['dataset']} {result['method']}"
             task = f"{result['way']}-way {result['shot']}-shot"
-            print(f"counted once: {name}, tested {task}, seed {seed_of(result)}, same settings", file=sys.stderr)
+            line = f"counted once: {name}, tested {task}, seed {seed_of(result)}, same settings"
+            print(for_terminal(line), file=sys.stderr)
         else:
             unique[key] = result
     groups: dict[str, list[Result]] = {}
@@ -305,4 +307,4 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _skip(path: Path, why: str) -> None:
-    print(f"skipped {path}: {why}", file=sys.stderr)
+    print(for_terminal(f"skipped {path}: {why}"), file=sys.stderr)
