@@ -107,4 +107,4 @@ def test_a_schedule_that_follows_a_metric_is_refused():
 
 
 def test_the_last_step_may_have_fewer_episodes():
-    assert [steps(10, 1), training_steps(10, 3), training_steps(9, 3), training_steps(1, 32)] == [10, 4, 3, 1]
+    assert [training_steps(10, 1), training_steps(10, 3), training_steps(9, 3), training_steps(1, 32)] == [10, 4, 3, 1]
