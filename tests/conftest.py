@@ -122,8 +122,10 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of image banks that the whole session shares."""
-    return tmp_path_factory.mktemp("cache")
+    """A cache of image banks that the whole session shares, and that whatever names no other uses."""
+    place = tmp_path_factory.mktemp("cache")
+    os.environ["FEWSHOT_CACHE_DIR"] = str(place)
+    return place
 
 
 @pytest.fixture(scope="session")

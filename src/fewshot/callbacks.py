@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.data.datamodule import EpisodeDataModule
@@ -101,7 +102,7 @@ class Record(pl.Callback):
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
             if state is not None:
-                _move(state, callback.dirpath)  # type: ignore[attr-defined]
+                _move(state, callback)  # type: ignore[arg-type]
         # Lightning would look for its place within an epoch; ours begins a new one with the episode that comes next.
         loops = checkpoint["loops"]["fit_loop"]
         for key in [key for key in loops if key.endswith("batch_progress")]:
@@ -307,15 +308,16 @@ class Interruption(pl.Callback):
             print("finishing the step at hand; once more to stop at once", file=sys.stderr, flush=True)
 
 
-def _move(state: dict[str, Any], directory: str) -> None:
-    """Let the state of a ``ModelCheckpoint`` name files where they lie now, should the run have been moved."""
-    before = state["dirpath"]
-    for key, value in state.items():
-        if isinstance(value, str):
-            state[key] = value.replace(before, directory, 1)
-    state["best_k_models"] = {
-        path.replace(before, directory, 1): score for path, score in state["best_k_models"].items()
-    }
+def _move(state: dict[str, Any], callback: ModelCheckpoint) -> None:
+    """Let the state of a ``ModelCheckpoint`` name the one file that it keeps, where the run lies now.
+
+    Lightning removes what this state names once there is a better one, so no other file may stand in it.
+    """
+    kept = str(Path(str(callback.dirpath), f"{callback.filename}.ckpt"))
+    state["dirpath"] = callback.dirpath
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[key] = kept if state[key] else ""
+    state["best_k_models"] = dict.fromkeys([kept][: len(state["best_k_models"])], state["best_model_score"])
 
 
 def _ends_a_step(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -2,17 +2,18 @@
 
 import io
 import os
-from collections.abc import Iterator
-from functools import cache
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from hydra.utils import instantiate
 from lightning_fabric.plugins import TorchCheckpointIO
-from omegaconf import OmegaConf
 
-from fewshot.config import CONF, outdated
 from fewshot.errors import FewShotError
+from fewshot.files import check_file, write_whole
+from fewshot.trust import read_config
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -30,85 +31,103 @@ class WholeCheckpoints(TorchCheckpointIO):
         write_whole(Path(path), content.getbuffer())
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole, or not at all; the directories above it are made.
-
-    Raises:
-        FewShotError: it cannot be written; what was there before is still there.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # else a machine that dies could keep the new name and none of the content
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise FewShotError(
-            f"cannot write {path}: {error.strerror}; what was saved before is kept: make room there, then go on with "
-            f"the run by resume=RUN_DIR"
-        ) from error
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path,
+    *,
+    trust: str | Iterable[str] | None = None,
+    places: Mapping[str, Any] | None = None,
+    own: Any = None,
+) -> dict[str, Any]:
     """A checkpoint that this program wrote, its tensors on the CPU.
 
     A file from a stranger can do no harm: it is unpickled by PyTorch's reader of tensors and plain containers alone,
-    and its configuration may name only what the files in ``conf`` name, since Hydra calls what ``_target_`` names.
+    what it takes in memory is what it takes on the disk, and its configuration is what ``read_config`` lets pass.
+
+    Args:
+        path: of the file.
+        trust: packages whose code its configuration may name, see ``read_config``.
+        places: the reader's ``data_dir`` and ``cache_dir``, likewise.
+        own: likewise.
+
+    Returns:
+        All that is in it, the configuration under "hyper_parameters".
 
     Raises:
-        FewShotError: there is no such file, or it is none of this program's checkpoints.
+        FewShotError: there is no such file; it is none of this program's checkpoints; its configuration names code that
+            the reader does not trust; or its weights do not fit the method that it describes.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_file(path)
+        with path.open("rb") as file:
+            _check_archive(file)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
-        config = checkpoint["hyper_parameters"]
-        whole = isinstance(checkpoint["state_dict"], dict) and OmegaConf.is_dict(OmegaConf.create(config))
-        foreign = sorted({str(target) for target in _targets(config)} - known_targets())
+        if not isinstance(checkpoint["state_dict"], dict) or not all(map(_is_whole, checkpoint["state_dict"].values())):
+            raise ValueError("it holds no weights")
+        config = read_config(checkpoint["hyper_parameters"], path, trust=trust, places=places, own=own)
+    except FewShotError:
+        raise
     except FileNotFoundError:
         raise FewShotError(f"there is no checkpoint {path}; name the directory of a run, or a file in it") from None
     except Exception as error:  # of what kind depends on how the file is broken
         raise _not_ours(path, error) from error
-    if not whole:
-        raise _not_ours(path, "it holds no weights, or no configuration")
-    old = outdated(config)
-    if old is not None:
-        raise FewShotError(
-            f"{path} is of an earlier version of fewshot, which knew {old}: train anew, or use it with that version"
-        )
-    if foreign:
-        raise _not_ours(path, f"its configuration names {', '.join(foreign)}, which no file in conf names")
-    return checkpoint
+    return {**checkpoint, "hyper_parameters": config}
 
 
-@cache
-def known_targets() -> frozenset[str]:
-    """Everything that a ``_target_`` in the groups that a run is made of names."""
-    return frozenset(
-        str(target)
-        for group in ("dataset", "method", "distance", "encoder", "optimizer", "schedule")
-        for path in (CONF / group).rglob("*.yaml")
-        for target in _targets(OmegaConf.to_container(OmegaConf.load(path)))
+def check_weights(method: Mapping[Any, Any], state: Mapping[str, torch.Tensor]) -> None:
+    """Hold the sizes in the configuration of a method to its weights, before any memory is taken for them.
+
+    Args:
+        method: see ``load_checkpoint``.
+        state: the weights.
+
+    Raises:
+        ValueError: they differ.
+    """
+    try:
+        with torch.device("meta"):
+            expected = {name: of.shape for name, of in instantiate(method).state_dict().items()}
+    except Exception:  # what is wrong shows when the method is made in earnest
+        return
+    found = {name: of.shape for name, of in state.items()}
+    differing = next((name for name in {**expected, **found} if expected.get(name) != found.get(name)), None)
+    if differing is not None:
+        sizes = [list(of[differing]) if differing in of else "not there" for of in (found, expected)]
+        raise ValueError(f"{differing} is {sizes[0]}, and must be {sizes[1]}")
+
+
+def without_initial_weights(method: Mapping[Any, Any]) -> dict[str, Any]:
+    """The configuration of a method whose weights a checkpoint will bring: pretrained ones are not asked for again."""
+    encoder = method.get("encoder")
+    if not isinstance(encoder, Mapping) or "weights" not in encoder:
+        return {**method}
+    return {**method, "encoder": {**encoder, "load": False}}
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Refuse a file that would take more memory than disk, and the formats that PyTorch wrote long ago."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed")
+    if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+        raise ValueError("it is smaller than what it holds")
+    file.seek(0)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether all numbers of a tensor are in the file; one number can be shown as a million by a stride of 0."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.untyped_storage().nbytes() >= value.nbytes
     )
 
 
-def _targets(node: Any) -> Iterator[Any]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield node["_target_"]
-        for value in node.values():
-            yield from _targets(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _targets(value)
-
-
 def _not_ours(path: Path, why: object) -> FewShotError:
-    told = str(why).strip().splitlines() or [type(why).__name__]
+    reasons = str(why).strip().splitlines() or [type(why).__name__]
     return FewShotError(
-        f"{path} is broken, or no checkpoint of this program: {told[0]}; name another one, or train anew into another "
-        "directory"
+        f"{path} is broken, or no checkpoint of this program: {reasons[0]}; name another one, or train anew into "
+        "another directory"
     )

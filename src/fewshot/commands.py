@@ -56,7 +56,7 @@ def export(config: DictConfig) -> None:
     """Write the encoder of a checkpoint as ONNX, for other programs."""
     from fewshot.export import export
 
-    export(config.checkpoint, config.out)
+    export(config.checkpoint, config.out, config.trust)
 
 
 def demo(config: DictConfig) -> None:

@@ -1,5 +1,6 @@
 """The configuration: its types, its ranges, and how to compose it without the command line."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
@@ -8,9 +9,13 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigSource
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -75,6 +80,7 @@ class TrainConfig(Task):
     data_dir: str = MISSING
     cache_dir: str = MISSING
     run_dir: str | None = None
+    trust: Any = field(default_factory=list)
     resume: str | None = None
     checkpoint_every: int = MISSING
     log_every: int = MISSING
@@ -130,7 +136,9 @@ def check(config: DictConfig) -> None:
     absent = [key for key in NODES if not OmegaConf.is_dict(OmegaConf.select(config, key))]
     if absent:
         raise FewShotError(f"the configuration has no {', '.join(absent)}; leave out the override that takes it away")
-    wrong = [line for key, node in _targets(config) for line in _wrong_types(key, node, get_object(node._target_))]
+    wrong = [
+        line for key, node in _targets(config) for line in _wrong_types(key, node, import_target(key, node._target_))
+    ]
     hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
     from pytorch_lightning import Trainer  # noqa: PLC0415
 
@@ -168,7 +176,7 @@ def check_types(key: str, node: DictConfig) -> None:
     Raises:
         FewShotError: names every key of a wrong type, and what it must be.
     """
-    wrong = list(_wrong_types(key, node, get_object(node._target_)))
+    wrong = list(_wrong_types(key, node, import_target(key, node._target_)))
     if wrong:
         raise FewShotError("; ".join(wrong))
 
@@ -254,6 +262,58 @@ def _refused(config: DictConfig) -> Iterator[str]:
 def command(name: str) -> str:
     """How to call a command, for messages."""
     return f"python {ROOT / 'src' / name}.py" if CHECKOUT else f"fewshot {name}"
+
+
+def import_target(key: str, name: str) -> Any:
+    """What a ``_target_`` names.
+
+    Args:
+        key: of the node that it stands in, for messages.
+        name: with dots.
+
+    Raises:
+        FewShotError: it cannot be imported.
+    """
+    try:
+        return get_object(name)
+    except Exception as error:  # whatever the module raises
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        raise FewShotError(
+            f"{key}._target_={name} cannot be imported: {root}; correct the name, or install its package, or put the "
+            "folder that holds it on PYTHONPATH"
+        ) from error
+
+
+def search_path() -> list[ConfigSource]:
+    """Where the configuration of this command comes from: ``conf``, ``--config-dir``, ``hydra.searchpath``, plugins.
+
+    What stands first is what Hydra takes of files of one name.
+    """
+    Plugins.instance()  # brings the kinds of sources
+    in_use = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    places = [f"{one.schema}://{os.path.realpath(one.path) if one.schema == 'file' else one.path}" for one in in_use]
+    registry = SourcesRegistry.instance()
+    return [
+        source
+        for place in dict.fromkeys([*places, f"file://{CONF.resolve()}"])
+        if (source := registry.resolve(place.partition("://")[0])("search path", place)).available()
+    ]
+
+
+def options(source: ConfigSource, group: str, below: str = "") -> Iterator[str]:
+    """The files of a group in one place of the search path, by the names that choose them."""
+    here = f"{group}/{below}".rstrip("/")
+    if source.is_group(here):
+        yield from (f"{below}{name}" for name in source.list(here, ObjectType.CONFIG))
+        for folder in source.list(here, ObjectType.GROUP):
+            yield from options(source, group, f"{below}{folder}/")
+
+
+def is_group(name: str) -> bool:
+    """Whether there are files to choose from under this name."""
+    return any(source.is_group(name) for source in search_path())
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:

@@ -22,7 +22,7 @@ from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory
 from fewshot.metrics import Estimate, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
-from fewshot.runs import overrides, write_json
+from fewshot.runs import overrides, places_of, write_json
 from fewshot.trained import Trained, load_trained
 from fewshot.training import make_data, make_trainer, outcome
 
@@ -93,7 +93,8 @@ def evaluate(config: DictConfig) -> float:
         raise FewShotError(f"split={config.split} must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
     if not isinstance(config.pictured, int) or config.pictured < 1:
         raise FewShotError(f"pictured={config.pictured} must be a whole number of at least 1")
-    trained = [load_trained(place) for place in (config.checkpoint, config.against) if place is not None]
+    named = [place for place in (config.checkpoint, config.against) if place is not None]
+    trained = [load_trained(place, trust=config.trust, places=places_of(config)) for place in named]
     asked = [_asked(of.config, config) for of in trained]
     for other in asked[1:]:
         _comparable(asked[0], other)
@@ -158,8 +159,6 @@ def _asked(run: DictConfig, config: DictConfig) -> DictConfig:
             asked[key] = config[key]
     if config.episodes is not None:
         asked.test.episodes = config.episodes
-    if config.data_dir is not None and "data_dir" in asked.dataset.source:
-        asked.dataset.source.data_dir = config.data_dir
     precision = config.hardware.precision or run.hardware.precision
     asked.hardware = OmegaConf.merge(config.hardware, {"precision": precision})
     asked.cache_dir, asked.run_dir = config.cache_dir, config.out

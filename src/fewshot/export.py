@@ -2,15 +2,16 @@
 
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fewshot.checkpoints import write_whole
 from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
+from fewshot.files import write_whole
 from fewshot.methods.base import MetricMethod
 from fewshot.trained import load_trained
 
@@ -39,7 +40,7 @@ class Embedder(nn.Module):
         return embeddings
 
 
-def export(checkpoint: str | None, out: str) -> float:
+def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None = None) -> float:
     """Write the encoder of a checkpoint as ONNX, checked against PyTorch on random images.
 
     Its input ``pixels`` is uint8 ``[images, size, size, channels]``, any number of images; its output ``embeddings``
@@ -48,6 +49,7 @@ def export(checkpoint: str | None, out: str) -> float:
     Args:
         checkpoint: see ``load_trained``.
         out: the file to write.
+        trust: see ``load_trained``.
 
     Returns:
         The largest difference from PyTorch that the check found, as a share of the largest value.
@@ -58,7 +60,7 @@ def export(checkpoint: str | None, out: str) -> float:
     """
     if checkpoint is None:
         raise FewShotError("no checkpoint is named; name the directory of a run by checkpoint=RUN_DIR")
-    trained = load_trained(checkpoint)
+    trained = load_trained(checkpoint, trust=trust)
     if not isinstance(trained.method, MetricMethod):
         raise FewShotError(
             f"the encoder in {trained.path} is of no use by itself, since its method changes it for every support set; "

@@ -126,7 +126,7 @@ def make_predictor(config: DictConfig) -> Predictor:
     """
     if config.checkpoint is not None:
         _refuse_choices()
-        trained = load_trained(config.checkpoint)
+        trained = load_trained(config.checkpoint, trust=config.trust)
         ink = get_object(trained.config.dataset.source._target_) in BRIGHT_INK
         return Predictor(trained.method, trained.config.dataset, ink, config.hardware)
     untrained = FewShotError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewshot.errors import FewShotError
+from fewshot.files import read_json
 from fewshot.text import for_terminal
 
 Result = Mapping[str, Any]  # the content of a results.json, as fewshot.training writes it
@@ -111,15 +112,15 @@ def find_results(places: Sequence[Path]) -> dict[Path, Result]:
             _skip(place, "there is no such file or folder")
         for path in [place] if place.is_file() else sorted(place.rglob("results.json")):
             try:
-                result = json.loads(path.read_text())
+                result = read_json(path)
             except OSError as error:
                 _skip(path, str(error.strerror))
-            except (ValueError, RecursionError) as error:  # no JSON, or no text
+            except ValueError as error:
                 _skip(path, f"it is broken: {error}")
             else:
-                wrong = _wrong(result)
-                if wrong:
-                    _skip(path, f"it is not the result of a run: {wrong}")
+                why = wrong(result)
+                if why:
+                    _skip(path, f"it is not the result of a run: {why}")
                 else:
                     found[path.resolve()] = result
     return found
@@ -231,7 +232,7 @@ def _not_counted(result: Result) -> str | None:
     return None if result.get("data") is not None else "older format: split unknown; run it again"
 
 
-def _wrong(result: Any) -> str | None:
+def wrong(result: Any) -> str | None:
     """What keeps some JSON from being a result; None if nothing does."""
     if not isinstance(result, dict):
         return "it is no mapping"

@@ -2,19 +2,25 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
-from fewshot.checkpoints import load_checkpoint, write_whole
-from fewshot.config import CONF, training_steps
-from fewshot.errors import FewShotError
+from fewshot.checkpoints import check_weights, load_checkpoint
+from fewshot.config import is_group, training_steps
+from fewshot.errors import FewShotError, printable, reason
+from fewshot.files import read_json, read_text, write_whole
+from fewshot.results import wrong
+from fewshot.trust import plain
 
 # What PyTorch's schedules call the number of steps that they are made for; and what ours and others' should.
 HORIZONS = ("T_max", "total_steps", "total_iters", "steps")
@@ -37,12 +43,9 @@ DECISIVE = [
     "schedule",
 ]
 MAY_DIFFER = {
-    "train.episodes",
-    "train.steps",
-    "train.on_nan",
-    "method.task_batching",
-    "method.vmap_tasks",
-    "method.recompute",
+    *("train.episodes", "train.steps", "train.on_nan"),
+    *("method.task_batching", "method.vmap_tasks", "method.recompute"),
+    *("method.encoder.file", "method.encoder.init", "method.encoder.load"),  # the weights are in the checkpoint
 }
 
 
@@ -129,7 +132,9 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
                 f"there is no {path} to go on from; name the directory of a run, or start one without resume"
             )
         return config, None
-    checkpoint = load_checkpoint(path)
+    _refuse_links(run_dir)
+    own = OmegaConf.to_container(config)
+    checkpoint = load_checkpoint(path, trust=config.trust, places=places_of(config), own=own)
     saved = OmegaConf.create(checkpoint["hyper_parameters"])
     if config.resume != "auto":
         config = _with_overrides(saved, config)
@@ -140,26 +145,57 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
             f"{run_dir} holds a run of another make: {', '.join(differ)}; go on with it as it is by resume={run_dir}, "
             "or choose another directory with hydra.run.dir=PATH"
         )
+    try:
+        check_weights(config.method, checkpoint["state_dict"])
+    except ValueError as error:
+        raise cannot_go_on(path, error) from error
     return config, checkpoint
+
+
+def cannot_go_on(path: Path, error: Exception) -> FewShotError:
+    """What a last checkpoint does not fit."""
+    return FewShotError(
+        f"the run cannot be gone on with: {path} is broken, or of another version: {reason(error)}; train anew into "
+        "another directory"
+    )
+
+
+def places_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where this command has data sets and image banks lie."""
+    return {key: config[key] for key in ("data_dir", "cache_dir")}
 
 
 def results_so_far(config: DictConfig) -> dict[str, Any] | None:
     """The results of a run that is complete; None if there are none yet, or they are of fewer episodes."""
     path = results_file(Path(config.run_dir))
     try:
-        results = json.loads(path.read_text())
-        as_asked = not any(_differences(config, OmegaConf.create(results["config"]), [*DECISIVE, "test"]))
+        results = read_json(path)
+        why = wrong(results)
+        if why is not None:
+            raise ValueError(why)
+        theirs = OmegaConf.create({**plain(results["config"])})
+        as_asked = not any(_differences(config, theirs, [*DECISIVE, "test"]))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise FewShotError(f"{path} is broken; delete it, and the test is done again") from error
+    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
+        raise FewShotError(f"{path} is broken ({reason(error)}); delete it, and the test is done again") from error
     return results if as_asked else None
 
 
 def overrides(run_dir: Path) -> list[str]:
-    """Those that the run was started with, as Hydra has written them down."""
+    """Those that the run was started with, as Hydra has written them down; of a file that is broken, none."""
     path = run_dir / ".hydra" / "overrides.yaml"
-    return [str(one) for one in OmegaConf.load(path)] if path.exists() else []
+    try:
+        # Not by OmegaConf, which would resolve what stands in them.
+        found = yaml.safe_load(read_text(path))
+        if not isinstance(found, list) or not all(type(one) is str for one in found):
+            raise ValueError("it is no list of texts")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        print(printable(f"skipped {path}: {reason(error)}"), file=sys.stderr, flush=True)
+        return []
+    return found
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -167,15 +203,23 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def _refuse_links(run_dir: Path) -> None:
+    """What is written to a run that is resumed is to stay in its directory, whoever made that."""
+    for path in (last_checkpoint(run_dir).parent, run_dir / "tensorboard"):
+        if path.is_symlink():
+            raise FewShotError(f"{path} is a link, and a run writes to its own directory only: move the folder there")
+
+
 def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     changed = saved.copy()
     for override in OverridesParser.create().parse_overrides(list(given)):
         key = override.key_or_group
-        if (CONF / key).is_dir() and key != "hardware":
+        if is_group(key) and key != "hardware":
             raise FewShotError(f"{override.input_line}: a run that is resumed keeps its {key}; leave it out")
         OmegaConf.update(changed, key, OmegaConf.select(config, key), merge=False)
-    changed.run_dir, changed.resume = config.run_dir, config.resume
+    for key in ("run_dir", "resume", "trust"):
+        changed[key] = config[key]
     changed.train.steps = training_steps(changed.train.episodes, changed.train.meta_batch)
     return changed
 

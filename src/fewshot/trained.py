@@ -1,13 +1,15 @@
 """A trained method, made again from its checkpoint."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fewshot.checkpoints import load_checkpoint
+from fewshot.checkpoints import check_weights, load_checkpoint, without_initial_weights
+from fewshot.config import import_target
 from fewshot.errors import FewShotError, mistake, reason
 from fewshot.methods.base import FewShotMethod
 from fewshot.runs import best_checkpoint
@@ -30,25 +32,29 @@ class Trained:
     checkpoint: dict[str, Any]
 
 
-def load_trained(place: str) -> Trained:
+def load_trained(
+    place: str, *, trust: str | Iterable[str] | None = None, places: Mapping[str, Any] | None = None
+) -> Trained:
     """Read a checkpoint and make its method again.
 
     Args:
         place: the directory of a run, for the weights that were best on validation classes; or a file in it.
+        trust: packages whose code the checkpoint may name, beside what the configuration files of this command name.
+        places: where data sets and image banks lie, ``data_dir`` and ``cache_dir``; None: the default places.
 
     Raises:
-        FewShotError: there is no checkpoint, or its weights do not fit the method that its configuration describes.
+        FewShotError: there is no checkpoint, it names other code, or its weights do not fit the method that its
+            configuration describes.
     """
     path = Path(place).expanduser()
     path = best_checkpoint(path) if path.is_dir() else path
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, trust=trust, places=places)
+    make = without_initial_weights(checkpoint["hyper_parameters"]["method"])
+    kind = import_target(f"{path}: method", make["_target_"])
     try:
-        config = OmegaConf.create(checkpoint["hyper_parameters"])
-        make = config.method.copy()
-        if "weights" in make.encoder:
-            make.encoder.load = False  # what a pretrained encoder began with is not asked for again
-        if not issubclass(get_object(make._target_), FewShotMethod):
-            raise TypeError(f"{make._target_} is no method")
+        if not isinstance(kind, type) or not issubclass(kind, FewShotMethod):
+            raise TypeError(f"{make['_target_']} is no method")
+        check_weights(make, checkpoint["state_dict"])
         method = instantiate(make)
         method.load_state_dict(checkpoint["state_dict"])
     except Exception as error:  # of what kind depends on what is in the file
@@ -56,4 +62,4 @@ def load_trained(place: str) -> Trained:
             f"the weights in {path} do not fit the method that its configuration describes: "
             f"{mistake(error) or reason(error)}; it may be of another version: train anew"
         ) from error
-    return Trained(path, method.eval(), config, checkpoint)
+    return Trained(path, method.eval(), OmegaConf.create(checkpoint["hyper_parameters"]), checkpoint)

@@ -22,17 +22,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
-from fewshot.checkpoints import WholeCheckpoints
+from fewshot.checkpoints import WholeCheckpoints, without_initial_weights
 from fewshot.config import CHECKOUT, ROOT, check, command
 from fewshot.dashboard import Dashboard, Log, log_hyperparameters
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.errors import FewShotError, reason
+from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
 from fewshot.processes import as_one
 from fewshot.runs import (
     best_checkpoint,
+    cannot_go_on,
     last_checkpoint,
     only_run_in,
     overrides,
@@ -41,6 +42,7 @@ from fewshot.runs import (
     to_go_on_with,
     write_json,
 )
+from fewshot.trust import own_places
 
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # in the state of PyTorch's optimizers
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "pillow")
@@ -60,7 +62,8 @@ def train(config: DictConfig) -> float:
     """
     OmegaConf.resolve(config)
     run_dir = Path(config.run_dir)
-    interruption = Interruption(f"{command('train')} resume={run_dir}")
+    place = "" if config.data_dir == own_places()["data_dir"] else f" data_dir={config.data_dir}"
+    interruption = Interruption(f"{command('train')} resume={run_dir}{place}")
     with interruption, only_run_in(run_dir):
         config, checkpoint = to_go_on_with(config)
         check(config)
@@ -74,7 +77,7 @@ def train(config: DictConfig) -> float:
 def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: Interruption) -> float:
     keep_freed_memory()
     run_dir = Path(config.run_dir)
-    method = make_method(config)
+    method = make_method(config, initial_weights=checkpoint is None)
     record, finite, dashboard = Record(), FiniteGradients(config.train.on_nan), Dashboard(config.get("pictures", True))
     keep: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False, **keep)
@@ -110,10 +113,7 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             if from_here is None or record.began:
                 raise
-            raise FewShotError(
-                f"the run cannot be gone on with: {from_here} is broken, or of another version: {reason(error)}; train "
-                "anew into another directory"
-            ) from error
+            raise cannot_go_on(from_here, error) from error
         interruption.check(trainer)
         # The test restores the older state that the callbacks had at the best weights.
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
@@ -166,10 +166,17 @@ def make_data(config: DictConfig, kind: Callable[..., EpisodeDataModule] = Episo
     return kind(config.dataset, **{key: config[key] for key in keys})
 
 
-def make_method(config: DictConfig) -> FewShotMethod:
-    """The method with its first weights, which the seed decides; its checkpoints will hold the configuration."""
+def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMethod:
+    """The method; its checkpoints will hold the configuration.
+
+    Args:
+        config: the composed ``conf/train.yaml``.
+        initial_weights: give it its first weights, which the seed decides, pretrained ones where they are asked for;
+            False: a checkpoint will bring its own.
+    """
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    method: FewShotMethod = instantiate(config.method)
+    make: Any = OmegaConf.to_container(config.method)
+    method: FewShotMethod = instantiate(make if initial_weights else without_initial_weights(make))
     method.make_optimizer = instantiate(config.optimizer)
     method.make_schedule = instantiate(config.schedule)
     method.save_hyperparameters(OmegaConf.to_container(config), logger=False)

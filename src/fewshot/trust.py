@@ -1,0 +1,270 @@
+"""What a file that anyone may have made can say: plain data, and names of code that its reader has chosen.
+
+A configuration in a file is copied into new mappings and lists, and it is this copy that is checked and later
+instantiated, so that there is nothing between the check and the use. In it no text is ever resolved or parsed.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.object_type import ObjectType
+from omegaconf import OmegaConf
+
+from fewshot.config import ONE_OF, outdated, compose_unresolved, import_target, options, search_path
+from fewshot.errors import FewShotError
+
+MOST_NODES = 10_000  # mappings, lists and values of a configuration; ours have about 100
+MOST_CHARACTERS = 100_000  # of all its texts
+DEEPEST = 32  # mappings within mappings
+# What would take the reader's memory, disk or time without showing in the tensors of the file.
+LARGEST = {
+    "dataset.size": 1024,
+    "dataset.source.samples": 10_000,
+    "val.episodes": 1_000_000,
+    "test.episodes": 1_000_000,
+    "method.inner_steps": 1000,
+    "method.test_inner_steps": 1000,
+    "method.unrolling_steps": 1000,
+}
+NO_SLOTS = ("hydra", "figure", "experiment", "budget")  # groups that are no part of a run's configuration
+ENCODER_PLACES = ("file", "init")  # what an encoder began with; its weights are in the checkpoint
+HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
+
+PLACES = ("data_dir", "cache_dir")  # keys of a configuration that are the reader's, wherever they stand
+
+
+def plain(value: Any) -> Any:
+    """A copy of what a file holds, of nothing but mappings, lists, numbers, texts and nulls.
+
+    Raises:
+        ValueError: there is anything else, an interpolation among it; or it is too large, or too deep.
+    """
+    nodes, characters = 0, 0
+
+    def copy(value: Any, depth: int) -> Any:
+        nonlocal nodes, characters
+        nodes += 1
+        if nodes > MOST_NODES or depth > DEEPEST:
+            raise ValueError("its configuration is too large")
+        if value is None or type(value) in (bool, float):
+            return value
+        if type(value) is int:
+            if abs(value) >= 2**63:
+                raise ValueError("its configuration has a number of more than 64 bits")
+            return value
+        if type(value) is str:
+            characters += len(value)
+            if characters > MOST_CHARACTERS:
+                raise ValueError("its configuration is too large")
+            if "${" in value or value == "???":
+                raise ValueError(f"its configuration has the text {value!r}, which is no value but stands for one")
+            return value
+        if isinstance(value, dict):
+            if not all(type(key) in (str, int) for key in value):
+                raise ValueError("its configuration has a key that is no text")
+            return {copy(key, depth): copy(inner, depth + 1) for key, inner in value.items()}
+        if type(value) in (list, tuple):
+            return [copy(inner, depth + 1) for inner in value]
+        raise ValueError(f"its configuration has a {type(value).__name__}, which is no plain value")
+
+    return copy(value, 0)
+
+
+def read_config(
+    untrusted: Any,
+    path: Path,
+    *,
+    trust: str | Iterable[str] | None = None,
+    places: Mapping[str, Any] | None = None,
+    own: Any = None,
+) -> dict[str, Any]:
+    """The configuration that a checkpoint holds, fit to be instantiated.
+
+    Args:
+        untrusted: the configuration.
+        path: of the checkpoint, for messages.
+        trust: packages whose code it may name, beside what the configuration files of this command name.
+        places: the reader's ``data_dir`` and ``cache_dir``; None: the default ones.
+        own: the configuration of this command, if it makes what the checkpoint is of; what it names is trusted.
+
+    Returns:
+        A copy of it. The places in it are the reader's; it has no ``run_dir``, and its encoder begins with nothing.
+
+    Raises:
+        ValueError: it is no configuration of this program, see ``plain``.
+        FewShotError: it names code that the reader has not chosen, or that cannot be imported.
+    """
+    config = plain(untrusted)
+    if isinstance(config, dict) and (old := outdated(config)) is not None:
+        raise FewShotError(
+            f"{path} is of an earlier version of fewshot, which knew {old}: train anew, or use it with that version"
+        )
+    if not isinstance(config, dict) or not isinstance(config.get("method"), dict):
+        raise ValueError("it holds no configuration of a method")
+    places = own_places() if places is None else places
+    _check_targets(config, path, _packages(trust), own, places)
+    _check_values(config)
+    _put_places(config, places)
+    return config | {"run_dir": None, "resume": None, "trust": []}
+
+
+def own_places() -> dict[str, str]:
+    """Where data sets and image banks lie by default: as ``conf/train.yaml`` and the environment say."""
+    config = compose_unresolved()
+    return {key: str(config[key]) for key in PLACES}
+
+
+class KnownTargets:
+    """Every ``_target_`` that the configuration files of this command name, and what they say of it.
+
+    Args:
+        own: a configuration whose names are the reader's own, too.
+    """
+
+    def __init__(self, own: Any = None) -> None:
+        self._sources = search_path()
+        groups = {group for source in self._sources for group in source.list("", ObjectType.GROUP)}
+        self._groups = groups.difference(NO_SLOTS)
+        self._unread = [*sorted(self._groups), "experiment"]  # the last one has most files, and seldom names any code
+        self._nodes: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
+        self._own = {(slot, str(node["_target_"])): node for slot, node in self.targets(own)}
+
+    def find(self, slot: str, name: str) -> Mapping[str, Any] | None:
+        """What the files say of a target in a slot: its keys, not resolved; None where no file names it."""
+        while (slot, name) not in self._nodes and self._unread:
+            self._read(self._unread.pop(0))
+        return self._nodes.get((slot, name)) or self._own.get((slot, name))
+
+    def slots(self, name: str) -> list[str]:
+        """The slots that a target can stand in."""
+        return sorted({slot for slot, other in [*self._nodes, *self._own] if other == name})
+
+    def targets(self, node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The nodes that Hydra makes an object from, by their slots: the last group on the way, and what is below.
+
+        The encoder of a method and the one beside it are one slot, ``encoder``.
+        """
+        if isinstance(node, dict):
+            if "_target_" in node:
+                start = max((number for number, key in enumerate(path) if key in self._groups), default=0)
+                yield ".".join(path[start:]), node
+            for key, value in node.items():
+                yield from self.targets(value, (*path, str(key)))
+        elif isinstance(node, list):
+            for value in node:
+                yield from self.targets(value, path)
+
+    def _read(self, folder: str) -> None:
+        for source in self._sources:
+            for option in options(source, folder):
+                content = OmegaConf.to_container(source.load_config(f"{folder}/{option}").config)
+                for slot, node in self.targets(content, (folder,) if folder in self._groups else ()):
+                    self._nodes[slot, str(node["_target_"])] |= node
+
+
+def _packages(trust: str | Iterable[str] | None) -> tuple[str, ...]:
+    packages = () if trust is None else (trust,) if isinstance(trust, str) else tuple(trust)
+    for package in packages:
+        if not isinstance(package, str) or not re.fullmatch(r"\w+(\.\w+)*", package):
+            raise FewShotError(f"trust={package} must name a package, or a list of them: trust=[one,other]")
+        if _is_no_extension(package):
+            raise FewShotError(f"trust={package}: no checkpoint may name any function of it; name a package of yours")
+    return packages
+
+
+def _is_no_extension(name: str) -> bool:
+    """Whether code is of Python itself or of this program, where no one's own method or data set can be."""
+    return name.partition(".")[0] in {*sys.stdlib_module_names, "__main__", "fewshot", "hydra", "omegaconf"}
+
+
+def _check_targets(
+    config: dict[str, Any], path: Path, packages: Sequence[str], own: Any, places: Mapping[str, Any]
+) -> None:
+    """Hold every object that Hydra would make to what is known of it, and put the reader's places into it."""
+    known = KnownTargets(own)
+    for slot, node in known.targets(config):
+        name = node["_target_"]
+        if type(name) is not str:
+            raise ValueError(f"the _target_ of its {slot} is no text")
+        ours = known.find(slot, name)
+        package = next((one for one in packages if name.startswith(f"{one}.")), None)
+        if ours is None and package is None:
+            raise _foreign(path, slot, name, known.slots(name))
+        if ours is None:
+            origin = str(getattr(import_target(f"{path}: {slot}", name), "__module__", None))
+            if not f"{origin}.".startswith(f"{package}."):
+                raise ValueError(f"its {slot} is {name}, which {package} has from {origin}")
+        strange = {str(key) for key in node if _is_hydras(key)} - (HYDRA_KEYS if ours is None else ours.keys())
+        if strange:
+            raise ValueError(f"its {slot} has the key {min(strange)}")
+        of_place = {key: value for key, value in (ours or {}).items() if key in node and _names_place(value)}
+        node |= {key: _placed(value, places) for key, value in of_place.items()}
+    stray = next(_stray_keys(config), None)
+    if stray is not None:
+        raise ValueError(f"it has the key {stray} where no object is made")
+
+
+def _names_place(value: Any) -> bool:
+    return isinstance(value, str) and any(f"${{{place}}}" in value for place in PLACES)
+
+
+def _placed(value: str, places: Mapping[str, Any]) -> str:
+    """What a text of a configuration file says, with the reader's places in it."""
+    for place in PLACES:
+        value = value.replace(f"${{{place}}}", str(places[place]))
+    return value
+
+
+def _foreign(path: Path, slot: str, name: str, other_slots: Sequence[str]) -> Exception:
+    if other_slots:
+        return ValueError(f"its {slot} is {name}, which can only be a {' or a '.join(other_slots)}")
+    if _is_no_extension(name) or "." not in name:
+        return ValueError(f"its {slot} is {name}, which no configuration file names")
+    return FewShotError(
+        f"{path} names code that is not trusted: its {slot} is {name}; if you know it, trust its package with "
+        f"trust={name.partition('.')[0]}, or name the directory of its configuration files with --config-dir DIR"
+    )
+
+
+def _stray_keys(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        yield from (str(key) for key in node if _is_hydras(key) and "_target_" not in node)
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _stray_keys(value)
+
+
+def _is_hydras(key: Any) -> bool:
+    return re.fullmatch(r"_.*_", str(key), re.DOTALL) is not None
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    """Hold what the readers use of a configuration before any other check to what they can bear."""
+    for key, largest in LARGEST.items():
+        value = _select(config, key)
+        if type(value) in (int, float) and not value <= largest:
+            raise ValueError(f"its {key} is {value}, more than {largest:,}")
+    size = _select(config, "dataset.size")
+    if type(size) is not int or size < 1:
+        raise ValueError(f"its dataset.size is {size}")
+    for key, choices in ONE_OF.items():
+        value = _select(config, key)
+        if key.startswith("dataset.") and value not in choices:
+            raise ValueError(f"its {key} is {value}")
+
+
+def _select(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
+def _put_places(node: Any, places: Mapping[str, Any], of_encoder: bool = False) -> None:
+    if isinstance(node, dict):
+        node |= {key: None for key in ENCODER_PLACES if of_encoder and key in node}
+        node |= {key: place for key, place in places.items() if key in node}
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        _put_places(value, places, of_encoder or key == "encoder")
