@@ -1,0 +1,378 @@
+"""Files from strangers: whatever they say, no code runs, nothing of the reader's is told or overwritten."""
+
+import copy
+import json
+import os
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf.basecontainer import BaseContainer
+
+import fewshot.trust
+from conftest import nothing_touched
+from fewshot.callbacks import _move
+from fewshot.checkpoints import load_checkpoint
+from fewshot.config import check, compose
+from fewshot.errors import FewShotError
+from fewshot.evaluation import _asked
+from fewshot.files import write_whole
+from fewshot.prediction import make_predictor
+from fewshot.runs import overrides, results_so_far, to_go_on_with
+from fewshot.trained import load_trained
+from fewshot.training import make_method, train
+from fewshot.trust import KnownTargets, own_places, plain, read_config
+
+SECRET = "fewshot-canary-7391"  # of the reader's environment
+TINY = ["train.episodes=2", "train.way=3", "val.episodes=2", "test.episodes=2", "encoder.filters=4", "hardware=cpu"]
+fired: list[Any] = []
+
+
+def fire(*arguments: Any, **keywords: Any) -> None:
+    """What no file may ever call."""
+    fired.append((arguments, keywords))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, cache_dir):  # noqa: ARG001
+    """A run that is complete."""
+    here = tmp_path_factory.mktemp("run")
+    train(compose(*TINY, f"run_dir={here}"))
+    return here
+
+
+@pytest.fixture(scope="module")
+def good(run_dir):
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def read(run_dir, tmp_path_factory):
+    """Puts a checkpoint of some configuration before every reader; returns what they say and what they would use."""
+    there = tmp_path_factory.mktemp("stranger")
+    (there / "checkpoints").mkdir()
+    (there / "checkpoints" / "best.ckpt").symlink_to("last.ckpt")
+    whole = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    predicting, evaluating = compose(f"checkpoint={there}", name="predict"), compose(name="evaluate")
+    evaluating.hardware.precision = "32-true"
+    resuming = {
+        "resume": compose(*TINY, f"run_dir={there}", f"resume={there}"),
+        "auto": compose(*TINY, f"run_dir={there}", "resume=auto"),
+    }
+
+    def evaluate():
+        asked = _asked(load_trained(str(there)).config, evaluating)
+        check(asked)
+        return asked
+
+    def go_on(which):
+        config, _ = to_go_on_with(resuming[which].copy())
+        check(config)
+        make_method(config, initial_weights=False)
+        return config
+
+    readers = {
+        "predict": lambda: vars(make_predictor(predicting)),
+        "evaluate": evaluate,
+        "resume": lambda: go_on("resume"),
+        "auto": lambda: go_on("auto"),
+    }
+
+    def ask(config):
+        torch.save({**whole, "hyper_parameters": config}, there / "checkpoints" / "last.ckpt")
+        said = {}
+        for name, reader in readers.items():
+            try:
+                with nothing_touched():
+                    said[name] = reader()
+            except FewShotError as error:
+                said[name] = str(error)
+                assert "\n" not in said[name]
+        return said
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSHOT_CANARY", SECRET)
+        known, places = KnownTargets(), own_places()  # read once, since the files stay the same
+        patch.setattr(fewshot.trust, "own_places", lambda: places)
+        patch.setattr(fewshot.trust, "KnownTargets", lambda own: known_to(known, own))
+        yield ask
+
+
+def known_to(known, own):
+    known = copy.copy(known)
+    known._own = {(slot, str(node["_target_"])): node for slot, node in known.targets(own)}
+    return known
+
+
+def paths(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place of a configuration, mappings and values alike."""
+    below = [at for key, value in node.items() for at in paths(value, (*path, key))] if isinstance(node, dict) else []
+    return [path, *below] if path else below
+
+
+def put(config, path, value):
+    changed = copy.deepcopy(config)
+    node = changed
+    for key in path[:-1]:
+        node = node.setdefault(key, {}) if isinstance(node, dict) else {}
+    node[path[-1]] = value
+    return changed
+
+
+TARGETS = [
+    *("os.system", "subprocess.run", "builtins.eval", "test_trust.fire", "fewshot.cli.os.system", "torch.load"),
+    *("fewshot.config.compose", "fewshot.data.omniglot.omniglot", "fewshot.trained.load_trained", "hydra.utils.call"),
+    *("fewshot.distances.l2", "pathlib.Path", "functools.partial", "sys.modules.update", "fewshot.figures.episode"),
+]
+CALL = "{_target_: test_trust.fire, command: touch canary}"
+TEXTS = [
+    *("${oc.env:FEWSHOT_CANARY}", f"${{oc.create:{CALL}}}", f"${{oc.decode:'{CALL}'}}", f"${{oc.create:'{CALL}'}}"),
+    *(f"${{oc.dict.values:${{oc.create:{CALL}}}}}", "${oc.decode:${oc.env:FEWSHOT_CANARY}}", "${method}", "${.}", "${"),
+    *(CALL, "_target_: test_trust.fire", "&a " + CALL, "{a: &a " + CALL + ", b: *a}", "!!python/name:test_trust.fire"),
+    *("!!python/object/apply:test_trust.fire []", "???", "\\${oc.env:FEWSHOT_CANARY}", "a ${oc.env:FEWSHOT_CANARY} b"),
+    *("/dev/stdin", "/etc/passwd", "../../x", "$FEWSHOT_CANARY", "%(x)s", "[bold]", "\x1b[2J", "\n", "a: b\n- c"),
+]
+RESOLVERS = sorted(BaseContainer._resolvers)
+ARGUMENTS = [CALL, f"'{CALL}'", "FEWSHOT_CANARY"]
+texts = (
+    st.sampled_from(TEXTS)
+    | st.builds("${{{}:{}}}".format, st.sampled_from(RESOLVERS), st.sampled_from(ARGUMENTS))
+    | st.text(max_size=8)
+)
+hydra_keys = st.dictionaries(
+    st.sampled_from(["_target_", "_args_", "_partial_", "_convert_", "_recursive_", "_x_", "command", "file"]),
+    st.sampled_from(TARGETS) | st.booleans() | st.just("all") | texts | st.lists(texts, max_size=2),
+    max_size=4,
+)
+calls = st.builds(lambda target, keys: {"_target_": target, **keys}, st.sampled_from(TARGETS), hydra_keys)
+numbers = st.sampled_from([0, -1, 60_000, 2**40, 10**30, float("nan"), float("inf"), 1e300, True, None])
+payloads = st.recursive(
+    texts | calls | numbers | hydra_keys | st.binary(max_size=3) | st.just(torch.zeros(2)),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=4) | st.sampled_from(["encoder", "distance", "_target_"]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+def harmless(said):
+    assert not fired
+    for reader, content in said.items():
+        assert SECRET not in repr(content), reader
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_no_hostile_configuration_runs_code_or_reads_the_environment(good, read, data):
+    config = good["hyper_parameters"]
+    for _ in range(data.draw(st.integers(1, 2))):
+        path = data.draw(st.sampled_from(paths(config)))
+        if data.draw(st.booleans()) and isinstance(config, dict):
+            path = (*path[:-1], data.draw(st.sampled_from(["new", "_target_", "_args_", "encoder", "file"])))
+        config = put(config, path, data.draw(payloads))
+    harmless(read(config))
+
+
+@pytest.mark.parametrize("resolver", RESOLVERS)
+def test_no_resolver_is_ever_called(good, read, resolver):
+    for inside in ARGUMENTS:
+        for path in (("method",), ("method", "distance"), ("dataset", "source", "size")):
+            said = read(put(good["hyper_parameters"], path, f"${{{resolver}:{inside}}}"))
+            harmless(said)
+            assert all(type(one) is str for one in said.values())
+
+
+def test_a_good_configuration_is_taken_by_every_reader(good, read):
+    assert not any(type(one) is str for one in read(good["hyper_parameters"]).values())
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if "fire" in text])
+@pytest.mark.parametrize("path", [(), ("method",), ("method", "encoder"), ("dataset", "source")])
+def test_text_is_never_read_as_a_mapping(good, read, text, path):
+    said = read(put(good["hyper_parameters"], path, text) if path else text)
+    harmless(said)
+    assert all(type(one) is str for one in said.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("method", "distance", "_target_"), "fewshot.data.omniglot.omniglot", "its distance is fewshot.data.omniglot"),
+        (("dataset", "source", "_target_"), "fewshot.distances.l2", "which can only be a distance"),
+        (("encoder", "_target_"), "os.system", "its encoder is os.system, which no configuration file names"),
+        (("method", "distance", "_target_"), "mine.far", "trust its package with trust=mine, or name the directory"),
+        (
+            ("hardware", "strategy"),
+            {"_target_": "test_trust.fire"},
+            "code that is not trusted: its hardware.strategy is",
+        ),
+        (("method", "_args_"), [1], "its method has the key _args_"),
+        (("method", "encoder", "_recursive_"), False, "its encoder has the key _recursive_"),
+        (("train", "_convert_"), "all", "the key _convert_ where no object is made"),
+        (("dataset", "size"), 60_000, "its dataset.size is 60000, more than 1,024"),
+        (("dataset", "source", "samples"), 10**9, "its dataset.source.samples is 1000000000"),
+        (("test", "episodes"), 10**12, "its test.episodes is 1000000000000"),
+        (("dataset", "channels"), 2, "its dataset.channels is 2"),
+        (("method", "encoder", "filters"), 10**6, "encoder.0.0.weight is [4, 1, 3, 3], and must be [1000000, 1, 3, 3]"),
+        (("seed",), 2**70, "a number of more than 64 bits"),
+        (("way",), {1.5: 2}, "a key that is no text"),
+        (("way",), b"x", "a bytes, which is no plain value"),
+    ],
+)
+def test_what_is_wrong_with_a_configuration_is_told(good, read, path, value, message):
+    said = read(put(good["hyper_parameters"], path, value))
+    harmless(said)
+    assert message in said["predict"]
+    assert all(type(one) is str for one in said.values())
+
+
+def test_a_configuration_that_grows_or_never_ends_is_refused():
+    bomb: list[Any] = ["x"]
+    for _ in range(40):
+        bomb = [bomb, bomb]
+    with pytest.raises(ValueError, match="too large"):
+        plain({"way": bomb})
+    endless: dict[str, Any] = {}
+    endless["self"] = endless
+    with pytest.raises(ValueError, match="too large"):
+        plain(endless)
+
+
+def test_the_checked_copy_is_what_is_used(good):
+    config = read_config(good["hyper_parameters"], Path("x.ckpt"))
+    assert config["method"] == good["hyper_parameters"]["method"]
+    assert config["method"] is not good["hyper_parameters"]["method"]
+
+
+def test_the_readers_places_hold(good, tmp_path):
+    theirs = copy.deepcopy(good["hyper_parameters"]) | {"data_dir": "/etc", "cache_dir": "/etc", "run_dir": "/etc"}
+    theirs["dataset"]["source"] = {
+        "_target_": "fewshot.data.folder.folder",
+        **{"data_dir": "/etc", "size": 28, "channels": 1, "val": 0.2, "test": 0.2, "split_seed": 0},
+    }
+    theirs["encoder"] = theirs["method"]["encoder"] = {
+        "_target_": "fewshot.encoders.pretrained.Pretrained",
+        **{"name": "resnet18", "weights": "DEFAULT", "file": "/etc/passwd", "frozen": True},
+    }
+    torch.save({**good, "hyper_parameters": theirs}, tmp_path / "theirs.ckpt")
+    places = {"data_dir": "/mine/data", "cache_dir": "/mine/cache"}
+    config = load_checkpoint(tmp_path / "theirs.ckpt", places=places)["hyper_parameters"]
+    assert "/etc" not in json.dumps(config)
+    assert config["dataset"]["source"]["data_dir"] == config["data_dir"] == "/mine/data"
+    assert config["cache_dir"] == "/mine/cache" and config["encoder"]["file"] is config["run_dir"] is None
+
+
+@pytest.mark.parametrize("trust", ["os", ["sys"], "fewshot", "../x", "a b", [3]])
+def test_what_cannot_be_trusted_is_told(good, tmp_path, trust):
+    torch.save(good, tmp_path / "x.ckpt")
+    with pytest.raises(FewShotError, match="trust="):
+        load_checkpoint(tmp_path / "x.ckpt", trust=trust)
+
+
+def test_trust_reaches_no_further_than_the_package(good, tmp_path):
+    theirs = put(good["hyper_parameters"], ("method", "distance"), {"_target_": "test_trust.os.system"})
+    torch.save({**good, "hyper_parameters": theirs}, tmp_path / "x.ckpt")
+    with pytest.raises(FewShotError, match=r"its distance is test_trust\.os\.system, which test_trust has from posix"):
+        load_checkpoint(tmp_path / "x.ckpt", trust="test_trust")
+
+
+def test_what_takes_more_memory_than_disk_is_refused(good, tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save({**good, "state_dict": {"encoder.0.0.weight": torch.zeros(1).expand(10**9)}}, path)
+    with pytest.raises(FewShotError, match="holds no weights"):
+        load_checkpoint(path)
+    torch.save(good, path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "small.ckpt", "w", zipfile.ZIP_DEFLATED) as small:
+        for entry in whole.infolist():
+            small.writestr(entry.filename, whole.read(entry))
+    with pytest.raises(FewShotError, match="it is compressed"):
+        load_checkpoint(tmp_path / "small.ckpt")
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/dev/stdin", "fifo"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, place):
+    path = tmp_path / place
+    if place == "fifo":
+        os.mkfifo(path)
+    elif not Path(place).exists():
+        pytest.skip(f"no {place}")
+    with pytest.raises(FewShotError, match=f"{path} is broken"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("- seed=1\n- way=${oc.env:FEWSHOT_CANARY}\n", ["seed=1", "way=${oc.env:FEWSHOT_CANARY}"]),
+        ("- !!python/object/apply:test_trust.fire []\n", []),
+        ("a: &a [*a]\n", []),
+        ("- &a [x]\n- *a\n", []),
+        ("- {a: b}\n", []),
+        ("[" * 5000, []),
+        ("${oc.create:{}}", []),
+        (b"\xff\xfe\x00", []),
+    ],
+)
+def test_overrides_are_text(tmp_path, monkeypatch, capsys, content, found):
+    monkeypatch.setenv("FEWSHOT_CANARY", SECRET)
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert overrides(tmp_path) == found
+    assert ("skipped" in capsys.readouterr().err) == (not found)
+    assert not fired
+
+
+@pytest.mark.parametrize("value", [*TEXTS[:6], ["${oc.env:FEWSHOT_CANARY}"], {"_target_": "${oc.env:FEWSHOT_CANARY}"}])
+@pytest.mark.parametrize("key", [None, "seed", "method"])
+def test_results_are_data(run_dir, tmp_path, monkeypatch, key, value):
+    monkeypatch.setenv("FEWSHOT_CANARY", SECRET)
+    results = json.loads((run_dir / "results.json").read_text())
+    results["config"] = value if key is None else results["config"] | {key: value}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    config = compose(*TINY, f"run_dir={tmp_path}")
+    with pytest.raises(FewShotError, match=r"results.json is broken") as caught:
+        results_so_far(config)
+    assert SECRET not in str(caught.value) and not fired
+
+
+def test_results_in_a_pipe_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "results.json")
+    with pytest.raises(FewShotError, match="it is no regular file"):
+        results_so_far(compose(*TINY, f"run_dir={tmp_path}"))
+
+
+@pytest.mark.parametrize("planted", ["file.partial", "file"])
+def test_nothing_is_written_through_a_link(tmp_path, planted):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / planted).symlink_to(tmp_path / "precious")
+    write_whole(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "file.partial").exists()
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "tensorboard"])
+def test_a_run_whose_folders_are_links_is_not_resumed(good, tmp_path, folder):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / folder).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
+    torch.save(good, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    with pytest.raises(FewShotError, match=f"{folder} is a link"):
+        to_go_on_with(compose(*TINY, f"run_dir={tmp_path / 'run'}", "resume=auto"))
+
+
+def test_a_checkpoint_names_no_file_to_remove(tmp_path):
+    state = {
+        **{"best_model_score": 0.5, "dirpath": "/x", "kth_value": 0.5, "current_score": 0.5},
+        **{"best_model_path": "/etc/passwd", "kth_best_model_path": "/x/..", "last_model_path": ""},
+        "best_k_models": {"/etc": 0.5, "/home": 0.6},
+    }
+    _move(state, SimpleNamespace(dirpath=str(tmp_path), filename="best"))  # type: ignore[arg-type]
+    assert state["best_k_models"] == {str(tmp_path / "best.ckpt"): 0.5}
+    assert {state[key] for key in state if key.endswith("_path")} == {str(tmp_path / "best.ckpt"), ""}
