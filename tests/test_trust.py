@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf.basecontainer import BaseContainer
@@ -17,15 +18,15 @@ from omegaconf.basecontainer import BaseContainer
 import fewshot.trust
 from conftest import nothing_touched
 from fewshot.callbacks import _move
-from fewshot.checkpoints import load_checkpoint
+from fewshot.checkpoints import load_checkpoint, without_initial_weights
+from fewshot.cli import _explain
 from fewshot.config import check, compose
 from fewshot.errors import FewShotError
 from fewshot.evaluation import _asked
 from fewshot.files import write_whole
-from fewshot.prediction import make_predictor
 from fewshot.runs import overrides, results_so_far, to_go_on_with
 from fewshot.trained import load_trained
-from fewshot.training import make_method, train
+from fewshot.training import train
 from fewshot.trust import KnownTargets, own_places, plain, read_config
 
 SECRET = "fewshot-canary-7391"  # of the reader's environment
@@ -58,7 +59,7 @@ def read(run_dir, tmp_path_factory):
     (there / "checkpoints").mkdir()
     (there / "checkpoints" / "best.ckpt").symlink_to("last.ckpt")
     whole = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-    predicting, evaluating = compose(f"checkpoint={there}", name="predict"), compose(name="evaluate")
+    evaluating = compose(name="evaluate")
     evaluating.hardware.precision = "32-true"
     resuming = {
         "resume": compose(*TINY, f"run_dir={there}", f"resume={there}"),
@@ -73,11 +74,11 @@ def read(run_dir, tmp_path_factory):
     def go_on(which):
         config, _ = to_go_on_with(resuming[which].copy())
         check(config)
-        make_method(config, initial_weights=False)
+        instantiate(without_initial_weights(config.method))
         return config
 
     readers = {
-        "predict": lambda: vars(make_predictor(predicting)),
+        "predict": lambda: vars(load_trained(str(there))),
         "evaluate": evaluate,
         "resume": lambda: go_on("resume"),
         "auto": lambda: go_on("auto"),
@@ -90,8 +91,10 @@ def read(run_dir, tmp_path_factory):
             try:
                 with nothing_touched():
                     said[name] = reader()
-            except FewShotError as error:
-                said[name] = str(error)
+            except Exception as error:
+                said[name] = _explain(error)
+                if said[name] is None:
+                    raise
                 assert "\n" not in said[name]
         return said
 
@@ -373,6 +376,6 @@ def test_a_checkpoint_names_no_file_to_remove(tmp_path):
         **{"best_model_path": "/etc/passwd", "kth_best_model_path": "/x/..", "last_model_path": ""},
         "best_k_models": {"/etc": 0.5, "/home": 0.6},
     }
-    _move(state, SimpleNamespace(dirpath=str(tmp_path), filename="best"))  # type: ignore[arg-type]
+    _move(state, SimpleNamespace(dirpath=str(tmp_path), filename="best"))
     assert state["best_k_models"] == {str(tmp_path / "best.ckpt"): 0.5}
     assert {state[key] for key in state if key.endswith("_path")} == {str(tmp_path / "best.ckpt"), ""}

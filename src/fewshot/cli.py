@@ -7,24 +7,28 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
+from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot import __version__
 from fewshot.commands import COMMANDS
-from fewshot.config import CHECKOUT, CONF, RENAMED, compose_unresolved
+from fewshot.config import CHECKOUT, CONF, RENAMED, compose_unresolved, is_group, options, search_path, source_at
 from fewshot.errors import Interrupted, mistake
 from fewshot.sweeps import FAILURE, Sweep, failures
 from fewshot.text import for_terminal
@@ -39,6 +43,7 @@ PLUGINS = {
     **{"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray"},
     **{"optuna": "optuna", "search": "optuna"},
 }
+HYDRAS_OWN = ("hydra", "hydra_debug")  # groups
 
 
 def name_leading(key: str, arguments: list[str]) -> None:
@@ -244,13 +249,17 @@ def _plain(*errors: BaseException) -> str:
 
 def _wrong_overrides() -> Iterator[str]:
     """What is wrong with each override of the command line by itself, with the nearest name that exists."""
-    name = _program()
-    if not (CONF / f"{name}.yaml").exists():
+    name, places = _program(), list(_places(sys.argv[1:]))
+    missing = [place for place in places if not source_at(place).available()]
+    if missing:
+        yield f"there is no directory or package {', '.join(missing)} for --config-dir or hydra.searchpath to name"
+        return  # what else seems to be wrong could lie there
+    if not any(source.is_config(name) for source in search_path(*places)):
         return  # not one of our programs
     groups: list[tuple[str, str]] = []
     keys: list[tuple[str, str]] = []
     for argument in sys.argv[1:]:
-        if argument.startswith("-") or "=" not in argument:
+        if argument.startswith(("-", "hydra.searchpath=")) or "=" not in argument:
             continue
         try:
             override = OverridesParser.create().parse_override(argument)
@@ -267,24 +276,36 @@ def _wrong_overrides() -> Iterator[str]:
         if override.key_or_group in RENAMED:
             yield f"{override.key_or_group} is now {RENAMED[override.key_or_group]}"
             continue
-        of_group = (CONF / override.key_or_group).is_dir() or override.key_or_group.startswith("hydra/")
-        (groups if of_group else keys).append((override.key_or_group, tried))
+        chooses = is_group(override.key_or_group, *places) or override.key_or_group.startswith("hydra/")
+        (groups if chooses else keys).append((override.key_or_group, tried))
     chosen: list[str] = []
     for group, tried in groups:
         try:
-            compose_unresolved(*chosen, tried, name=name)
+            compose_unresolved(*chosen, tried, name=name, places=places)
         except (HydraException, OmegaConfBaseException) as error:
             option = tried.partition("=")[2]
             plugin = f" (pip install -e '.[{PLUGINS[option]}]' brings it)" if option in PLUGINS else ""
-            yield _plain(error) + (plugin or _nearest(option, _options(group)))
+            yield _plain(error) + (plugin or _nearest(option, _options(group, search_path(*places))))
         else:
             chosen.append(tried)
-    names = list(_keys(compose_unresolved(*chosen, name=name)))
+    names = list(_keys(compose_unresolved(*chosen, name=name, places=places)))
     for key, tried in keys:
         try:
-            compose_unresolved(*chosen, tried, name=name)
+            compose_unresolved(*chosen, tried, name=name, places=places)
         except (HydraException, OmegaConfBaseException) as error:
             yield _plain(error) + ("" if key in names else _nearest(key, names))
+
+
+def _places(arguments: Sequence[str]) -> Iterator[str]:
+    """The places that a command line adds to the search path; ``search_path`` tells those of one that was composed."""
+    for argument, following in pairwise([*arguments, ""]):
+        if argument in ("--config-dir", "-cd"):
+            yield following
+        elif argument.startswith("--config-dir="):
+            yield argument.partition("=")[2]
+        elif argument.startswith("hydra.searchpath="):
+            value = OverridesParser.create().parse_override(argument).value()
+            yield from map(str, value if isinstance(value, list) else [value])
 
 
 def _program() -> str:
@@ -297,14 +318,14 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _options(group: str) -> dict[str, Path]:
-    """The files of a group of choices, by the name that chooses them."""
-    folder = CONF / group
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*.yaml"))
-        if path.parent.name != "base"  # what several options share
-    }
+def _options(group: str, sources: Iterable[ConfigSource]) -> dict[str, ConfigSource]:
+    """The names that choose the files of a group, each with the place that Hydra takes its file from."""
+    found: dict[str, ConfigSource] = {}
+    for source in sources:
+        for name in options(source, group):
+            if not f"/{name}".rpartition("/")[0].endswith("/base"):  # what several options share
+                found.setdefault(name, source)
+    return dict(sorted(found.items()))
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -329,21 +350,35 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _help(*, _root_: DictConfig) -> str:
     """The configuration files behind this command line, with the comments that say what each key is for."""
-    primary = CONF / f"{_root_.hydra.job.config_name}.yaml"
-    shown = [primary.read_text()]
+    sources = [source_at(f"{one.schema}://{one.path}") for one in _root_.hydra.runtime.config_sources]
+    name = str(_root_.hydra.job.config_name)
+    primary = next(source for source in sources if source.is_config(name))
+    shown = [_text(primary, name)]
     if not CHECKOUT:
         shown = [re.sub(r"python src/(\w+)\.py", r"fewshot \1", shown[0])]
-    for entry in OmegaConf.load(primary).defaults:
-        group = entry if isinstance(entry, str) else next(iter(entry))
-        if not (CONF / group).is_dir():
-            continue
-        files = _options(group)
-        choice = _root_.hydra.runtime.choices[group]
-        shown.append(f"# {group}={'|'.join(files)}")
-        if choice in files:
+    entries = OmegaConf.select(primary.load_config(name).config, "defaults", default=[])
+    groups = [entry if isinstance(entry, str) else str(next(iter(entry))) for entry in entries]
+    own = {group for source in sources for group in source.list("", ObjectType.GROUP)}
+    # Beside the groups that this command chooses from: those that nobody but the user has.
+    groups += sorted(own.difference(groups, (path.name for path in CONF.iterdir()), HYDRAS_OWN))
+    for group in groups:
+        found = _options(group, sources)
+        choice = _root_.hydra.runtime.choices.get(group)
+        if found:
+            shown.append(f"# {group}={'|'.join(found)}")
+        if choice in found:
             shown[-1] += f" ... {group}={choice} sets:"
-            shown.append(files[choice].read_text())
+            shown.append(_text(found[choice], f"{group}/{choice}"))
     return "\n".join(shown).replace("$", "$$")  # Hydra's help is a string.Template
+
+
+def _text(source: ConfigSource, name: str) -> str:
+    """A configuration file with its comments."""
+    if source.scheme() == "file":
+        return Path(source.path, f"{name}.yaml").read_text(encoding="utf-8")
+    if source.scheme() == "pkg":
+        return resources.files(source.path).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return OmegaConf.to_yaml(source.load_config(name).config)  # it was made in Python
 
 
 OmegaConf.register_new_resolver("fewshot_help", _help, replace=True)

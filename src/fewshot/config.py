@@ -1,7 +1,7 @@
 """The configuration: its types, its ranges, and how to compose it without the command line."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from pathlib import Path
@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigSource
 from hydra.utils import get_object, instantiate
@@ -286,20 +287,33 @@ def import_target(key: str, name: str) -> Any:
         ) from error
 
 
-def search_path() -> list[ConfigSource]:
+def search_path(*places: str) -> list[ConfigSource]:
     """Where the configuration of this command comes from: ``conf``, ``--config-dir``, ``hydra.searchpath``, plugins.
 
-    What stands first is what Hydra takes of files of one name.
+    Args:
+        places: more of them, as ``hydra.searchpath`` names them.
+
+    Returns:
+        Those that exist; of files of one name Hydra takes the first.
     """
-    Plugins.instance()  # brings the kinds of sources
     in_use = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
-    places = [f"{one.schema}://{os.path.realpath(one.path) if one.schema == 'file' else one.path}" for one in in_use]
-    registry = SourcesRegistry.instance()
-    return [
-        source
-        for place in dict.fromkeys([*places, f"file://{CONF.resolve()}"])
-        if (source := registry.resolve(place.partition("://")[0])("search path", place)).available()
-    ]
+    found = [source_at(f"{one.schema}://{one.path}") for one in in_use]
+    found += [source_at(place) for place in (*places, str(CONF))]
+    return list({source.full_path(): source for source in found if source.available()}.values())
+
+
+def source_at(place: str) -> ConfigSource:
+    """A place that configuration files come from: a directory, or ``pkg://PACKAGE``; it need not exist.
+
+    Raises:
+        HydraException: Hydra knows no such kind of places.
+    """
+    Plugins.instance()  # brings the kinds
+    scheme, separator, path = place.partition("://")
+    if not separator:
+        scheme, path = "file", place
+    path = os.path.realpath(path) if scheme == "file" else path
+    return SourcesRegistry.instance().resolve(scheme)("search path", f"{scheme}://{path}")
 
 
 def options(source: ConfigSource, group: str, below: str = "") -> Iterator[str]:
@@ -311,9 +325,9 @@ def options(source: ConfigSource, group: str, below: str = "") -> Iterator[str]:
             yield from options(source, group, f"{below}{folder}/")
 
 
-def is_group(name: str) -> bool:
-    """Whether there are files to choose from under this name."""
-    return any(source.is_group(name) for source in search_path())
+def is_group(name: str, *places: str) -> bool:
+    """Whether there are files to choose from under this name; ``places`` as for ``search_path``."""
+    return any(source.is_group(name) for source in search_path(*places))
 
 
 def compose(*overrides: str, name: str = "train") -> DictConfig:
@@ -329,8 +343,11 @@ def compose(*overrides: str, name: str = "train") -> DictConfig:
     return DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
 
 
-def compose_unresolved(*overrides: str, name: str = "train") -> DictConfig:
-    """The same with Hydra's own node, interpolations left as they are."""
+def compose_unresolved(*overrides: str, name: str = "train", places: Sequence[str] = ()) -> DictConfig:
+    """The same with Hydra's own node, interpolations left as they are; ``places`` as for ``search_path``."""
+    if places:
+        quoted = (QuotedString(place, Quote.single).with_quotes() for place in places)
+        overrides = (f"hydra.searchpath=[{','.join(quoted)}]", *overrides)
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a program may have its own
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.checkpoints import check_weights, load_checkpoint
 from fewshot.config import is_group, training_steps
-from fewshot.errors import FewShotError, printable, reason
+from fewshot.errors import FewShotError, reason
 from fewshot.files import read_json, read_text, write_whole
 from fewshot.results import wrong
+from fewshot.text import say
 from fewshot.trust import plain
 
 # What PyTorch's schedules call the number of steps that they are made for; and what ours and others' should.
@@ -193,7 +193,7 @@ def overrides(run_dir: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        print(printable(f"skipped {path}: {reason(error)}"), file=sys.stderr, flush=True)
+        say(f"skipped {path}: {reason(error)}", error=True)
         return []
     return found
 

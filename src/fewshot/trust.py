@@ -103,8 +103,10 @@ def read_config(
         raise FewShotError(
             f"{path} is of an earlier version of fewshot, which knew {old}: train anew, or use it with that version"
         )
-    if not isinstance(config, dict) or not isinstance(config.get("method"), dict):
-        raise ValueError("it holds no configuration of a method")
+    for key in ("method", "dataset.source"):
+        node = _select(config, key)
+        if not isinstance(node, dict) or "_target_" not in node:
+            raise ValueError(f"its configuration has no {key}")
     places = own_places() if places is None else places
     _check_targets(config, path, _packages(trust), own, places)
     _check_values(config)
