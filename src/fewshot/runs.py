@@ -217,7 +217,12 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
         key = override.key_or_group
         if is_group(key) and key != "hardware":
             raise FewShotError(f"{override.input_line}: a run that is resumed keeps its {key}; leave it out")
-        OmegaConf.update(changed, key, OmegaConf.select(config, key), merge=False)
+        try:
+            OmegaConf.update(changed, key, OmegaConf.select(config, key), merge=False)
+        except (AssertionError, LookupError, TypeError, ValueError, OmegaConfBaseException) as error:
+            raise FewShotError(
+                f"{override.input_line}: the run has nothing of that name to change: {reason(error)}"
+            ) from error
     for key in ("run_dir", "resume", "trust"):
         changed[key] = config[key]
     changed.train.steps = training_steps(changed.train.episodes, changed.train.meta_batch)
