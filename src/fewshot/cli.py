@@ -273,9 +273,6 @@ def _wrong_overrides() -> Iterator[str]:
         if override.is_sweep_override():
             one = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
             tried = f"{argument.partition('=')[0]}={one}"
-        if override.key_or_group in RENAMED:
-            yield f"{override.key_or_group} is now {RENAMED[override.key_or_group]}"
-            continue
         chooses = is_group(override.key_or_group, *places) or override.key_or_group.startswith("hydra/")
         (groups if chooses else keys).append((override.key_or_group, tried))
     chosen: list[str] = []
@@ -293,7 +290,8 @@ def _wrong_overrides() -> Iterator[str]:
         try:
             compose_unresolved(*chosen, tried, name=name, places=places)
         except (HydraException, OmegaConfBaseException) as error:
-            yield _plain(error) + ("" if key in names else _nearest(key, names))
+            hint = "" if key in names else _nearest(key, names)
+            yield f"{key} is now {RENAMED[key]}" if key in RENAMED else _plain(error) + hint
 
 
 def _places(arguments: Sequence[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 
-from fewshot.config import ONE_OF, outdated, compose_unresolved, import_target, options, search_path
+from fewshot.config import ONE_OF, compose_unresolved, import_target, options, outdated, search_path
 from fewshot.errors import FewShotError
 
 MOST_NODES = 10_000  # mappings, lists and values of a configuration; ours have about 100
