@@ -1,10 +1,14 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from conftest import make_bank
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
-from fewshot.metrics import EpisodeAccuracy, meetings_of
+from fewshot.errors import FewShotError
+from fewshot.evaluation import Evaluation
+from fewshot.metrics import EpisodeAccuracy, credit, largest, meetings_of
 
 
 def episode(right: int, queries: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,17 +65,73 @@ def test_all_right_has_no_width_and_one_episode_has_no_interval():
     metric.update(*episode(10))
     assert np.isnan(metric.compute().ci95)
     metric.update(*episode(10))
-    assert metric.compute() == (1.0, 0.0, 2)
+    assert metric.compute() == (1.0, 0.0, 2, 0)
 
 
 def test_meetings_count_each_query_with_every_class_of_its_episode():
     bank = make_bank({"train": [4] * 2, "test": [4] * 5})
     dataset, number = EpisodeDataset(bank, "test", way=3, shot=1, query=2, seed=0), EpisodeNumber(0, 3)
     of_class = [position // 4 - 2 for position in dataset[number].query[::2].tolist()]
-    met, taken = meetings_of(dataset, {number: np.array([0, 1, 1, 1, 2, 0])})
+    met, taken = meetings_of(dataset, {number: np.eye(3, dtype=bool)[[0, 1, 1, 1, 2, 0]]})
     expected = np.zeros((5, 5), dtype=int)
     expected[np.ix_(of_class, of_class)] = 2
     assert met.tolist() == expected.tolist()
     a, b, c = of_class
     assert (taken[a, a], taken[a, b], taken[b, b], taken[c, c], taken[c, a]) == (1, 1, 2, 1, 1)
     assert taken.sum() == 6
+
+
+def test_equal_logits_share_the_credit_so_that_constant_embeddings_give_chance():
+    labels = torch.arange(5).repeat_interleave(3)[None]
+    metric = EpisodeAccuracy()
+    for _ in range(4):
+        metric.update(torch.zeros(1, 15, 5), labels)
+    assert metric.compute() == (0.2, 0.0, 4, 60)
+
+
+def test_the_estimate_and_its_interval_are_exact_with_ties_of_every_size():
+    random, way, queries = np.random.default_rng(0), 7, 10
+    logits = torch.from_numpy(random.integers(0, 3, (200, queries, way)).astype(np.float32))
+    labels = torch.from_numpy(random.integers(0, way, (200, queries)))
+    credits = np.array(
+        [
+            [(row[label] == row.max()) / (row == row.max()).sum() for row, label in zip(*of, strict=True)]
+            for of in zip(logits.numpy(), labels.numpy(), strict=True)
+        ]
+    )
+    assert torch.equal(credit(logits, labels), torch.from_numpy(credits).float())
+    whole, *shares = [EpisodeAccuracy() for _ in range(4)]
+    whole.update(logits, labels)
+    for number in range(200):
+        shares[number % 3].update(logits[number : number + 1], labels[number : number + 1])
+    for state in whole.metric_state:
+        setattr(shares[0], state, sum(getattr(share, state) for share in shares))
+    estimate, accuracies = whole.compute(), credits.mean(1)
+    assert shares[0].compute() == estimate
+    assert estimate.accuracy == pytest.approx(accuracies.mean(), rel=1e-14)
+    assert estimate.ci95 == pytest.approx(1.96 * accuracies.std(ddof=1) / np.sqrt(200), rel=1e-12)
+    assert estimate.tied == ((logits == logits.amax(2, keepdim=True)).sum(2) > 1).sum()
+    # By the answers that a paired comparison is made of, too.
+    given = Evaluation(
+        SimpleNamespace(datasets={"test": SimpleNamespace(query_labels=labels[0])}),
+        {EpisodeNumber(0, 0): largest(logits)[0].numpy()},
+        estimate,
+        None,
+    )
+    assert given.right == pytest.approx(credits[:1].sum(1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_are_an_error(value):
+    metric, (logits, labels) = EpisodeAccuracy(), episode(3)
+    logits[0, 4, 1] = value
+    metric.update(logits, labels)
+    with pytest.raises(FewShotError, match="the logits of 1 of 10 queries are not finite"):
+        metric.compute()
+
+
+def test_meetings_share_an_answer_among_classes_with_equal_logits():
+    bank = make_bank({"train": [4] * 2, "test": [4] * 3})
+    dataset, number = EpisodeDataset(bank, "test", way=3, shot=1, query=1, seed=0), EpisodeNumber(0, 0)
+    _, taken = meetings_of(dataset, {number: np.ones((3, 3), dtype=bool)})
+    assert taken == pytest.approx(np.full((3, 3), 1 / 3))

@@ -18,7 +18,11 @@ from fewshot.config import CONF, compose, compose_unresolved
 from fewshot.data.episodes import EpisodeNumber
 from fewshot.data.files import list_zip
 from fewshot.data.images import decode, normalise
+from fewshot.demo import Demo
 from fewshot.errors import FewShotError
+from fewshot.evaluation import evaluate
+from fewshot.export import export
+from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.prediction import Predictor, make_predictor, predict
 from fewshot.trained import load_trained
 from fewshot.training import make_data
@@ -242,6 +246,35 @@ def test_weights_that_do_not_fit_are_told_in_one_line(run, tmp_path, damage):
     told = str(caught.value)
     expected = {"weights": "encoder.0.0.weight", "configuration": "size mismatch", "method": ""}[damage]
     assert f"the weights in {tmp_path / 'other.ckpt'} do not fit" in told and expected in told and "\n" not in told
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tensor", ["encoder.0.0.weight", "encoder.0.1.running_var"])
+def test_weights_that_are_not_finite_are_refused_by_all_that_read_them(run, folders, tmp_path, tensor, value):
+    content = torch.load(run("protonet") / "checkpoints" / "best.ckpt", weights_only=True)
+    assert tensor in content["state_dict"]
+    content["state_dict"][tensor].view(-1)[1] = value
+    path = tmp_path / "bad.ckpt"
+    torch.save(content, path)
+    told = re.escape(f"{tensor} of {path} is not finite")
+    for use in (
+        lambda: predict(configure(folders, f"checkpoint={path}")),
+        lambda: evaluate(compose(f"checkpoint={path}", f"out={tmp_path / 'tested'}", name="evaluate")),
+        lambda: export(str(path), str(tmp_path / "encoder.onnx")),
+        lambda: Demo(make_predictor(compose(f"checkpoint={path}", name="demo")), compose(name="demo")),
+    ):
+        with pytest.raises(FewShotError, match=told):
+            use()
+    assert not (tmp_path / "tested").exists() and not (tmp_path / "encoder.onnx").exists()
+
+
+def test_logits_that_are_not_finite_are_no_answer(run, folders, monkeypatch):
+    monkeypatch.setattr(
+        PrototypicalNetwork, "compare", lambda _, episode: torch.full((len(episode.query), 5), torch.nan)
+    )
+    with pytest.raises(FewShotError, match="logits for these images are not finite"):
+        predict(configure(folders, f"checkpoint={run('protonet')}"))
+    assert not list((folders / "out").iterdir())
 
 
 @pytest.mark.parametrize("name", ["predict", "demo", "evaluate", "export"])

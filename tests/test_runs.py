@@ -18,6 +18,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fewshot.training
+from fewshot.callbacks import FiniteGradients
 from fewshot.config import compose
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.runs import newest_run
@@ -282,6 +283,38 @@ def test_a_step_without_a_finite_gradient_can_be_skipped_and_is_counted(run, tmp
     assert json.loads((tmp_path / "run" / "results.json").read_text())["skipped_steps"] == 1
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(weight.isfinite().all() for weight in last["state_dict"].values())
+
+
+@pytest.mark.parametrize("name", ["protonet", "maml"])
+def test_a_run_that_skips_more_than_a_tenth_of_its_steps_fails(run, tmp_path, monkeypatch, name):
+    spoil(monkeypatch, at=range(1000), value=float("nan"))
+    with pytest.raises(FewShotError, match=r"2 of the run's 11 training steps were skipped .* on_nan=skip allows 10%"):
+        train(compose(*run("run", f"method={name}", "train.meta_batch=2", "method.on_nan=skip")))
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved_nor_resumed(run, tmp_path, monkeypatch):
+    from fewshot.methods.protonet import PrototypicalNetwork  # noqa: PLC0415
+
+    learn = PrototypicalNetwork.training_step
+
+    def overflow(self, *batch):
+        if self.trainer.datamodule.trained == 5:
+            next(self.encoder.parameters()).data.fill_(float("inf"))
+        return learn(self, *batch) if self.trainer.datamodule.trained != 5 else 0 * next(self.parameters()).sum()
+
+    monkeypatch.setattr(FiniteGradients, "on_before_optimizer_step", lambda *_: None)
+    with monkeypatch.context() as spoiled:
+        spoiled.setattr(PrototypicalNetwork, "training_step", overflow)
+        with pytest.raises(FewShotError, match=r"encoder\.\S+ of the network after 6 training episodes is not finite"):
+            train(compose(*run("run")))
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last = torch.load(path, weights_only=True)
+    assert last["EpisodeDataModule"] == {"trained": 3}
+    last["state_dict"]["encoder.0.0.weight"][0] = float("nan")
+    torch.save(last, path)
+    with pytest.raises(FewShotError, match="its weights are not finite"):
+        train(compose(*run("run", "resume=auto")))
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeNumber, MetaBatch
 from fewshot.errors import FewShotError, Interrupted
-from fewshot.methods.base import FewShotMethod
+from fewshot.methods.base import FewShotMethod, require_finite
+from fewshot.metrics import largest
 
 
 class ProgressBar(RichProgressBar):
@@ -129,16 +130,16 @@ class Answers(pl.Callback):
 
     def __init__(self) -> None:
         self._numbers: list[EpisodeNumber] = []
-        self._labels: list[torch.Tensor] = []
+        self._largest: list[torch.Tensor] = []
 
     @property
-    def answers(self) -> dict[EpisodeNumber, NDArray[np.int64]]:
-        """The label given to each query, int64 ``[queries]`` of ``0..way-1``, of each episode this process solved."""
-        labels = torch.cat(self._labels).cpu().numpy()
-        return dict(zip(self._numbers, labels, strict=True))
+    def answers(self) -> dict[EpisodeNumber, NDArray[np.bool_]]:
+        """The classes with the largest logit of each query, bool ``[queries, way]``, of each episode solved here."""
+        answers = torch.cat(self._largest).cpu().numpy()
+        return dict(zip(self._numbers, answers, strict=True))
 
     def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
-        self._numbers, self._labels = [], []
+        self._numbers, self._largest = [], []
 
     def on_test_batch_end(  # noqa: D102
         self,
@@ -150,7 +151,7 @@ class Answers(pl.Callback):
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
         self._numbers += batch.share.numbers
-        self._labels.append(outputs.argmax(-1))
+        self._largest.append(largest(outputs))
 
 
 class FiniteGradients(pl.Callback):
@@ -160,12 +161,16 @@ class FiniteGradients(pl.Callback):
     saved. To skip is to know at once, so the host waits for every step. While the loss scaler of 16-mixed finds its
     scale, some gradients are infinite, and it passes over those: there, what stops a run is that no scale will do.
 
+    A run that skips more than a tenth of its steps fails: it is not the training that was asked for.
+
     Args:
         on_nan: "stop" or "skip".
 
     Attributes:
         skipped: how many steps were skipped.
     """
+
+    MOST_SKIPPED = 0.1  # of a run's steps: beyond, the run would not be the one that was asked for
 
     def __init__(self, on_nan: str = "stop") -> None:
         self.on_nan = on_nan
@@ -187,6 +192,8 @@ class FiniteGradients(pl.Callback):
                 method.zero_grad()  # the optimizer passes over a parameter without a gradient
                 self.skipped += 1
                 method.print(f"skipped: {_not_finite(norm, episodes, data)}", flush=True)
+                if scaler is None or scaler.get_scale() < 1:
+                    self._limit(data)
         elif scaler is None:
             self._norms.append((episodes, norm))
             if norm.device.type == "cpu" or len(self._norms) >= _log_every(trainer):
@@ -203,14 +210,26 @@ class FiniteGradients(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self._look(trainer)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+    def on_train_epoch_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: D102
         self._look(trainer)
+        # A checkpoint follows. Finite gradients may still lead to infinite weights.
+        require_finite(method, f"the network after {_data(trainer).trained:,} training episodes")
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         self.skipped = state["skipped"]
+
+    def _limit(self, data: EpisodeDataModule) -> None:
+        """Fail once the run must end with more than ``MOST_SKIPPED`` of its steps skipped."""
+        steps = -(-data.train_episodes // data.meta_batch)
+        if self.skipped > self.MOST_SKIPPED * steps:
+            raise FewShotError(
+                f"{self.skipped:,} of the run's {steps:,} training steps were skipped because their gradients were not "
+                f"finite, and train.on_nan=skip allows {self.MOST_SKIPPED:.0%}; lower optimizer.lr in a new "
+                "run, or look for images that break it"
+            )
 
     def _look(self, trainer: pl.Trainer) -> None:
         norms, self._norms = self._norms, []

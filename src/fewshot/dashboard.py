@@ -57,13 +57,15 @@ class Dashboard(Answers):
             return
         data: EpisodeDataModule = trainer.datamodule  # type: ignore[attr-defined]
         answers = self.answers
-        meetings = torch.from_numpy(meetings_of(data.datasets["test"], answers)).to(trainer.strategy.root_device)
+        meetings = (
+            torch.from_numpy(meetings_of(data.datasets["test"], answers)).float().to(trainer.strategy.root_device)
+        )
         met, taken = trainer.strategy.reduce(meetings, reduce_op="sum").cpu().numpy()
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             number = min(answers)
             episode = data.datasets["test"][number]
             board, step, names = trainer.logger.experiment, trainer.global_step, data.bank.class_names("test")
-            board.add_figure("test/episode", draw_episode(data.bank, episode, answers[number]), step)
+            board.add_figure("test/episode", draw_episode(data.bank, episode, answers[number].argmax(1)), step)
             board.add_figure("test/classes", draw_classes(met, taken, names), step)
             if isinstance(method, MetricMethod):
                 with torch.no_grad(), trainer.precision_plugin.forward_context():

@@ -54,20 +54,23 @@ class Evaluation:
 
     Attributes:
         data: the data module that served them as test episodes.
-        answers: the label predicted for each query of each episode, int64 ``[queries]``.
+        answers: of each episode the classes with the largest logit of each query, bool ``[queries, way]``.
         estimate: the accuracy.
         trainer: the trainer that ran the test.
     """
 
     data: EpisodeDataModule
-    answers: dict[EpisodeNumber, NDArray[np.int64]]
+    answers: dict[EpisodeNumber, NDArray[np.bool_]]
     estimate: Estimate
     trainer: pl.Trainer
 
     @property
-    def right(self) -> NDArray[np.int64]:
-        """Right answers, int64 ``[episodes]``."""
-        return (np.stack(list(self.answers.values())) == self.data.datasets["test"].query_labels.numpy()).sum(1)
+    def right(self) -> NDArray[np.float64]:
+        """Right answers, float64 ``[episodes]``: equal logits share one, see ``fewshot.metrics.credit``."""
+        answers = np.stack(list(self.answers.values()))
+        labels = self.data.datasets["test"].query_labels.numpy()
+        right = answers[:, np.arange(len(labels)), labels]
+        return np.asarray((right / answers.sum(2)).sum(1), dtype=np.float64)
 
 
 def evaluate(config: DictConfig) -> float:

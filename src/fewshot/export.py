@@ -71,7 +71,7 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
     embedder = Embedder(trained.method.encoder.float(), dataset.normalise).eval()
     content = _to_onnx(embedder, (max(BATCHES), size, size, channels))
     difference = _largest_difference(embedder, content, (size, size, channels))
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:  # nor is NaN
         raise FewShotError(
             f"ONNX Runtime differs from PyTorch by {difference:.2g} of the largest value, more than {TOLERANCE:g}, so "
             "nothing was written; try other versions of onnxruntime and torch"
@@ -117,6 +117,11 @@ def _largest_difference(embedder: Embedder, content: bytes, shape: tuple[int, ..
         pixels = torch.randint(256, (images, *shape), dtype=torch.uint8, generator=generator)
         with torch.no_grad():
             expected = embedder(pixels)
+        if not expected.isfinite().all():
+            raise FewShotError(
+                "the embeddings of random images are not finite, so nothing was written; train anew with a lower "
+                "optimizer.lr"
+            )
         (found,) = session.run(None, {"pixels": pixels.numpy()})
         largest = max(largest, float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()))
     return largest

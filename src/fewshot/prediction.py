@@ -31,7 +31,7 @@ from fewshot.data.images import normalise
 from fewshot.data.omniglot import omniglot
 from fewshot.data.photos import read_photo
 from fewshot.errors import FewShotError
-from fewshot.methods.base import FewShotMethod
+from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.text import for_terminal
 from fewshot.trained import load_trained
 
@@ -76,6 +76,7 @@ class Predictor:
             raise FewShotError(f"hardware.devices={hardware.devices}: predictions are made on one, hardware.devices=1")
         self.size, self.channels, self.kind, self.ink = dataset.size, dataset.channels, dataset.normalise, ink
         self._fabric = Fabric(accelerator=hardware.accelerator, devices=1, precision=hardware.precision)
+        require_finite(method, "the network")
         self.method = method.eval().to(self._fabric.device)
         if hardware.precision.startswith("64"):
             self.method.double()
@@ -95,7 +96,7 @@ class Predictor:
             of ``support``; their softmax is the probabilities.
 
         Raises:
-            FewShotError: there are fewer than two classes, or one is empty.
+            FewShotError: there are fewer than two classes, or one is empty; from the function: a logit is not finite.
         """
         if len(support) < 2 or not all(support.values()):
             raise FewShotError("a support set needs two classes or more, and an image or more of each")
@@ -108,7 +109,13 @@ class Predictor:
 
         def answer(queries: Sequence[Pixels]) -> torch.Tensor:
             with torch.no_grad(), self._fabric.autocast():
-                return classify(self._input(queries)).float().cpu()
+                logits = classify(self._input(queries)).float().cpu()
+            if not logits.isfinite().all():
+                raise FewShotError(
+                    "the network's logits for these images are not finite (NaN or infinite), so there is no answer; "
+                    "choose hardware.precision=32-true, or another checkpoint"
+                )
+            return logits
 
         return answer
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from fewshot.checkpoints import check_weights, load_checkpoint, without_initial_weights
 from fewshot.config import import_target
 from fewshot.errors import FewShotError, mistake, reason
-from fewshot.methods.base import FewShotMethod
+from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.runs import best_checkpoint
 
 
@@ -62,4 +62,5 @@ def load_trained(
             f"the weights in {path} do not fit the method that its configuration describes: "
             f"{mistake(error) or reason(error)}; it may be of another version: train anew"
         ) from error
+    require_finite(method, path)
     return Trained(path, method.eval(), OmegaConf.create(checkpoint["hyper_parameters"]), checkpoint)

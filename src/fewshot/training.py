@@ -257,6 +257,8 @@ def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
     Raises:
         ValueError: tells what does not fit the method.
     """
+    if not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
+        raise ValueError("its weights are not finite")
     shapes = {name: tensor.shape for name, tensor in method.state_dict().items()}
     if {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()} != shapes:
         raise ValueError("its weights are not those of the method")

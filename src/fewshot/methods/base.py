@@ -14,7 +14,8 @@ from fewshot.data.episodes import EmbeddedEpisode, Episode, MetaBatch
 from fewshot.data.loaders import EvaluationLoader
 from fewshot.distances import Distance
 from fewshot.embeddings import EmbeddingTable, LabelledEmbeddings, embed
-from fewshot.metrics import EpisodeAccuracy, Estimate
+from fewshot.errors import FewShotError
+from fewshot.metrics import EpisodeAccuracy, Estimate, credit
 from fewshot.optimization import MakeOptimizer, MakeSchedule
 
 Classifier = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to logits [images, way]
@@ -68,7 +69,7 @@ class FewShotMethod(pl.LightningModule, ABC):
             logits: ``[tasks, queries, way]``.
             labels: int64 ``[tasks, queries]``.
         """
-        accuracy = (logits.detach().argmax(-1) == labels).float().mean()
+        accuracy = credit(logits.detach(), labels).mean()
         self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
 
     def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:
@@ -99,6 +100,12 @@ class FewShotMethod(pl.LightningModule, ABC):
     def _log_estimate(self, split: str, metric: EpisodeAccuracy) -> None:
         estimate = self.estimates[split] = metric.compute()
         metric.reset()
+        if estimate.tied:
+            self.print(
+                f"warning: several classes have the largest logit of {estimate.tied:,} {split} queries; each of these "
+                "queries counts as a guess among its classes",
+                flush=True,
+            )
         self.log(f"{split}/accuracy", estimate.accuracy, prog_bar=True)
         self.log(f"{split}/ci95", estimate.ci95)
 
@@ -216,3 +223,21 @@ class MetricMethod(FewShotMethod):
 def _unknown(images: torch.Tensor) -> torch.Tensor:
     """In place of the labels of queries that have none."""
     return torch.zeros(len(images), dtype=torch.int64, device=images.device)
+
+
+def require_finite(method: nn.Module, place: object) -> None:
+    """Refuse weights, or statistics of batch norm, that are not finite.
+
+    Args:
+        method: what is about to be used or saved.
+        place: where its weights come from, for the message.
+
+    Raises:
+        FewShotError: names the first tensor that is not finite.
+    """
+    for name, tensor in method.state_dict().items():
+        if not tensor.isfinite().all():
+            raise FewShotError(
+                f"{name} of {place} is not finite (NaN or infinite), so every answer would be wrong; choose another "
+                "checkpoint, or train anew with a lower optimizer.lr"
+            )
