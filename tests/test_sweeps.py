@@ -14,6 +14,7 @@ from PIL import Image
 from fewshot import cli as command_line
 from fewshot.config import CONF, ROOT, compose_unresolved
 from fewshot.sweeps import FAILURE, Sweep, draw, failures, read_jobs, tabulate
+from fewshot.text import say
 
 TINY = [
     *("train.episodes=4", "train.way=5", "train.query=1", "query=3", "val.every=2", "val.episodes=3"),
@@ -54,12 +55,28 @@ def test_jobs_are_told_in_their_order_by_what_was_swept(tmp_path):
     assert jobs[10].swept == {"optimizer.lr": "10", "experiment/x": ""}
     assert jobs[10].test == pytest.approx((60, 1)) and jobs[10].validation == pytest.approx((55, 2))
     table = tabulate(jobs)
-    assert [column.header for column in table.columns] == [
+    assert [str(column.header) for column in table.columns] == [
         *("job", "optimizer.lr", "experiment/x", "validation", "test")
     ]
-    assert list(table.columns[3].cells)[10:] == ["55.00 ± 2.00", ""]
-    assert next(iter(table.columns[4].cells)) == "50.00 ± 1.00"
+    assert list(map(str, table.columns[3].cells))[10:] == ["55.00 ± 2.00", ""]
+    assert str(next(iter(table.columns[4].cells))) == "50.00 ± 1.00"
     assert Image.open(draw(jobs, tmp_path / "sweep.png")).height > 700
+
+
+def test_names_of_jobs_and_settings_are_shown_as_text(tmp_path, capsys):
+    odd = "x=[red]$_{[/lab]}$ \x1b[2J\n| y"
+    write_job(tmp_path / "[bold]0", ["method.learning_rate=1", odd], 0.5)
+    write_job(tmp_path / "[/lab]1", ["_y=2", "+z=$\\frac$"], 0.6)
+    jobs = read_jobs(tmp_path)
+    say(tabulate(jobs))
+    shown = capsys.readouterr().out
+    assert "[bold]0" in shown and "[/lab]1" in shown and "\x1b" not in shown and "\\x1b[2J\\n" in shown
+    draw(jobs, tmp_path / "sweep.png")
+    (tmp_path / "[bold]0" / FAILURE).write_bytes(b"way=1: \xff\x1b[2J")
+    Sweep.folder = tmp_path
+    with pytest.raises(SystemExit):
+        command_line._exit_if_jobs_failed()
+    assert capsys.readouterr().err.splitlines() == ["error: 1 of the jobs failed", "way=1: \ufffd\\x1b[2J"]
 
 
 def test_a_sweep_of_one_job_is_told_too(tmp_path):

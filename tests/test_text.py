@@ -1,5 +1,6 @@
 """What others wrote is shown as text, wherever it goes."""
 
+import ast
 import csv
 import html
 import io
@@ -8,14 +9,16 @@ import pty
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from matplotlib.text import Text
 from rich.console import Console
 
-from fewshot.text import FORMULA, for_csv, for_html, for_markdown, for_terminal, make_table, say
+from fewshot.text import FORMULA, for_csv, for_figure, for_html, for_markdown, for_terminal, make_table, say
 
 SIGNS = "\\`*_{}[]<>()#+-.!|~$&=@'\"/:;% \t\n\r\x1b\x07\x9b\u202e\ud800é漢"
 texts = st.text() | st.text(st.sampled_from(SIGNS + "ab1w")) | st.text(st.sampled_from("[]/bold red=link#:w.htps ()"))
@@ -173,3 +176,49 @@ def test_a_program_goes_on_when_its_terminal_is_closed(tmp_path):
         talking.stdin.write(b"x")
         talking.stdin.close()
     assert talking.returncode == 0 and (tmp_path / "done").exists()
+
+
+ROOT = Path(__file__).parents[1]
+HIS = ("report.py", "results.py", "demo.py")
+PRINTING = ("print", "Console", "Table", "track", "writer", "DictWriter", "escape")
+
+
+def test_nothing_is_shown_around_the_functions_that_show_text():
+    """Each call that shows or writes text stands in ``text.py``, or is known to pass it through there."""
+    known = {
+        ("callbacks.py", "method.print"),  # numbers of episodes and percentages, above the progress bar
+        ("data/bank.py", "track"),
+        ("data/bank.py", "escape"),  # Rich's, of what is made printable first
+        ("benchmarks/contest.py", "track"),  # a constant
+        ("prediction.py", "track"),  # a constant
+        ("prediction.py", "csv.writer"),  # each row by for_csv
+        ("report.py", "csv.DictWriter"),
+    }
+    src = ROOT / "src"
+    found, without_encoding = set(), set()
+    for path in sorted(src.rglob("*.py")):
+        name = path.relative_to(src).as_posix().removeprefix("fewshot/")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or name in ("text.py", *HIS):
+                continue
+            called = ast.unparse(call.func)
+            last = called.rpartition(".")[2]
+            if last in ("write_text", "read_text") and not any(of.arg == "encoding" for of in call.keywords):
+                without_encoding.add((name, call.lineno))
+            elif last in PRINTING or called.startswith(("sys.stdout", "sys.stderr")):
+                found.add((name, called))
+    assert found - known == set() and not without_encoding
+
+
+@given(texts)
+@example("$x_{$")
+@example("\\$\\frac$")
+@example("_hidden")
+def test_in_a_figure_a_text_is_itself_and_in_the_legend(text):
+    shown = for_figure(text)
+    label = Text(text=shown)
+    drawn, is_formula = label._preprocess_math(shown)
+    assert not is_formula and drawn.removeprefix(" " if for_terminal(text).startswith("_") else "") == for_terminal(
+        text
+    )
+    assert not shown.startswith("_")

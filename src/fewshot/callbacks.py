@@ -20,6 +20,7 @@ from fewshot.data.episodes import EpisodeNumber, MetaBatch
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.metrics import largest
+from fewshot.text import say
 
 
 class ProgressBar(RichProgressBar):
@@ -324,7 +325,7 @@ class Interruption(pl.Callback):
             raise Interrupted(number, self.resume)
         self._received = number
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            print("finishing the step at hand; once more to stop at once", file=sys.stderr, flush=True)
+            say("finishing the step at hand; once more to stop at once", error=True)
 
 
 def _move(state: dict[str, Any], callback: ModelCheckpoint) -> None:

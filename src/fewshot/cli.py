@@ -31,7 +31,7 @@ from fewshot.commands import COMMANDS
 from fewshot.config import CHECKOUT, CONF, RENAMED, compose_unresolved, is_group, options, search_path, source_at
 from fewshot.errors import Interrupted, mistake
 from fewshot.sweeps import FAILURE, Sweep, failures
-from fewshot.text import for_terminal
+from fewshot.text import for_terminal, open_streams, say
 
 LEADING = {"report": "runs"}  # the key of the arguments that need none
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning looks for the number of a process
@@ -108,6 +108,7 @@ def run(name: str, arguments: list[str] | None = None) -> None:
         arguments: the program and the overrides; None: ``sys.argv``.
     """
     global _command  # noqa: PLW0603
+    open_streams()
     _command = name
     typed, sys.argv = sys.argv, sys.argv if arguments is None else arguments
     if name in LEADING:
@@ -128,7 +129,7 @@ def run(name: str, arguments: list[str] | None = None) -> None:
 def job(function: Callable[[DictConfig], Any], typed: list[str]) -> Callable[[DictConfig], Any]:
     """Decorate the function that ``hydra.main`` runs, so that its mistakes end in the same way.
 
-    In a sweep they are told and written down, in whichever process the job runs: the others go on, and those that
+    In a sweep they are printed and written down, in whichever process the job runs: the others go on, and those that
     failed are named at the end.
 
     Args:
@@ -138,6 +139,7 @@ def job(function: Callable[[DictConfig], Any], typed: list[str]) -> Callable[[Di
 
     @wraps(function)
     def guarded(config: DictConfig) -> Any:
+        open_streams()  # a job of a sweep may run in a process that some launcher started
         if TRACEBACK:
             return function(config)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -159,10 +161,10 @@ def _note_failure(function: Callable[[], Any]) -> Any:
             traceback.print_exc()
             message = repr(error)
         config = HydraConfig.get()
-        told = f"{' '.join(config.overrides.task)}: {message}"
-        print(f"failed: {told}", file=sys.stderr, flush=True)
+        line = for_terminal(f"{' '.join(config.overrides.task)}: {' '.join(message.splitlines())}")
+        say(f"failed: {line}", error=True)
         try:
-            (Path(config.runtime.output_dir) / FAILURE).write_text(told)
+            (Path(config.runtime.output_dir) / FAILURE).write_text(line, encoding="utf-8")
         except OSError:
             raise error from None
         return None
@@ -188,7 +190,7 @@ def _guard(function: Callable[[], Any]) -> Any:
 def _exit_if_jobs_failed() -> None:
     failed = failures(Sweep.folder) if Sweep.folder is not None else []
     if failed:
-        _exit("\n".join([f"{len(failed)} of the jobs failed", *failed]), 1)
+        _exit("\n".join([f"{len(failed)} of the jobs failed", *map(for_terminal, failed)]), 1)
 
 
 def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
@@ -205,7 +207,7 @@ def _exit(message: str, status: int) -> None:
 
         time.sleep(PATIENCE)  # a failure of all processes is reported by the first one, which ends this one
         message = f"process {rank}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    say(*f"error: {message}".split("\n"), error=True)
     sys.exit(status)
 
 

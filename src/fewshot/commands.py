@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from fewshot.config import CHECKOUT, ROOT, check_types
 from fewshot.errors import FewShotError
+from fewshot.text import say
 
 
 def train(config: DictConfig) -> float:
@@ -39,7 +40,7 @@ def report(config: DictConfig) -> None:
     from fewshot.report import report
 
     for path in report(config.runs, config.tables, config.sources, config.out, config.readme):
-        print(path)
+        say(path)
 
 
 def figure(config: DictConfig) -> None:
@@ -49,7 +50,7 @@ def figure(config: DictConfig) -> None:
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     for path in instantiate(config.figure, out=out):
-        print(path)
+        say(path)
 
 
 def export(config: DictConfig) -> None:

@@ -19,6 +19,7 @@ from fewshot.methods.base import FewShotMethod, MetricMethod
 from fewshot.metrics import meetings_of
 from fewshot.pictures import draw_classes, draw_episode
 from fewshot.results import Result
+from fewshot.text import for_terminal
 
 EMBEDDED = 20, 10  # classes, and images of each, in the projector
 COLUMNS = ("dataset", "method", "distance", "way", "shot")  # of the table of hyperparameters, before one asks for more
@@ -116,7 +117,7 @@ def _add_embeddings(logger: TensorBoardLogger, data: EpisodeDataModule, encoder:
     if embeddings.shape[1] > len(embeddings):  # as many dimensions as there are points hold all distances
         embeddings = torch.linalg.qr(embeddings.T).R.T
     names = data.bank.class_names("test")
-    labels = [names[of] for of in shown for _ in range(min(images, dataset.counts[of]))]
+    labels = [for_terminal(names[of]) for of in shown for _ in range(min(images, dataset.counts[of]))]
     pixels = data.bank.images[positions].movedim(-1, 1).expand(-1, 3, -1, -1) / 255
     # SummaryWriter adds to what an interrupted test has left.
     (Path(logger.log_dir) / "projector_config.pbtxt").unlink(missing_ok=True)

@@ -10,8 +10,6 @@ import numpy as np
 import pytorch_lightning as pl
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from fewshot.callbacks import Answers
 from fewshot.config import TrainConfig, check
@@ -23,6 +21,7 @@ from fewshot.hardware import keep_freed_memory
 from fewshot.metrics import Estimate, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
 from fewshot.runs import overrides, places_of, write_json
+from fewshot.text import make_table, say
 from fewshot.trained import Trained, load_trained
 from fewshot.training import make_data, make_trainer, outcome
 
@@ -128,7 +127,7 @@ def evaluate(config: DictConfig) -> float:
     picture = out / "confusion.png"
     draw_confusion(met, taken, names, worst[: config.pictured]).savefig(picture, dpi=120)
     _tell(results, [names[of] for of in worst[:TOLD]])
-    print(written, picture, sep="\n")
+    say(written, picture)
     return own.estimate.accuracy
 
 
@@ -202,18 +201,18 @@ def _results(trained: Trained, asked: DictConfig, config: DictConfig, tested: Ev
 
 def _tell(results: dict[str, Any], worst: Sequence[str]) -> None:
     task = f"{results['way']}-way {results['shot']}-shot"
-    table = Table(title=f"{task} accuracy on {results['split']} classes, with its 95% interval")
-    for column in ("checkpoint", "accuracy", "episodes"):
-        table.add_column(column, overflow="fold")
-    for of in (results, results.get("against")):
-        if of is not None:
-            table.add_row(of["checkpoint"], f"{of['accuracy']:.2%} ± {of['ci95']:.2%}", f"{of['episodes']:,}")
-    Console().print(table)
+    rows = [
+        (of["checkpoint"], f"{of['accuracy']:.2%} ± {of['ci95']:.2%}", f"{of['episodes']:,}")
+        for of in (results, results.get("against"))
+        if of is not None
+    ]
+    title = f"{task} accuracy on {results['split']} classes, with its 95% interval"
+    say(make_table(title, ["checkpoint", "accuracy", "episodes"], rows, numbers=("accuracy", "episodes")))
     if "difference" in results:
         difference = results["difference"]
         mean, ci95 = difference["mean"], difference["ci95"]
         verdict = (
             "no difference is shown" if abs(mean) <= ci95 else f"the {'first' if mean > 0 else 'second'} is better"
         )
-        print(f"first - second, episode by episode: {100 * mean:+.2f} ± {100 * ci95:.2f} points: {verdict}")
-    print("lowest: " + ", ".join(f"{name} {results['classes'][name]:.1%}" for name in worst))
+        say(f"first - second, episode by episode: {100 * mean:+.2f} ± {100 * ci95:.2f} points: {verdict}")
+    say("lowest: " + ", ".join(f"{name} {results['classes'][name]:.1%}" for name in worst))

@@ -13,6 +13,7 @@ from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
 from fewshot.files import write_whole
 from fewshot.methods.base import MetricMethod
+from fewshot.text import say
 from fewshot.trained import load_trained
 
 TOLERANCE = 1e-3  # of the largest embedding value: what float32 in another order may differ by
@@ -78,7 +79,7 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
         )
     path = Path(out).expanduser()
     write_whole(path, content)
-    print(
+    say(
         f"{path}: pixels, uint8 [images, {size}, {size}, {channels}], to embeddings, float32 [images, features]; "
         f"differs from PyTorch by {difference:.1g} of the largest value"
     )

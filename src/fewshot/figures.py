@@ -36,6 +36,7 @@ from fewshot.methods.protonet import prototypes as class_means
 from fewshot.pictures import draw_episode
 from fewshot.results import Result, by_settings, find_results, read_results
 from fewshot.style import COLOURS, LINES, MARKERS, STYLE
+from fewshot.text import for_figure, for_markdown
 from fewshot.trained import Trained, load_trained
 from fewshot.training import make_data, make_method
 
@@ -101,13 +102,15 @@ def distance_study(runs: str, out: Path) -> list[Path]:
             ):
                 steps = [validation["trained_episodes"] for validation in seeds[0]["validations"]]
                 curves = np.array([[100 * v["accuracy"] for v in of["validations"]] for of in seeds])
-                axes.plot(steps, curves.mean(0), line, color=colour, marker=marker, markersize=4, label=label)
+                axes.plot(
+                    steps, curves.mean(0), line, color=colour, marker=marker, markersize=4, label=for_figure(label)
+                )
                 axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             axes.set(title=f"{way}-way {seeds[0]['shot']}-shot", xlabel="training episodes")
         panels[0].set_ylabel("validation accuracy, %")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     table = out / "distance_study.md"
-    table.write_text(_table(groups))
+    table.write_text(_table(groups), encoding="utf-8")
     return [_save(figure, out / "distance_study.png"), table]
 
 
@@ -251,7 +254,7 @@ def prototypes(run: str | None, way: int, shot: int, query: int, number: int, ou
     if not isinstance(trained.method, PrototypicalNetwork) or trained.config.choices.distance != "l2":
         raise FewShotError(f"{run} is no run of method=protonet and distance=l2, whose regions this figure draws")
     positions = _test_episode(data, number)
-    names = [data.bank.names[of] for of in classes_of(positions, data.bank.offsets[:-1])]
+    names = [for_figure(data.bank.names[of]) for of in classes_of(positions, data.bank.offsets[:-1])]
     samples = [data.bank.images[positions.support[positions.support_labels == label][0]] for label in range(way)]
     untrained = make_method(trained.config).eval()
     assert isinstance(untrained, PrototypicalNetwork)
@@ -271,9 +274,7 @@ def prototypes(run: str | None, way: int, shot: int, query: int, number: int, ou
             "the plane through the prototypes" if way == 3 else "the plane of the prototypes' principal axes, a shadow"
         )
         figure.suptitle(f"Embeddings of {way} unseen classes, in {seen}\n", fontsize=12)
-        legend = figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return [_save(figure, out / "prototypes.png")]
 
 
@@ -304,7 +305,7 @@ def adaptation(runs: str, steps: int, episodes: int, out: Path) -> list[Path]:
         if not curves:
             curves["before training"] = None, _adapted(make_method(trained.config), tasks, steps)
         settings = trained.config.method
-        label = f"{'second' if settings.order == 2 else 'first'} order, {place.name}"
+        label = for_figure(f"{'second' if settings.order == 2 else 'first'} order, {place.name}")
         curves[label] = settings.inner_steps, _adapted(trained.method, tasks, steps)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.8), layout="constrained")
@@ -561,7 +562,7 @@ def _table(groups: Mapping[int, Sequence[tuple[str, Sequence[Result]]]]) -> str:
     for way, lines in sorted(groups.items()):
         for label, seeds in sorted(lines, key=_order):
             cells = ", ".join(f"{100 * of['accuracy']:.2f} ± {100 * of['ci95']:.2f}" for of in seeds)
-            rows.append(f"| {way} | {label} | {seeds[0]['config']['train']['episodes']:,} | {cells} |")
+            rows.append(f"| {way} | {for_markdown(label)} | {seeds[0]['config']['train']['episodes']:,} | {cells} |")
     return "\n".join(rows) + "\n"
 
 

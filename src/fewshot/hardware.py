@@ -46,7 +46,7 @@ def machine(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fewshot.data.bank import ImageBank
 from fewshot.data.episodes import EpisodeIndex, classes_of
 from fewshot.style import COLOURS, STYLE
+from fewshot.text import for_figure
 
 ROWS, SUPPORT, QUERIES = 10, 5, 15  # of an episode that are drawn: classes, support samples and queries of each
 MATRIX = 30  # classes that a confusion matrix has room for
@@ -57,7 +58,6 @@ def draw_episode(bank: ImageBank, episode: EpisodeIndex, answers: NDArray[np.int
             [(row + 0.5) * cell for row in range(way)],
             [f"{name}  {row}" for row, name in enumerate(names, 1)],
             fontsize=7,
-            parse_math=False,
         )
         axes.tick_params(length=0)
         axes.set_xticks([])
@@ -90,8 +90,8 @@ def draw_classes(met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequen
         for row, of in enumerate(rows):
             others = np.where(np.arange(len(names)) == of, -1, taken[of])
             rival = names[int(others.argmax())] if others.max() > 0 else ""
-            hardest.text(101, row, _short(rival), va="center", fontsize=7, parse_math=False)
-        hardest.set_yticks(range(len(rows)), [_short(names[of]) for of in rows], fontsize=7, parse_math=False)
+            hardest.text(101, row, _short(rival), va="center", fontsize=7)
+        hardest.set_yticks(range(len(rows)), [_short(names[of]) for of in rows], fontsize=7)
         hardest.set(title="the hardest, and what each was most taken for", xlabel="accuracy, %", xlim=(0, 100))
         hardest.set_ylim(len(rows) - 0.4, -0.6)
     return figure
@@ -117,8 +117,8 @@ def draw_confusion(
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-        axes.set_xticks(range(len(told)), told, rotation=90, fontsize=7, parse_math=False)
-        axes.set_yticks(range(len(told)), told, fontsize=7, parse_math=False)
+        axes.set_xticks(range(len(told)), told, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(told)), told, fontsize=7)
         axes.set(xlabel="answered", ylabel="class of the query")
         axes.grid(False)
         figure.colorbar(image, shrink=0.7, label="share, of the times that both were in the episode")
@@ -140,4 +140,4 @@ def _frame(axes: Axes, corner: tuple[int, int], side: int, gap: int, label: int,
 
 def _short(name: str) -> str:
     """Enough of a name to tell it, from its end: alphabets come first in those of characters."""
-    return name if len(name) <= 22 else f"…{name[-21:]}"
+    return for_figure(name if len(name) <= 22 else f"…{name[-21:]}")

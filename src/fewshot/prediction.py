@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 
 from fewshot.data.files import ImageFile, list_folder
 from fewshot.data.folder import by_class
@@ -32,7 +28,7 @@ from fewshot.data.omniglot import omniglot
 from fewshot.data.photos import read_photo
 from fewshot.errors import FewShotError
 from fewshot.methods.base import FewShotMethod, require_finite
-from fewshot.text import for_terminal
+from fewshot.text import for_csv, for_figure, make_table, say
 from fewshot.trained import load_trained
 
 BRIGHT_INK = (glyphs, omniglot)  # data sets of letters, bright on black
@@ -188,7 +184,8 @@ def predict(config: DictConfig) -> None:
                 continue
             logits = classify(list(readable.values()))
             for (name, pixels), prediction in zip(readable.items(), _answers(readable, logits, classes), strict=True):
-                table.writerow([name, prediction.label, f"{prediction.probability:.4f}", prediction.runner_up])
+                cells = (name, prediction.label, f"{prediction.probability:.4f}", prediction.runner_up)
+                table.writerow(map(for_csv, cells))
                 shown += [prediction] if len(shown) < config.shown else []
                 drawn += [(prediction, pixels)] if len(drawn) < config.sheet else []
                 truth = Path(name).parent.name
@@ -200,12 +197,12 @@ def predict(config: DictConfig) -> None:
 
     _tell(shown, len(queries) - left_out, support)
     if counted:
-        print(f"{right:,} of the {counted:,} queries in folders named after a class are right: {right / counted:.2%}")
+        say(f"{right:,} of the {counted:,} queries in folders named after a class are right: {right / counted:.2%}")
     if left_out:
-        print(f"{left_out:,} left out, for the reasons above")
-    print(written)
+        say(f"{left_out:,} left out, for the reasons above")
+    say(written)
     if drawn:
-        print(contact_sheet(drawn, out / "predictions.png"))
+        say(contact_sheet(drawn, out / "predictions.png"))
 
 
 def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, columns: int = 6) -> Path:
@@ -220,7 +217,7 @@ def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, column
         The path.
     """
     columns, rows = min(columns, len(drawn)), math.ceil(len(drawn) / columns)
-    with mpl.rc_context({"font.size": 8, "text.parse_math": False}):
+    with mpl.rc_context({"font.size": 8}):
         figure = Figure(figsize=(1.6 * columns, 1.9 * rows), layout="constrained")
         for axes in figure.subplots(rows, columns, squeeze=False).flat:
             axes.set_axis_off()
@@ -228,7 +225,7 @@ def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, column
             grey = pixels.shape[-1] == 1
             axes.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=255)
             label = prediction.label if len(prediction.label) <= 20 else f"{prediction.label[:19]}…"
-            axes.set_title(f"{label}\n{prediction.probability:.0%}", fontsize=8)
+            axes.set_title(f"{for_figure(label)}\n{prediction.probability:.0%}", fontsize=8)
         figure.savefig(path, dpi=120)
     return path
 
@@ -284,7 +281,7 @@ def _read_support(
                 _leave_out(error)
                 continue
             if class_of.setdefault(digest, name) != name:
-                _print_error(f"warning: {file.name} is the same image as {known[digest].name}, of another class")
+                say(f"warning: {file.name} is the same image as {known[digest].name}, of another class", error=True)
             known.setdefault(digest, file)
             support[name].append(pixels)
         if not support[name]:
@@ -324,24 +321,15 @@ def _answers(names: Mapping[str, Pixels], logits: torch.Tensor, classes: Sequenc
 
 
 def _leave_out(why: FewShotError) -> None:
-    _print_error(f"left out: {why}")
-
-
-def _print_error(line: str) -> None:
-    print(for_terminal(line), file=sys.stderr, flush=True)
+    say(f"left out: {why}", error=True)
 
 
 def _tell(shown: Sequence[Prediction], queries: int, support: Mapping[str, Sequence[Pixels]]) -> None:
     shots = Counter(map(len, support.values()))
-    told = f"{min(shots)}" if len(shots) == 1 else f"{min(shots)} to {max(shots)}"
-    table = Table(title=f"{queries:,} queries, {len(support)} classes by {told} images each")
-    for column in ("file", "label", "probability", "runner-up"):
-        table.add_column(column, justify="right" if column == "probability" else "left", overflow="fold")
-    for of in shown:
-        cells = (Path(of.file).name, of.label, f"{of.probability:.1%}", of.runner_up)
-        table.add_row(*(Text(for_terminal(cell)) for cell in cells))
-    console = Console()
+    images = f"{min(shots)}" if len(shots) == 1 else f"{min(shots)} to {max(shots)}"
+    rows = [(Path(of.file).name, of.label, f"{of.probability:.1%}", of.runner_up) for of in shown]
     if shown:
-        console.print(table)
+        title = f"{queries:,} queries, {len(support)} classes by {images} images each"
+        say(make_table(title, ["file", "label", "probability", "runner-up"], rows, numbers=("probability",)))
     if len(shown) < queries:
-        print(f"... and {queries - len(shown):,} more:")
+        say(f"... and {queries - len(shown):,} more:")

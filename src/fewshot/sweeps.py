@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from fewshot.results import Result, find_results
 from fewshot.style import COLOURS, STYLE
+from fewshot.text import for_figure, make_table, say
 
 FAILURE = "failure.txt"  # in a job's directory: why it failed
 
@@ -48,14 +48,12 @@ class Sweep(Callback):
         assert Sweep.folder is not None
         jobs = read_jobs(Sweep.folder)
         if jobs:
-            console = Console()
-            console.print(tabulate(jobs))
-            console.print(f"Drawn in {draw(jobs, Sweep.folder / 'sweep.png')}", soft_wrap=True, highlight=False)
+            say(tabulate(jobs), f"Drawn in {draw(jobs, Sweep.folder / 'sweep.png')}")
 
 
 def failures(folder: Path) -> list[str]:
     """The jobs of a sweep that failed, and why, one line each."""
-    return [note.read_text() for note in sorted(folder.rglob(FAILURE), key=_natural)]
+    return [note.read_text(encoding="utf-8", errors="replace") for note in sorted(folder.rglob(FAILURE), key=_natural)]
 
 
 @dataclass(frozen=True)
@@ -98,14 +96,13 @@ def read_jobs(folder: Path) -> list[Job]:
 
 def tabulate(jobs: Sequence[Job]) -> Table:
     """The accuracies of all jobs by what was swept."""
-    table = Table(title="The jobs of this sweep: accuracy in %, with its 95% interval")
-    for column in ("job", *jobs[0].swept):
-        table.add_column(column, overflow="fold")
-    for column in ("validation", "test"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for job in jobs:
-        table.add_row(job.name, *job.swept.values(), *(_told(*of) for of in (job.validation, job.test)))
-    return table
+    accuracies = ("validation", "test")
+    return make_table(
+        "The jobs of this sweep: accuracy in %, with its 95% interval",
+        ["job", *jobs[0].swept, *accuracies],
+        [[job.name, *job.swept.values(), _accuracy(*job.validation), _accuracy(*job.test)] for job in jobs],
+        numbers=accuracies,
+    )
 
 
 def draw(jobs: Sequence[Job], path: Path) -> Path:
@@ -132,8 +129,8 @@ def draw(jobs: Sequence[Job], path: Path) -> Path:
                 capsize=2,
                 label=f"{split} classes",
             )
-        told = [" ".join(f"{key}={value}" for key, value in job.swept.items()) or job.name for job in jobs]
-        axes.set_yticks(range(len(jobs)), told, parse_math=False)
+        names = [" ".join(f"{key}={value}" for key, value in job.swept.items()) or job.name for job in jobs]
+        axes.set_yticks(range(len(jobs)), map(for_figure, names))
         axes.set(xlabel="accuracy, %, with its 95% interval", ylim=(len(jobs) - 0.4, -0.6))
         figure.legend(loc="outside upper center", ncols=2)
         figure.savefig(path, dpi=150)
@@ -150,7 +147,7 @@ def _percent(estimate: Mapping[str, Any]) -> tuple[float, float]:
     return 100 * estimate.get("accuracy", nan), 100 * estimate.get("ci95", nan)
 
 
-def _told(accuracy: float, interval: float) -> str:
+def _accuracy(accuracy: float, interval: float) -> str:
     return "" if isnan(accuracy) else f"{accuracy:.2f}" + ("" if isnan(interval) else f" ± {interval:.2f}")
 
 

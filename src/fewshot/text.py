@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
@@ -43,6 +44,12 @@ def for_markdown(text: str) -> str:
     """The same within a line of Markdown, or a cell of a table: no sign in it is one of Markdown or HTML."""
     signed = SIGNS.sub(r"\\\g<0>", for_terminal(text).strip())
     return html.escape(LEADING_SIGN.sub(r"\1\\", signed), quote=False)
+
+
+def for_figure(text: str) -> str:
+    """The same for a label or a title of a Matplotlib figure: no formula, and never left out of a legend."""
+    shown = for_terminal(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def for_csv(value: Value) -> Value | str:
@@ -90,7 +97,7 @@ def make_table(
     return table
 
 
-def say(*parts: str | Table, error: bool = False) -> None:
+def say(*parts: str | Path | Table, error: bool = False) -> None:
     """Print lines and tables, each by itself.
 
     Args:
@@ -101,7 +108,7 @@ def say(*parts: str | Table, error: bool = False) -> None:
         if isinstance(part, Table):
             Console(stderr=error).print(part)
         else:
-            print(for_terminal(part), file=sys.stderr if error else sys.stdout, flush=True)
+            print(for_terminal(str(part)), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def open_streams() -> None:

@@ -18,8 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
 from fewshot.checkpoints import WholeCheckpoints, without_initial_weights
@@ -42,6 +40,7 @@ from fewshot.runs import (
     to_go_on_with,
     write_json,
 )
+from fewshot.text import make_table, say
 from fewshot.trust import own_places
 
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # in the state of PyTorch's optimizers
@@ -288,25 +287,19 @@ def _report(results: dict[str, Any], run_dir: Path) -> None:
 
 @rank_zero_only
 def _say(line: str) -> None:
-    print(line, flush=True)
+    say(line)
 
 
 @rank_zero_only
 def _tell(results: dict[str, Any], run_dir: Path) -> None:
-    table = Table(title=f"{results['way']}-way {results['shot']}-shot accuracy on test classes, with its 95% interval")
+    title = f"{results['way']}-way {results['shot']}-shot accuracy on test classes, with its 95% interval"
     shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder") if results[key]} | {
         "accuracy": f"{results['accuracy']:.2%} ± {results['ci95']:.2%}",
         "episodes": f"{results['episodes']:,}",
     }
-    for column in shown:
-        table.add_column(column, no_wrap=True)
-    table.add_row(*shown.values())
-    console = Console()
-    console.print(table)
-    console.print(
+    say(
+        make_table(title, shown, [list(shown.values())], numbers=("accuracy", "episodes")),
         f"Trained in {results['train_seconds']:.0f} s. Results, checkpoints, TensorBoard log: {run_dir}",
-        soft_wrap=True,
-        highlight=False,
     )
 
 

@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory, machine
+from fewshot.text import make_table, say
 
 # Does the work once, and returns the numbers that the others must find too.
 Work = Callable[[], NDArray[Any]]
@@ -127,16 +126,14 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
 
 def tell(contest: Contest, found: Sequence[Mapping[str, Any]]) -> None:
     """Print a contest's table."""
-    table = Table(title=contest.title)
-    table.add_column("", overflow="fold")
-    for column in (*([f"{contest.items[1]}/s"] if contest.items else []), "median", "range", "times ours", "MiB"):
-        table.add_column(column, justify="right", no_wrap=True)
+    numbers = (*([f"{contest.items[1]}/s"] if contest.items else []), "median", "range", "times ours", "MiB")
+    rows = []
     for of in found:
         rate = [f"{contest.items[0] / of['median']:.3g}"] if contest.items else []
         spread = f"{_duration(min(of['seconds']))} to {_duration(max(of['seconds']))}"
         memory = f"{of['peak_bytes'] / 2**20:,.0f}"
-        table.add_row(of["name"], *rate, _duration(of["median"]), spread, f"{of['ratio']:.2f}", memory)
-    Console().print(table)
+        rows.append([of["name"], *rate, _duration(of["median"]), spread, f"{of['ratio']:.2f}", memory])
+    say(make_table(contest.title, ["", *numbers], rows, numbers))
 
 
 def _duration(seconds: float) -> str:
@@ -162,7 +159,7 @@ def bench(contests: Mapping[str, Contest], rounds: int, out: Path) -> None:
         tell(contest, found)
         report["contests"][name] = {"title": contest.title, "entrants": found}
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _serve(pipe: Connection, entrant: Entrant, scratch: str) -> None:
@@ -210,7 +207,7 @@ def _fail(pipe: Connection, error: Exception) -> None:
 def _most_memory() -> int:
     """The most this process ever held, in bytes."""
     try:  # the kernel's own record: that of getrusage begins with what the parent held
-        status = Path("/proc/self/status").read_text().splitlines()
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

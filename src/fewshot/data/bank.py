@@ -18,10 +18,12 @@ import PIL
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.progress import track
 
 from fewshot.data.audit import Audit
 from fewshot.errors import FewShotError
+from fewshot.text import for_terminal, say
 
 SPLITS = ("train", "val", "test")
 FORMAT = 3  # raised whenever what a bank holds changes, so that older caches are built anew
@@ -177,7 +179,7 @@ def _lock(path: Path, name: str) -> AcquireReturnProxy:
     try:
         return lock.acquire(timeout=0.1)
     except Timeout:
-        print(f"another process is building the image bank of {name}; waiting for it", flush=True)
+        say(f"another process is building the image bank of {name}; waiting for it")
         return lock.acquire()
 
 
@@ -207,7 +209,7 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
         audit, digest = Audit(), hashlib.sha256()
         # Written rather than mapped: a full disk is an error then, not the end of the process.
         with (partial / "images.npy").open("wb") as file:
-            description = f"building the image bank of {name}"
+            description = escape(f"building the image bank of {for_terminal(name)}")
             for number, image_class in enumerate(track(classes, description=description, transient=True)):
                 images = image_class.load()
                 if number == 0:
@@ -230,7 +232,7 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
             "images_sha256": digest.hexdigest(),
             "findings": audit.findings(),
         }
-        (partial / "index.json").write_text(json.dumps(index))
+        (partial / "index.json").write_text(json.dumps(index), encoding="utf-8")
         if place() != directory:
             raise FewShotError(f"the files of {name} changed while they were read; run again when they are at rest")
         shutil.rmtree(directory, ignore_errors=True)  # a bank that could not be read
@@ -241,7 +243,7 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
 
 def _read(directory: Path) -> ImageBank | None:
     try:
-        index = json.loads((directory / "index.json").read_text())
+        index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
         # Copy-on-write, since torch has no read-only tensors: nothing written to it would reach the disk.
         images = np.lib.format.open_memmap(directory / "images.npy", mode="c")
         bank = ImageBank(

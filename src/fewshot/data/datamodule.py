@@ -13,7 +13,7 @@ from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, MetaBatch, Shar
 from fewshot.data.images import ImageTable
 from fewshot.data.loaders import EvaluationLoader, TrainingLoader
 from fewshot.errors import FewShotError
-from fewshot.text import for_terminal
+from fewshot.text import say
 
 
 class EpisodeDataModule(pl.LightningDataModule):
@@ -74,7 +74,7 @@ class EpisodeDataModule(pl.LightningDataModule):
             settings = OmegaConf.to_container(source, resolve=True)
             self._bank = open_bank(name, instantiate(source), settings, self.cache_dir)
             for finding in self._bank.findings:
-                rank_zero_only(print)(f"warning: {name}: {for_terminal(finding)}", flush=True)
+                rank_zero_only(say)(f"warning: {name}: {finding}")
         return self._bank
 
     @cached_property

@@ -14,6 +14,7 @@ from fewshot.data.bank import SPLITS, ImageClass, Source
 from fewshot.data.files import ImageFile, list_folder
 from fewshot.data.photos import read_photo
 from fewshot.errors import FewShotError
+from fewshot.text import say
 
 FEWEST = 2  # classes of a split: less is no task
 
@@ -40,7 +41,7 @@ def folder(data_dir: str, size: int, channels: int, val: float, test: float, spl
     images = {name: file for name, file in files.items() if name.lower().endswith(_endings())}
     others = sorted(set(files) - set(images))
     if others:
-        print(f"passed over {len(others):,} files in {place} that no image is kept in, {others[0]} for one", flush=True)
+        say(f"passed over {len(others):,} files in {place} that no image is kept in, {others[0]} for one")
     in_splits = all((place / split).is_dir() for split in SPLITS)
     splits = dict(_as_the_folders_say(images)) if in_splits else _dealt_out(images, place, val, test, split_seed)
     for split in SPLITS:

@@ -21,6 +21,7 @@ from fewshot.data.bank import ImageClass, Source
 from fewshot.data.files import ImageFile, list_folder, list_zip
 from fewshot.data.images import decode
 from fewshot.errors import FewShotError, shortened
+from fewshot.text import say
 
 FOLDERS = ("omniglot", "omniglot-py")  # under data_dir; the second is torchvision's
 # How many characters each alphabet has. They are numbered from 1 without gaps.
@@ -255,7 +256,7 @@ def _fetch(url: str, archive: Path, checksum: str) -> None:
             except (URLError, ConnectionError, TimeoutError, HTTPException, RuntimeError) as error:
                 if pause is None:
                     raise
-                print(f"{url}: {error}; trying again in {pause} s", flush=True)
+                say(f"{url}: {error}; trying again in {pause} s")
                 time.sleep(pause)
     finally:
         socket.setdefaulttimeout(timeout)
