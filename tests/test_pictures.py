@@ -35,7 +35,7 @@ def test_few_classes_are_set_against_each_other_and_many_by_their_accuracy():
         else:
             assert "all 39 test classes" in figure.axes[0].get_title()
             assert figure.axes[1].patches[0].get_width() == 25
-        assert figure.axes[1].texts[0].get_text() == r"\$class 1"  # drawn as it is, and not as a formula
+            assert figure.axes[1].texts[0].get_text() == r"\$class 1"  # drawn as it is, and not as a formula
 
 
 def test_confusions_are_shares_of_the_times_that_two_classes_met():

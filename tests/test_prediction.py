@@ -24,6 +24,7 @@ from fewshot.evaluation import evaluate
 from fewshot.export import export
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.prediction import Predictor, make_predictor, predict
+from fewshot.text import for_csv
 from fewshot.trained import load_trained
 from fewshot.training import make_data
 
@@ -180,13 +181,17 @@ def test_a_contact_sheet_shows_what_the_network_saw(run, folders, capsys):
     assert "... and 12 more:" in told and "15 queries, 5 classes by 1 images each" in told
 
 
-def test_names_cannot_steer_the_terminal_and_are_kept_in_the_table(run, folders, capsys):
+def test_names_steer_neither_the_terminal_nor_a_spreadsheet(run, folders, capsys):
     odd = folders / "query" / "=\x1b[31m\nred [bold].png"
     shutil.copy(folders / "query" / "letter 0" / "0.png", odd)
     predict(configure(folders, f"checkpoint={run('protonet')}", "shown=99"))
     told = capsys.readouterr()
     assert "\x1b[31m" not in told.out + told.err and "[bold]" in told.out
-    assert str(odd) in [row["file"] for row in table(folders)]
+    assert for_csv(str(odd)) in [row["file"] for row in table(folders)]
+    shutil.move(folders / "support" / "letter 0", folders / "support" / "=1+1")
+    predict(configure(folders, f"checkpoint={run('protonet')}"))
+    labels = {row[key] for row in table(folders) for key in ("label", "runner-up")}
+    assert "'=1+1" in labels and "=1+1" not in labels
 
 
 @pytest.mark.parametrize("frozen", [True, False])
