@@ -244,9 +244,9 @@ def test_a_broken_table_is_named(tmp_path, table):
     [
         (b"", "has no rows"),
         (b"filename,label\n", "has no rows"),
-        (b"filename,label\nx.jpg\n", "rows without a filename or a label"),
-        (b"filename,class\nx.jpg,n03\n", "has no column 'label': it needs filename and label, with commas"),
-        (b"filename;label\nx.jpg;n03\n", "has no column 'filename'"),
+        (b"filename,label\nx.jpg\n", "rows without an image or a label"),
+        (b"filename,kind\nx.jpg,n03\n", r"has no column of labels \(label, say\), only filename, kind: rename one"),
+        (b"id;label\nx.jpg;n03\n", r"has no column of images \(filename, say\), only id, label"),
         ("filename,label\nx.jpg,n03\n".encode("utf-16"), "is not text in UTF-8, at byte 0: save it as such"),
         ("filename,label\nx.jpg,für\n".encode("latin1"), "is not text in UTF-8, at byte 22"),
         (b"filename,label\nx.jpg," + b"n" * 200_000 + b"\n", "field larger than field limit"),

@@ -1,11 +1,11 @@
 """miniImageNet (Vinyals et al., 2016) in the split of Ravi & Larochelle (2017): 64 + 16 + 20 classes."""
 
-import csv
 import io
+import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import Any
 
@@ -14,13 +14,33 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fewshot.data.bank import SPLITS, ImageClass, Source
-from fewshot.data.files import ImageFile, list_folder, list_zip, plain, read_file
+from fewshot.data.files import BULK, ImageFile, is_archive
+from fewshot.data.hdf5 import list_hdf5, read_hdf5
 from fewshot.data.images import decode, to_pixels
+from fewshot.data.locate import ALIASES, IMAGES, Place, children, holds, places, plain_name, split_of
 from fewshot.data.pickles import to_array, to_list, unpickle
-from fewshot.errors import FewShotError
+from fewshot.data.tables import TABLES, TableImages, read_table
+from fewshot.errors import FewShotError, shortened
 
-FOLDERS = ("miniimagenet", "mini-imagenet", "mini_imagenet", "miniImageNet")  # under data_dir
-IMAGES = (".jpg", ".jpeg", ".png")
+FOLDERS = ("miniimagenet", "mini-imagenet", "mini_imagenet", "miniImageNet")  # tried before others named like these
+PARTS = ("images", "image", "split", "splits", "csv", "processedimages")  # folders that hold a part of it
+PICKLES, HDF5 = BULK[:2], BULK[2:]
+WNID = re.compile(r"n\d{8}")
+# The published classes, by which what is not named after miniImageNet is recognised.
+PUBLISHED = """
+train n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867 n02091831
+train n02101006 n02105505 n02108089 n02108551 n02108915 n02111277 n02113712 n02120079 n02165456 n02457408
+train n02606052 n02687172 n02747177 n02795169 n02823428 n02966193 n03017168 n03047690 n03062245 n03207743
+train n03220513 n03337140 n03347037 n03400231 n03476684 n03527444 n03676483 n03838899 n03854065 n03888605
+train n03908618 n03924679 n03998194 n04067472 n04243546 n04251144 n04258138 n04275548 n04296562 n04389033
+train n04435653 n04443257 n04509417 n04515003 n04596742 n04604644 n04612504 n06794110 n07584110 n07697537
+train n07747607 n09246464 n13054560 n13133613
+val n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042
+val n03535780 n03584254 n03770439 n03773504 n03980874 n09256479
+test n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525
+test n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480
+"""
+SPLIT_OF_CLASS = {name: line.split()[0] for line in PUBLISHED.splitlines() for name in line.split()[1:]}
 # What a broken pickle is found out by.
 BROKEN = (
     UnpicklingError,
@@ -33,119 +53,284 @@ BROKEN = (
     ValueError,
 )
 
+Tree = Mapping[str, ImageFile]
+
 
 def miniimagenet(data_dir: str, size: int) -> Source:
-    """Find miniImageNet below ``data_dir`` in any of the layouts people have on disk.
+    """Find miniImageNet in or below ``data_dir``, in any of the layouts people have on disk.
 
-    They are, inside ``miniimagenet/``: ``train.csv``, ``val.csv`` and ``test.csv`` (columns filename, label) beside
-    a folder ``images/`` or zips; one folder a split with one folder a class; or the pickled caches of three files
-    (dictionaries of "image_data" and "class_dict", or of "data" and "labels").
+    The folder is one named after miniImageNet, ``data_dir`` itself or a folder in it. There are, anywhere in it or in
+    zips and tars there: a table of images and labels for each split, and the images; a folder for each split with a
+    folder for each class; a folder for each of the published classes; pickled caches for each split (dictionaries of
+    "image_data" and "class_dict", or of "data" and "labels"); or an HDF5 file for each split.
 
     Args:
-        data_dir: holds the folder.
+        data_dir: where to search.
         size: height and width of the images.
 
     Raises:
         FewShotError: no layout is found, or the one found is incomplete.
     """
-    folders = [Path(data_dir).expanduser() / name for name in FOLDERS]
-    for folder in folders:
-        tables = {split: folder / f"{split}.csv" for split in SPLITS}
-        if all(table.exists() for table in tables.values()):
-            return _from_tables(folder, tables, size)
-        if all((folder / split).is_dir() for split in SPLITS):
-            return _from_folders(folder, size)
-        pickles = {split: _find_pickle(folder, split) for split in SPLITS}
-        if all(pickles.values()):
-            return _from_pickles({split: path for split, path in pickles.items() if path}, size)
-    raise FewShotError(
-        f"miniImageNet is not in {folders[0]}, and its licence allows no automatic download.",
-        "Put there: images/ (or zips of it) with train.csv, val.csv, test.csv; or train/, val/, test/ with a folder",
-        "a class; or the pickled caches mini-imagenet-cache-{train,val,test}.pkl. Or name its parent: data_dir=PATH",
+    root = Path(data_dir).expanduser()
+    searched = list(places(root, "miniimagenet", FOLDERS, _belongs))
+    found = [place for place in searched if _is_miniimagenet(place)]
+    if not found:
+        folder = next((place.path for place in searched if place.named and place.files), None)
+        where = f"is not in {root / FOLDERS[0]}" if folder is None else f"is not what lies in {folder}"
+        raise FewShotError(
+            f"miniImageNet {where}, and its licence allows no automatic download; {holds(folder or root)}.",
+            "Put there: images/ (or archives of it) with train.csv, val.csv, test.csv; or train/, val/, test/ with a",
+            "folder a class; or the caches mini-imagenet-cache-{train,val,test}.pkl. Or name its folder: data_dir=PATH",
+        )
+    place = next(filter(_names_all_splits, found), found[0])
+    return Source([place.path / name for name in place.files if _of_use(name)], partial(_classes, place, size))
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a folder or an archive may be part of miniImageNet: no other classes lie in it."""
+    if split_of(path.name.partition(".")[0]) is None and plain_name(path.name.partition(".")[0]) not in PARTS:
+        return False
+    inside = children(path) if path.is_dir() else []
+    return all(name in SPLIT_OF_CLASS or split_of(name) for name in inside)
+
+
+def _of_use(name: str) -> bool:
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in (*TABLES, *BULK, ".json"):
+        return split_of(PurePosixPath(name).stem) is not None
+    return suffix in IMAGES or is_archive(name)
+
+
+def _is_miniimagenet(place: Place) -> bool:
+    used = [name for name in place.files if _of_use(name)]
+    if place.named or not used:
+        return bool(used)
+    heads = (_head(place.files[name]) for name in used if name.lower().endswith((*TABLES, ".json")))
+    texts = [*used, *heads]
+    return any(WNID.findall(text) or "miniimagenet" in plain_name(text) for text in texts) and all(
+        wnid in SPLIT_OF_CLASS for text in texts for wnid in WNID.findall(text)
     )
 
 
-def _from_tables(folder: Path, tables: Mapping[str, Path], size: int) -> Source:
-    zips = sorted(folder.glob("*.zip"))
-    unpacked = list_folder(folder / "images")
-    files = [*tables.values(), *zips, *(folder / "images" / name for name in unpacked)]
-
-    def classes() -> list[ImageClass]:
-        rows = {split: _read_table(table) for split, table in tables.items()}
-        listed = Counter(name for of_split in rows.values() for name, _ in of_split)
-        repeated = [name for name, count in listed.items() if count > 1]
-        if repeated:
-            raise FewShotError(
-                f"{len(repeated)} images are listed more than once in {', '.join(map(str, tables.values()))}, "
-                f"{repeated[0]} for one: what is tested must not have been trained on; correct the tables"
-            )
-        by_name: dict[str, ImageFile] = {}
-        for place, found in [*((archive, list_zip(archive)) for archive in zips), (folder / "images", unpacked)]:
-            by_name |= _by_name(place, found, listed)
-        classes = []
-        for split, of_split in rows.items():
-            missing = [name for name, _ in of_split if name not in by_name]
-            if missing:
-                raise FewShotError(
-                    f"{len(missing)} of the {len(of_split)} images that {tables[split]} lists are neither in "
-                    f"{folder / 'images'} nor in a zip beside it, {missing[0]} for one: unpack the images again"
-                )
-            of_class = defaultdict(list)
-            for name, label in of_split:
-                of_class[label].append(by_name[name])
-            classes += [_image_class(label, split, images, size) for label, images in of_class.items()]
-        return classes
-
-    return Source(files, classes)
-
-
-def _by_name(place: Path, found: Mapping[str, ImageFile], listed: Container[str]) -> dict[str, ImageFile]:
-    """The files that the tables list, by their bare name, whatever folder of ``place`` they lie in."""
-    by_name: dict[str, ImageFile] = {}
-    for path, file in found.items():
-        name = path.rpartition("/")[2]
-        if name in by_name:
-            raise FewShotError(
-                f"{place} has two files {name}, {by_name[name].name} and {file.name}: the tables cannot tell them "
-                "apart; remove one"
-            )
-        if name in listed:
-            by_name[name] = file
-    return by_name
-
-
-def _read_table(table: Path) -> list[tuple[str, str]]:
+def _head(table: ImageFile) -> str:
     try:
-        text = read_file(table).decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows = [(row["filename"], row["label"]) for row in reader]
-    except KeyError as error:
-        raise FewShotError(f"{table} has no column {error}: it needs filename and label, with commas") from error
-    except UnicodeDecodeError as error:
-        raise FewShotError(f"{table} is not text in UTF-8, at byte {error.start}: save it as such") from error
-    except (OSError, csv.Error) as error:
-        raise FewShotError(f"{table} is not a table with the columns filename and label: {error}") from error
-    if not rows or not all(name and label for name, label in rows):
-        raise FewShotError(f"{table} has no rows, or rows without a filename or a label; fetch it again")
-    return rows
+        with _opened(table) as file:
+            return str(file.read(4096).decode(errors="replace"))
+    except OSError:
+        return ""
 
 
-def _from_folders(folder: Path, size: int) -> Source:
-    listed = {split: list_folder(folder / split) for split in SPLITS}
+def _opened(file: ImageFile) -> Any:
+    return file.open() if file.open is not None else io.BytesIO(file.read())
 
-    def classes() -> list[ImageClass]:
-        found = []
-        for split, files in listed.items():
-            of_class = defaultdict(list)
-            for name, file in files.items():
-                if name.lower().endswith(IMAGES) and "/" in name:
-                    of_class[name.split("/")[0]].append(file)
-            if not of_class:
-                raise FewShotError(f"{folder / split} holds no folder with images: one folder a class is expected")
-            found += [_image_class(name, split, images, size) for name, images in of_class.items()]
-        return found
 
-    return Source([folder / split / name for split, files in listed.items() for name in files], classes)
+def _names_all_splits(place: Place) -> bool:
+    """Whether the names of its files promise all three splits; an archive may hold anything."""
+    if any(split_of(PurePosixPath(name).name.partition(".")[0]) is None for name in place.archives()):
+        return True
+    splits = defaultdict(set)
+    for name in place.files:
+        if _of_use(name):
+            for part in PurePosixPath(name).parts:
+                splits[PurePosixPath(name).suffix.lower()].add(split_of(part.partition(".")[0]))
+    return any(found.issuperset(SPLITS) for found in splits.values())
+
+
+class _PartError(FewShotError):
+    """A layout is there for some of the splits only."""
+
+
+def _classes(place: Place, size: int) -> list[ImageClass]:
+    """The classes in the first layout that is whole; archives are opened only where the folder does not do."""
+    layouts = {
+        "tables and images": _from_tables,
+        "a folder for each split": _from_folders,
+        "pickled caches": _from_pickles,
+        "HDF5 files": _from_hdf5,
+        "a folder for each published class": _from_published,
+    }
+    trees: list[Callable[[], Tree]] = [lambda: {n: f for n, f in place.files.items() if not is_archive(n)}]
+    trees += [place.opened] if place.archives() else []
+    for number, make in enumerate(trees, start=1):
+        tree = make()
+        problems: list[FewShotError] = []
+        for description, layout in layouts.items():
+            if problems and layout in (_from_folders, _from_published) and not isinstance(problems[0], _PartError):
+                continue  # the same images would be read in other splits than the tables say
+            try:
+                classes = layout(place, tree, size)
+            except FewShotError as error:
+                problems.append(error)
+                if number < len(trees):
+                    break  # the archives may hold what is missing
+            else:
+                if classes:
+                    for problem in problems:
+                        print(f"{problem}; {description} there are read instead", flush=True)
+                    _check(place, classes)
+                    return classes
+    if problems:
+        raise problems[0]
+    found = shortened(sorted(tree)) or "its archives are empty"
+    raise FewShotError(
+        f"{place.path} holds nothing that is read as miniImageNet ({found}): it needs train.csv, val.csv and test.csv, "
+        "or folders train/, val/ and test/ with a folder a class"
+    )
+
+
+def _check(place: Place, classes: Sequence[ImageClass]) -> None:
+    other = [c.name for c in classes if WNID.fullmatch(c.name) and c.name not in SPLIT_OF_CLASS]
+    if other and not place.named:
+        raise FewShotError(
+            f"{place.path} holds {shortened(other)}, which are not in miniImageNet; use dataset=folder for other data"
+        )
+    moved = [c.name for c in classes if c.name in SPLIT_OF_CLASS and c.split != SPLIT_OF_CLASS[c.name]]
+    if moved:
+        print(
+            f"the splits in {place.path} are not those of Ravi & Larochelle: {len(moved)} classes lie in another one, "
+            f"{moved[0]} for one; results do not compare with published ones",
+            flush=True,
+        )
+
+
+def _from_tables(place: Place, tree: Tree, size: int) -> list[ImageClass]:
+    tables = _by_split(place, [name for name in tree if name.lower().endswith(TABLES)], "table")
+    if not tables:
+        return []
+    rows = {split: read_table(tree[tables[split]]) for split in SPLITS}
+    images = TableImages(place.path, tree)
+    listed: Counter[str] = Counter()
+    classes = []
+    for split, listed_here in rows.items():
+        found = [(images.find(name, label), label) for name, label in listed_here]
+        missing = [name for (name, _), (path, _) in zip(listed_here, found, strict=True) if path is None]
+        if missing:
+            raise FewShotError(
+                f"{len(missing)} of the {len(listed_here)} images that {tree[tables[split]].name} lists are neither in "
+                f"{place.path} nor in an archive there, {missing[0]} for one: unpack the images again"
+            )
+        members = defaultdict(list)
+        for path, label in found:
+            assert path is not None
+            listed[path] += 1
+            members[label].append(tree[path])
+        classes += [_image_class(label, split, files, size) for label, files in members.items()]
+    repeated = [name for name, count in listed.items() if count > 1]
+    if repeated:
+        raise FewShotError(
+            f"{len(repeated)} images are listed more than once in {', '.join(tree[t].name for t in tables.values())}, "
+            f"{PurePosixPath(repeated[0]).name} for one: what is tested must not have been trained on; correct the "
+            "tables"
+        )
+    return classes
+
+
+def _by_split(place: Place, names: Iterable[str], kind: str) -> dict[str, str]:
+    """The file of each split among files of one kind, of the folder that has most of them; {} where there is none.
+
+    Raises:
+        FewShotError: a split has no file, or several.
+    """
+    folders: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in names:
+        split = split_of(PurePosixPath(name).stem)
+        if split is not None:
+            folders[PurePosixPath(name).parent.as_posix()][split].append(name)
+    if not folders:
+        return {}
+    folder, found = min(folders.items(), key=lambda item: (-len(item[1]), item[0].count("/"), item[0]))
+    where = place.path / folder
+    missing = [split for split in SPLITS if split not in found]
+    if missing:
+        present = shortened([PurePosixPath(name).name for files in found.values() for name in files])
+        had, (example, *_) = next(iter(found.items()))
+        wanted = [str(place.path / _renamed(example, had, split)) for split in missing]
+        raise _PartError(f"{where} has {present}, but no {kind} for {', '.join(missing)}: add {', '.join(wanted)}")
+    chosen = {}
+    for split in SPLITS:
+        exact = [name for name in found[split] if plain_name(PurePosixPath(name).stem) in ALIASES[split]]
+        candidates = exact if len(exact) == 1 else found[split]
+        if len(candidates) > 1:
+            raise FewShotError(
+                f"{where} has several files for {split}: {shortened([PurePosixPath(n).name for n in candidates])}; "
+                f"name the one that counts {split}{PurePosixPath(candidates[0]).suffix}"
+            )
+        chosen[split] = candidates[0]
+    return chosen
+
+
+def _renamed(example: str, had: str, wanted: str) -> str:
+    """The path of a split's file, after that of another split."""
+    path = PurePosixPath(example)
+    alias = max((alias for alias in ALIASES[had] if alias in path.name.lower()), key=len)
+    return str(path.with_name(re.sub(alias, wanted, path.name, count=1, flags=re.IGNORECASE)))
+
+
+def _from_folders(place: Place, tree: Tree, size: int) -> list[ImageClass]:
+    found: dict[str, dict[str, dict[str, dict[str, list[ImageFile]]]]] = defaultdict(dict)
+    for path, file in tree.items():
+        if not path.lower().endswith(IMAGES):
+            continue
+        *folders, name = path.split("/")
+        splits = [split_of(folder.partition(".")[0]) for folder in folders]
+        number = next((n for n, split in enumerate(splits) if split), None)
+        if number is None:
+            continue
+        split = splits[number]
+        assert split is not None
+        inside = [folder for folder, of in zip(folders[number + 1 :], splits[number + 1 :], strict=True) if of != split]
+        label = next(filter(WNID.fullmatch, inside), inside[0] if inside else None) or _wnid(name)
+        classes = found["/".join(folders[:number])].setdefault(split, {}).setdefault(folders[number], defaultdict(list))
+        if label is not None:
+            classes[label].append(file)
+    if not found:
+        return []
+    above, of_split = min(found.items(), key=lambda item: (-len(item[1]), item[0].count("/"), item[0]))
+    where = place.path / above
+    chosen = []
+    for split in SPLITS:
+        empty = [child for child in (children(where) if where.is_dir() else []) if split_of(child) == split]
+        if split not in of_split:
+            present = shortened([f"{folder}" for folders in of_split.values() for folder in folders])
+            fix = f"put {split}/ beside them, with a folder a class"
+            raise FewShotError(
+                f"{where / empty[0]} holds no folder with images: one folder a class is expected"
+                if empty
+                else f"{where} has {present}, but no folder for {split}: {fix}"
+            )
+        if len(of_split[split]) > 1:
+            raise FewShotError(
+                f"{where} has several folders for {split}: {shortened(list(of_split[split]))}; keep one there"
+            )
+        ((folder, classes),) = of_split[split].items()
+        if not classes:
+            raise FewShotError(f"{where / folder} holds no folder with images: one folder a class is expected")
+        chosen += [_image_class(label, split, files, size) for label, files in sorted(classes.items())]
+    return chosen
+
+
+def _wnid(name: str) -> str | None:
+    found = WNID.match(name)
+    return found.group() if found else None
+
+
+def _from_published(place: Place, tree: Tree, size: int) -> list[ImageClass]:
+    members = defaultdict(list)
+    for path, file in tree.items():
+        *folders, name = path.split("/")
+        label = next((folder for folder in reversed(folders) if folder in SPLIT_OF_CLASS), _wnid(name))
+        if path.lower().endswith(IMAGES) and label in SPLIT_OF_CLASS:
+            members[label].append(file)
+    if not members:
+        return []
+    missing = [name for name in SPLIT_OF_CLASS if name not in members]
+    if missing:
+        raise FewShotError(
+            f"{place.path} has images of {len(members)} of the {len(SPLIT_OF_CLASS)} classes; {shortened(missing)} are "
+            "missing, and there are no tables or folders of splits: unpack the rest, or put train.csv, val.csv and "
+            "test.csv there"
+        )
+    return [_image_class(name, split, members[name], size) for name, split in SPLIT_OF_CLASS.items()]
 
 
 def _image_class(name: str, split: str, files: Sequence[ImageFile], size: int) -> ImageClass:
@@ -155,38 +340,42 @@ def _image_class(name: str, split: str, files: Sequence[ImageFile], size: int) -
     return ImageClass(name, split, len(files), load)
 
 
-def _find_pickle(folder: Path, split: str) -> Path | None:
-    # MetaOptNet's caches hold the training classes once more as train_phase_val and train_phase_test.
-    names = (
-        f"*cache*{split}.pkl",
-        f"*category_split_{'train_phase_train' if split == 'train' else split}.pickle",
-    )
-    return next((path for name in names for path in sorted(folder.glob(name))), None)
+def _from_pickles(place: Place, tree: Tree, size: int) -> list[ImageClass]:
+    found = []
+    for split, path in _by_split(place, [name for name in tree if name.lower().endswith(PICKLES)], "cache").items():
+        images, of_class = _read_pickle(tree[path])
+        for label, members in of_class.items():
+            name = label if isinstance(label, str) else f"{split}/{label}"
+            found.append(ImageClass(name, split, len(members), partial(_resized, images, members, size)))
+    return found
 
 
-def _from_pickles(pickles: Mapping[str, Path], size: int) -> Source:
-    def classes() -> list[ImageClass]:
-        found = []
-        for split, path in pickles.items():
-            images, of_class = _read_pickle(path)
-            for label, members in of_class.items():
-                name = label if isinstance(label, str) else f"{split}/{label}"
-                load = partial(_resized, images, members, size)
-                found.append(ImageClass(name, split, len(members), load))
-        return found
+def _from_hdf5(place: Place, tree: Tree, size: int) -> list[ImageClass]:
+    paths = _by_split(place, [name for name in tree if name.lower().endswith(HDF5)], "HDF5 file")
+    if not paths:
+        return []
+    labels = _by_split(place, [name for name in tree if name.lower().endswith(".json")], "list of labels")
+    return [
+        ImageClass(name, split, count, partial(_read_hdf5, tree[path], name, size))
+        for split, path in paths.items()
+        for name, count in list_hdf5(tree[path], tree[labels[split]] if labels else None).items()
+    ]
 
-    return Source(list(pickles.values()), classes)
+
+def _read_hdf5(file: ImageFile, name: str, size: int) -> NDArray[np.uint8]:
+    images = read_hdf5(file, name)
+    return _resized(images, range(len(images)), size)
 
 
 def _resized(images: NDArray[np.uint8], members: Sequence[int], size: int) -> NDArray[np.uint8]:
     return np.stack([to_pixels(Image.fromarray(images[member]), size, channels=3) for member in members])
 
 
-def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], Mapping[Any, list[int]]]:
+def _read_pickle(file: ImageFile) -> tuple[NDArray[np.uint8], Mapping[Any, list[int]]]:
     """The images of one pickled cache, uint8 ``[images, height, width, 3]``, and the members of each class."""
     try:
-        with plain(path).open("rb") as file:
-            cache = unpickle(file)
+        with _opened(file) as opened:
+            cache = unpickle(opened)
         if not isinstance(cache, dict):
             raise TypeError("it holds no dictionary")
         images = to_array(cache["image_data" if "image_data" in cache else "data"])
@@ -209,5 +398,5 @@ def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], Mapping[Any, list[int]]
             raise ValueError("a class names images that it does not hold")
     except BROKEN as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise FewShotError(f"{path} is not a pickled miniImageNet cache: {reason}; fetch it again") from error
+        raise FewShotError(f"{file.name} is not a pickled miniImageNet cache: {reason}; fetch it again") from error
     return images, of_class
