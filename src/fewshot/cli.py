@@ -68,14 +68,15 @@ _command = "train"  # the one that runs in this process
 
 def main() -> None:
     """The command ``fewshot NAME KEY=VALUE ...``."""
+    open_streams()
     program, *arguments = sys.argv
     name = arguments[0] if arguments else "--help"
     if name in COMMANDS:
         run(name, [program, *arguments[1:]])
     elif name in {"--help", "-h"}:
-        print(f"fewshot NAME KEY=VALUE ...; fewshot NAME --help shows the keys. NAME is one of\n{_usage()}")
+        say("fewshot NAME KEY=VALUE ...; fewshot NAME --help shows the keys. NAME is one of", *_usage())
     elif name == "--version":
-        print(f"fewshot {__version__}")
+        say(f"fewshot {__version__}")
     elif arguments[:2] == ["-sc", "query=bash"]:
         _complete(program)
     elif name in {"-sc", "--shell-completion"}:
@@ -84,8 +85,9 @@ def main() -> None:
         _exit(f"{name} is not a command{_nearest(name, COMMANDS)}; choose one of {', '.join(COMMANDS)}", 1)
 
 
-def _usage() -> str:
-    return "\n".join(f"  {name:9} {str(command.__doc__).splitlines()[0]}" for name, command in COMMANDS.items())
+def _usage() -> Iterator[str]:
+    for name, command in COMMANDS.items():
+        yield f"  {name:9} {str(command.__doc__).splitlines()[0]}"
 
 
 def _complete(program: str) -> None:
@@ -95,7 +97,7 @@ def _complete(program: str) -> None:
         os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(f"{called} {name}", called, 1)
         run(name, [program, "-sc", "query=bash"])
     else:
-        print(*COMMANDS)
+        say(*COMMANDS)
 
 
 def run(name: str, arguments: list[str] | None = None) -> None:

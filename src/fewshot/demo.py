@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from html import escape
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from fewshot.methods.matching import MatchingNetwork
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.prediction import Pixels, Predictor, make_predictor
 from fewshot.runs import newest_run
-from fewshot.text import for_terminal
+from fewshot.text import for_html, say
 
 LONGEST = 40  # characters of a class's name
 THUMBNAIL = 64  # pixels, the most that a picture in the page has on a side
@@ -287,7 +286,7 @@ def page_of(config: DictConfig) -> Iterator[Any]:
         raise FewShotError(
             f"cannot serve at {config.host}:{config.port}: {error}; choose another by host=ADDRESS port=NUMBER"
         ) from error
-    print(f"{page.local_url}    Ctrl-C ends it", flush=True)
+    say(f"{page.local_url}    Ctrl-C ends it")
     try:
         yield page
     finally:
@@ -319,7 +318,7 @@ def make_page(demo: Demo, config: DictConfig) -> Any:
     network = str(config.checkpoint or config.encoder.name).removeprefix(f"{ROOT}/")
     with gr.Blocks(title="fewshot", analytics_enabled=False) as page:
         visit = gr.State(Visit(), time_to_live=IDLE)
-        gr.HTML(f"<h2>A few examples of each class, and an answer</h2><code>{escape(network)}</code>")
+        gr.HTML(f"<h2>A few examples of each class, and an answer</h2><code>{for_html(network)}</code>")
         told = gr.HTML(elem_classes="told")
         with gr.Row():
             with gr.Column():
@@ -404,7 +403,7 @@ def _sent(text: str) -> list[ImageFile]:
 
 def _gallery(visit: Visit) -> str:
     return "".join(
-        f'<div class="class" data-name="{escape(name)}" title="more of this class"><b>{escape(name)}</b>'
+        f'<div class="class" data-name="{for_html(name)}" title="more of this class"><b>{for_html(name)}</b>'
         f'<div>{"".join(map(_picture, images))}</div><button title="remove this class">×</button></div>'
         for name, images in visit.support.items()
     )
@@ -413,19 +412,19 @@ def _gallery(visit: Visit) -> str:
 def _answer(query: Pixels, classes: Sequence[str], logits: torch.Tensor, measured: str, meaning: str, sign: int) -> str:
     probabilities, order = logits.softmax(0).tolist(), logits.argsort(descending=True).tolist()
     rows = "".join(
-        f'<tr><td>{escape(classes[of])}</td><td><div class="bar" style="width: {probabilities[of]:.1%}"></div></td>'
+        f'<tr><td>{for_html(classes[of])}</td><td><div class="bar" style="width: {probabilities[of]:.1%}"></div></td>'
         f'<td class="number">{probabilities[of]:.1%}</td><td class="number">{sign * logits[of]:.3f}</td></tr>'
         for of in order
     )
     return (
-        f'<div class="answer">{_picture(query)}<b>{escape(classes[order[0]])}</b> {probabilities[order[0]]:.1%}</div>'
+        f'<div class="answer">{_picture(query)}<b>{for_html(classes[order[0]])}</b> {probabilities[order[0]]:.1%}</div>'
         f'<table class="scores"><tr><th>class</th><th class="wide">probability</th><th></th>'
         f'<th class="number">{measured}</th></tr>{rows}</table><small>{measured}: {meaning}</small>'
     )
 
 
 def _told(lines: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(for_terminal(line))}</p>" for line in lines)
+    return "".join(f"<p>{for_html(line)}</p>" for line in lines)
 
 
 def _picture(pixels: Pixels) -> str:

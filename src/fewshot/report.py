@@ -205,8 +205,8 @@ def report(
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / name for name in ("report.md", "report.csv", "report.png", "curves.png")]
-    written[0].write_text(f"# Results\n\n{markdown(lines, sources)}")
-    written[1].write_text(as_csv(lines))
+    written[0].write_text(f"# Results\n\n{markdown(lines, sources)}", encoding="utf-8")
+    written[1].write_text(as_csv(lines), encoding="utf-8")
     titles = [table.title for table in tables.values()]
     draw([line for line in lines if line.dataset in titles], written[2])
     draw_curves(lines, written[3])
@@ -386,11 +386,11 @@ def refresh(page: Path, text: str) -> None:
     Raises:
         FewShotError: there is no such pair of markers.
     """
-    before, opening, rest = page.read_text().partition(OPENING)
+    before, opening, rest = page.read_text(encoding="utf-8").partition(OPENING)
     _, closing, after = rest.partition(CLOSING)
     if not (opening and closing):
         raise FewShotError(f"{page} has no lines {OPENING} and {CLOSING} for the tables to stand between; add them")
-    page.write_text(f"{before}{OPENING}\n{text}{CLOSING}{after}")
+    page.write_text(f"{before}{OPENING}\n{text}{CLOSING}{after}", encoding="utf-8")
 
 
 def _matches(result: Result, match: Mapping[str, Any]) -> bool:

@@ -2,14 +2,13 @@
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fewshot.errors import FewShotError
 from fewshot.files import read_json
-from fewshot.text import for_terminal
+from fewshot.text import say
 
 Result = Mapping[str, Any]  # the content of a results.json, as fewshot.training writes it
 Settings = dict[str, Any]  # dotted keys and their values
@@ -141,7 +140,7 @@ def by_settings(results: Sequence[Result]) -> list[list[Result]]:
             name = result.get("experiment") or f"{result['dataset']} {result['method']}"
             task = f"{result['way']}-way {result['shot']}-shot"
             line = f"counted once: {name}, tested {task}, seed {seed_of(result)}, same settings"
-            print(for_terminal(line), file=sys.stderr)
+            say(line, error=True)
         else:
             unique[key] = result
     groups: dict[str, list[Result]] = {}
@@ -308,4 +307,4 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _skip(path: Path, why: str) -> None:
-    print(for_terminal(f"skipped {path}: {why}"), file=sys.stderr)
+    say(f"skipped {path}: {why}", error=True)

@@ -21,6 +21,7 @@ from fewshot.data.locate import ALIASES, IMAGES, Place, children, holds, places,
 from fewshot.data.pickles import to_array, to_list, unpickle
 from fewshot.data.tables import TABLES, TableImages, read_table
 from fewshot.errors import FewShotError, shortened
+from fewshot.text import say
 
 FOLDERS = ("miniimagenet", "mini-imagenet", "mini_imagenet", "miniImageNet")  # tried before others named like these
 PARTS = ("images", "image", "split", "splits", "csv", "processedimages")  # folders that hold a part of it
@@ -166,7 +167,7 @@ def _classes(place: Place, size: int) -> list[ImageClass]:
             else:
                 if classes:
                     for problem in problems:
-                        print(f"{problem}; {description} there are read instead", flush=True)
+                        say(f"{problem}; {description} there are read instead")
                     _check(place, classes)
                     return classes
     if problems:
@@ -186,10 +187,9 @@ def _check(place: Place, classes: Sequence[ImageClass]) -> None:
         )
     moved = [c.name for c in classes if c.name in SPLIT_OF_CLASS and c.split != SPLIT_OF_CLASS[c.name]]
     if moved:
-        print(
+        say(
             f"the splits in {place.path} are not those of Ravi & Larochelle: {len(moved)} classes lie in another one, "
-            f"{moved[0]} for one; results do not compare with published ones",
-            flush=True,
+            f"{moved[0]} for one; results do not compare with published ones"
         )
 
 
