@@ -11,6 +11,7 @@ import torch
 from hydra.utils import instantiate
 from lightning_fabric.plugins import TorchCheckpointIO
 
+from fewshot.config import import_target
 from fewshot.errors import FewShotError
 from fewshot.files import check_file, write_whole
 from fewshot.trust import read_config
@@ -98,11 +99,12 @@ def check_weights(method: Mapping[Any, Any], state: Mapping[str, torch.Tensor]) 
 
 
 def without_initial_weights(method: Mapping[Any, Any]) -> dict[str, Any]:
-    """The configuration of a method whose weights a checkpoint will bring: pretrained ones are not asked for again."""
+    """The configuration of a method whose weights a checkpoint will bring: its encoder asks for no others."""
     encoder = method.get("encoder")
-    if not isinstance(encoder, Mapping) or "weights" not in encoder:
+    if not isinstance(encoder, Mapping) or "_target_" not in encoder:
         return {**method}
-    return {**method, "encoder": {**encoder, "load": False}}
+    settings = getattr(import_target("method.encoder", encoder["_target_"]), "WITHOUT_WEIGHTS", {})
+    return {**method, "encoder": {**encoder, **settings}}
 
 
 def _check_archive(file: BinaryIO) -> None:

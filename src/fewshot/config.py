@@ -237,13 +237,18 @@ def _in_words(hint: Any) -> Iterator[str]:
 def _refused(config: DictConfig) -> Iterator[str]:
     import torch  # noqa: PLC0415
 
+    from fewshot.checkpoints import without_initial_weights  # noqa: PLC0415
+
     refused = False
-    for part in ("encoder", "distance", "method"):
+    encoder = without_initial_weights({"encoder": OmegaConf.to_container(config.encoder)})["encoder"]
+    method = without_initial_weights(OmegaConf.to_container(config.method))  # type: ignore[arg-type]
+    parts = {"encoder": encoder, "distance": config.distance, "method": method}
+    for part, node in parts.items():
         if part == "method" and refused:
             return  # it is made of the other two
         try:
             with torch.device("meta"):  # weights that take no time and no memory
-                instantiate(config[part])
+                instantiate(node)
         except Exception as error:
             told = mistake(error)
             if told is None:

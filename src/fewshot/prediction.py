@@ -20,18 +20,16 @@ from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError
 from rich.progress import track
 
+from fewshot.data.bank import has_bright_ink
 from fewshot.data.files import ImageFile, list_folder
 from fewshot.data.folder import by_class
-from fewshot.data.glyphs import glyphs
 from fewshot.data.images import normalise
-from fewshot.data.omniglot import omniglot
 from fewshot.data.photos import read_photo
 from fewshot.errors import FewShotError
 from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.text import for_csv, for_figure, make_table, say
 from fewshot.trained import load_trained
 
-BRIGHT_INK = (glyphs, omniglot)  # data sets of letters, bright on black
 GROUPS = ("dataset", "method", "distance", "encoder")  # what a checkpoint decides
 Pixels = NDArray[np.uint8]
 
@@ -130,7 +128,7 @@ def make_predictor(config: DictConfig) -> Predictor:
     if config.checkpoint is not None:
         _refuse_choices()
         trained = load_trained(config.checkpoint, trust=config.trust)
-        ink = get_object(trained.config.dataset.source._target_) in BRIGHT_INK
+        ink = has_bright_ink(get_object(trained.config.dataset.source._target_))
         return Predictor(trained.method, trained.config.dataset, ink, config.hardware)
     untrained = FewShotError(
         "this method or its encoder has weights that nobody has trained: name those of a run by checkpoint=RUN_DIR, or "

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from fewshot.encoders import feature_maps
 from fewshot.encoders.conv4 import Conv4
 from fewshot.errors import FewShotError
 
@@ -39,6 +40,14 @@ def test_it_computes_what_the_papers_write(channels, size, features):
 
 def test_the_size_of_the_network():
     assert sum(p.numel() for p in Conv4(1, 28).parameters()) == 111_936
+
+
+def test_its_maps_are_what_the_embedding_is_made_of():
+    encoder, images = Conv4(3, 84).eval(), torch.randn(2, 3, 84, 84)
+    with torch.no_grad():
+        maps = feature_maps(encoder, images)
+        torch.testing.assert_close(maps.flatten(1), encoder(images))
+    assert maps.shape == (2, 64, 5, 5)
 
 
 @pytest.mark.parametrize("wrong", [{"size": 15}, {"channels": 0}, {"filters": 0}])

@@ -6,10 +6,12 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
 from fewshot.config import check, compose
+from fewshot.encoders import feature_maps
 from fewshot.encoders.pretrained import Pretrained
 from fewshot.errors import FewShotError
 from fewshot.trained import load_trained
@@ -68,9 +70,16 @@ def test_a_frozen_encoder_stays_as_it_is_and_another_learns(weights):
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "swin_t", "densenet121", "vgg11_bn", "convnext_tiny"])
 def test_models_of_many_kinds_lose_their_last_layer(name):
     with torch.device("meta"):
-        encoder = Pretrained(name, "DEFAULT", None, frozen=True)
+        encoder = Pretrained(name, load=False)
         assert encoder(torch.zeros(1, 3, encoder.size, encoder.size)).shape == (1, encoder.features)
         assert encoder.features != 1000
+        images = torch.zeros(1, 3, encoder.size, encoder.size)
+        if name == "vit_b_16":
+            with pytest.raises(FewShotError, match="VisionTransformer of torchvision has no feature maps"):
+                feature_maps(encoder, images)
+        else:
+            _, _, height, width = feature_maps(encoder, images).shape
+            assert height == width == 7
 
 
 def test_a_download_that_fails_names_the_file_and_where_it_is_looked_for(tmp_path, monkeypatch):
@@ -86,12 +95,29 @@ def test_a_download_that_fails_names_the_file_and_where_it_is_looked_for(tmp_pat
     assert "no network" in told and "encoder.file=PATH" in told and "\n" not in told
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "mnasnet0_5"])
+def test_its_maps_are_what_is_averaged(name):
+    encoder = Pretrained(name, weights=None).eval()
+    images = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(feature_maps(encoder, images).mean((2, 3)), encoder(images))
+
+
+def test_settings_random_weights_and_safetensors(weights, tmp_path):
+    assert Pretrained(NAME, weights=None, dropout=0.7).network.classifier[2].p == 0.7
+    save_file(weights[1].state_dict(), tmp_path / "weights.safetensors")
+    assert torch.equal(
+        pretrained(tmp_path / "weights.safetensors").network.features[0][0].weight, weights[1].features[0][0].weight
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"name": "resnet1"}, "encoder.name=resnet1 is no model of torchvision"),
         ({"name": "squeezenet1_0"}, "encoder.name=squeezenet does not end in one linear layer"),
         ({"name": "googlenet"}, "encoder.name=googlenet does not end in one linear layer"),
+        ({"name": "resnet18", "colour": 3}, "encoder.name=resnet18: ResNet.__init__() got an unexpected keyword"),
         ({"weights": "BEST"}, "encoder.weights=BEST is unknown for mobilenet_v3_small: choose IMAGENET1K_V1"),
         ({"name": "resnet18"}, "holds no weights of this network: Missing key"),
         ({"file": "/nowhere/weights.pth"}, "cannot read encoder.file=/nowhere/weights.pth"),

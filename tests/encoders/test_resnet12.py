@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import leaky_relu, max_pool2d
 
+from fewshot.encoders import feature_maps
 from fewshot.encoders.resnet12 import ResNet12
 from fewshot.errors import FewShotError
 
@@ -43,6 +44,14 @@ def test_squares_are_dropped_while_training_only():
         assert (third.eval()(images) != 0).all()
         encoder.eval()
         torch.testing.assert_close(encoder(images), encoder(images))
+
+
+def test_its_maps_are_what_the_embedding_is_made_of():
+    encoder, images = ResNet12(3, 84).eval(), torch.randn(2, 3, 84, 84)
+    with torch.no_grad():
+        maps = feature_maps(encoder, images)
+        torch.testing.assert_close(maps.mean((2, 3)), encoder(images))
+    assert maps.shape == (2, 640, 5, 5)
 
 
 @pytest.mark.parametrize("wrong", [{"size": 15}, {"channels": 0}, {"drop": 1.0}, {"drop": -0.1}])

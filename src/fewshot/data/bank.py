@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL
@@ -26,6 +26,7 @@ from fewshot.errors import FewShotError
 from fewshot.text import for_terminal, say
 
 SPLITS = ("train", "val", "test")
+MakeSource = TypeVar("MakeSource", bound=Callable[..., Any])
 FORMAT = 3  # raised whenever what a bank holds changes, so that older caches are built anew
 
 
@@ -60,6 +61,20 @@ class Source:
     files: Sequence[Path]
     classes: Callable[[], Sequence[ImageClass]]
     split: str | None = None
+
+
+def bright_ink(data_set: MakeSource) -> MakeSource:
+    """Mark the function of a data set of letters or drawings whose ink is bright on black.
+
+    Images that are shown to a network of such a data set later are brought to the same, see ``read_photo``.
+    """
+    data_set.bright_ink = True  # type: ignore[attr-defined]
+    return data_set
+
+
+def has_bright_ink(data_set: Any) -> bool:
+    """Whether a data set's function says so, see ``bright_ink``."""
+    return bool(getattr(data_set, "bright_ink", False))
 
 
 @dataclass(frozen=True)

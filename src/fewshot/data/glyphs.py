@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import avg_pool2d, grid_sample, interpolate
 
-from fewshot.data.bank import ImageClass, Source
+from fewshot.data.bank import ImageClass, Source, bright_ink
 from fewshot.errors import FewShotError
 
 # The first words of the letters' Unicode names. Test and validation come first, since of two letters that look alike
@@ -38,6 +38,7 @@ SMALLEST = 0.3 * EM  # letters whose longer side is shorter are marks rather tha
 LOOK_ALIKE = 0.86  # the correlation of blurred shapes beyond which two letters count as one
 
 
+@bright_ink
 def glyphs(size: int, samples: int, seed: int) -> Source:
     """Draw the letters of 14 scripts.
 

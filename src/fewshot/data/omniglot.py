@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torchvision.datasets import Omniglot
 from torchvision.datasets.utils import download_url
 
-from fewshot.data.bank import ImageClass, Source
+from fewshot.data.bank import ImageClass, Source, bright_ink
 from fewshot.data.files import ImageFile, list_folder, list_zip
 from fewshot.data.images import decode
 from fewshot.errors import FewShotError, shortened
@@ -90,6 +90,7 @@ PAUSES = (1, 4)  # seconds before a download is tried again
 SILENCE = 60  # seconds after which a server that sends nothing is given up
 
 
+@bright_ink
 def omniglot(
     data_dir: str, size: int, split: str, split_seed: int | None, val_characters: int | None, rotations: bool
 ) -> Source:

@@ -37,8 +37,14 @@ class Conv4(nn.Sequential):
             _block(filters, filters),
             nn.Flatten(),
         )
-        self.features = filters * (size // 16) ** 2
+        self.size, self.channels, self.features = size, channels, filters * (size // 16) ** 2
         self.to(memory_format=torch.channels_last)
+
+    def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """What is flattened: ``[images, filters, size // 16, size // 16]``."""
+        for block in list(self)[:-1]:
+            images = block(images)
+        return images
 
 
 def _block(channels: int, filters: int) -> nn.Sequential:

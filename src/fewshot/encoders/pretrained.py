@@ -1,68 +1,79 @@
 """Networks of torchvision, with the weights that were learnt on ImageNet."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torchvision
 from torch import nn
-from torch.nn.functional import interpolate
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
+from fewshot.encoders.backbone import Backbone, load_weights, unfit
 from fewshot.errors import FewShotError, reason
 
 
-class Pretrained(nn.Module):
-    """A classifier of torchvision's without its last linear layer.
-
-    It brings the size and the normalisation that its weights were learnt with: what it takes are plain pixels, from 0
-    to 1, of any size, grey or RGB.
+class Pretrained(Backbone):
+    """A classifier of torchvision's without its last linear layer; see ``Backbone``.
 
     Args:
         name: of a model in ``torchvision.models`` that classifies images.
-        weights: torchvision's name of the weights, "DEFAULT" for its best. They are downloaded where absent.
-        file: a state dictionary to load in their place, of the same model; its last layer is passed over.
+        weights: torchvision's name of the weights, "DEFAULT" for its best. They are downloaded where absent. None:
+            random weights.
+        file: a file with weights of the same model to load in their place, see ``load_weights``.
+        rename: what the names in the file are called here, likewise.
         frozen: keep the weights, and the statistics of batch norm, as they are.
         load: False leaves the weights random, for a checkpoint to fill in.
+        settings: further arguments of the model.
 
     Raises:
         FewShotError: there is no such model, or none that can be used, or no such weights; they cannot be had, or do
             not fit.
-
-    Shape:
-        float ``[images, 1 or 3, height, width]`` to ``[images, features]``.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    WITHOUT_WEIGHTS: ClassVar[Mapping[str, Any]] = {"load": False}
 
-    def __init__(self, name: str, weights: str, file: str | None, frozen: bool, load: bool = True) -> None:
-        super().__init__()
-        known = _find(name, weights)
-        transforms = known.transforms()
-        self.size = int(transforms.crop_size[0])
-        for of in ("mean", "std"):
-            self.register_buffer(of, torch.tensor(getattr(transforms, of))[:, None, None], persistent=False)
-        load = load and not self.mean.is_meta
-        self.network = _download(name, known) if load and file is None else get_model(name, weights=None)
-        head, self.features = _behead(self.network)
+    def __init__(
+        self,
+        name: str = "resnet18",
+        weights: str | None = "DEFAULT",
+        file: str | None = None,
+        frozen: bool = True,
+        load: bool = True,
+        rename: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        known = _find(name, "DEFAULT" if weights is None else weights)
+        download = load and file is None and weights is not None
+        try:
+            network = _download(name, known, settings) if download else get_model(name, weights=None, **settings)
+        except TypeError as error:
+            raise FewShotError(f"encoder.name={name}: {reason(error)}; correct its settings") from error
+        head, features = _behead(network)
         if load and file is not None:
-            _fill(self.network, head, Path(file).expanduser())
-        self.frozen = frozen
-        self.requires_grad_(not frozen)
-        self.train()
-        self.to(memory_format=torch.channels_last)
+            load_weights(network, file, rename, [head])
+        transforms = known.transforms()
+        super().__init__(network, features, int(transforms.crop_size[0]), transforms.mean, transforms.std, frozen)
+        self._head = head.partition(".")[0]
 
-    def train(self, mode: bool = True) -> "Pretrained":
-        """Train or evaluate; one that is frozen always evaluates."""
-        return super().train(mode and not self.frozen)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Embed images: ``[images, features]``."""
-        size = (self.size, self.size)
-        if images.shape[-2:] != size:
-            images = interpolate(images, size, mode="bilinear", antialias=True)
-        return self.network((images - self.mean) / self.std)
+    def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """See ``Backbone``: what the last adaptive pooling takes, or where there is none, what the last layers take."""
+        seen: list[torch.Tensor] = []
+        pools = [module for module in self.network.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
+        last = [child for name, child in self.network.named_children() if name != self._head][-1]
+        hook = (
+            pools[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            if pools
+            else last.register_forward_hook(lambda *passed: seen.append(passed[-1]))
+        )
+        with hook:
+            self(images)
+        if not seen or seen[-1].ndim != 4:
+            raise FewShotError(
+                f"the encoder {type(self.network).__name__} of torchvision has no feature maps; choose a convolutional "
+                "network, such as encoder.name=resnet18"
+            )
+        return seen[-1]
 
 
 def _find(name: str, weights: str) -> WeightsEnum:
@@ -79,7 +90,7 @@ def _find(name: str, weights: str) -> WeightsEnum:
 
 def _behead(network: nn.Module) -> tuple[str, int]:
     """Take the last linear layer away; returns its name and how many features reach it."""
-    layers = [(name, of) for name, of in network.named_modules() if isinstance(of, nn.Linear)]
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not layers or hasattr(network, "aux_logits"):
         raise FewShotError(
             f"encoder.name={type(network).__name__.lower()} does not end in one linear layer, so it gives no "
@@ -91,31 +102,16 @@ def _behead(network: nn.Module) -> tuple[str, int]:
     return name, head.in_features
 
 
-def _download(name: str, weights: WeightsEnum) -> nn.Module:
+def _download(name: str, weights: WeightsEnum, settings: Mapping[str, Any]) -> nn.Module:
     place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
-        return get_model(name, weights=weights)
+        return get_model(name, weights=weights, **settings)
+    except TypeError:
+        raise
     except OSError as error:
         raise FewShotError(
             f"the weights {weights} are not in {place.parent} and cannot be downloaded from {weights.url}: "
             f"{getattr(error, 'reason', error)}; put {place.name} there, or name the file by encoder.file=PATH"
         ) from error
     except Exception as error:
-        raise _unfit(place, error, "delete it, and it is downloaded again") from error
-
-
-def _fill(network: nn.Module, head: str, file: Path) -> None:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        network.load_state_dict({key: value for key, value in state.items() if not key.startswith(f"{head}.")})
-    except OSError as error:
-        raise FewShotError(
-            f"cannot read encoder.file={file}: {error.strerror}; name a file with the weights"
-        ) from error
-    except Exception as error:
-        raise _unfit(file, error, "name another file by encoder.file=PATH") from error
-
-
-def _unfit(file: Path, error: Exception, mend: str) -> FewShotError:
-    """Of what kind the error is depends on how the file is broken."""
-    return FewShotError(f"{file} is broken, or holds no weights of this network: {reason(error)}; {mend}")
+        raise unfit(place, error, "delete it, and it is downloaded again") from error

@@ -43,8 +43,14 @@ class ResNet12(nn.Sequential):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        self.features = WIDTHS[-1]
+        self.size, self.channels, self.features = size, channels, WIDTHS[-1]
         self.to(memory_format=torch.channels_last)
+
+    def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """What is averaged: ``[images, 640, size // 16, size // 16]``."""
+        for block in list(self)[: len(WIDTHS)]:
+            images = block(images)
+        return images
 
 
 class _Block(nn.Module):

@@ -127,6 +127,14 @@ class MetricMethod(FewShotMethod):
         self.distance = distance
         self._embeddings: EmbeddingTable | None = None  # of the images of a validation or test, while it lasts
 
+    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
+        """What ``compare`` is given of images: their embeddings ``[images, features]``.
+
+        A method that compares places in images returns ``fewshot.encoders.feature_maps(self.encoder, images)``.
+        """
+        embeddings: torch.Tensor = self.encoder(images)
+        return embeddings
+
     @abstractmethod
     def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
         """Classify the queries of an episode by the embeddings of its images, of whatever shape the encoder gives.
@@ -137,7 +145,7 @@ class MetricMethod(FewShotMethod):
 
     def forward(self, episode: Episode) -> torch.Tensor:
         """Embed and compare; support and query in one batch, so that batch norm sees them together while it trains."""
-        embeddings = self.encoder(torch.cat([episode.support, episode.query]))
+        embeddings = self.embed_images(torch.cat([episode.support, episode.query]))
         support, query = embeddings.tensor_split([len(episode.support)])
         return self.compare(EmbeddedEpisode(support, episode.support_labels, query, episode.query_labels, episode.way))
 
@@ -161,9 +169,9 @@ class MetricMethod(FewShotMethod):
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
         """See ``FewShotMethod``; the support is embedded once."""
-        embedded = self.encoder(support)
+        embedded = self.embed_images(support)
         return lambda images: self.compare(
-            EmbeddedEpisode(embedded, labels, self.encoder(images), _unknown(images), way)
+            EmbeddedEpisode(embedded, labels, self.embed_images(images), _unknown(images), way)
         )
 
     def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
@@ -194,13 +202,13 @@ class MetricMethod(FewShotMethod):
 
         def embed_split(split: str) -> LabelledEmbeddings:
             positions, labels = loader.dataset.bank.labelled(split)
-            embeddings = embed(self.encoder, loader.images, positions.to(self.device), strategy)
+            embeddings = embed(self.embed_images, loader.images, positions.to(self.device), strategy)
             return LabelledEmbeddings(embeddings, labels.to(self.device))
 
         with self.trainer.precision_plugin.forward_context():
             self.before_evaluation(embed_split)
             positions = loader.positions().to(self.device)
-            embeddings = embed(self.encoder, loader.images, positions, strategy)
+            embeddings = embed(self.embed_images, loader.images, positions, strategy)
         self._embeddings = EmbeddingTable(positions, embeddings, len(loader.dataset.bank.images))
 
     def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:

@@ -1,0 +1,136 @@
+"""Networks of timm (PyTorch Image Models), with its weights, with those of a file, or untrained."""
+
+import difflib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from fewshot.encoders.backbone import Backbone, load_weights
+from fewshot.errors import FewShotError, reason
+
+OURS = frozenset({"num_classes", "features_only"})  # arguments of timm's models that this encoder sets
+# What names weights or settings in another place: files and downloads have keys of their own here.
+PLACES = frozenset({"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"})
+LARGEST = 10_000  # of the numbers among a model's settings: what a checkpoint says must not take all memory
+
+
+class TimmEncoder(Backbone):
+    """A model of timm's without its classifier; see ``Backbone``.
+
+    Args:
+        name: of the model, with the tag of its weights where there are several:
+            "vit_small_patch14_dinov2.lvd142m".
+        pretrained: with timm's weights, downloaded where absent; False: random ones.
+        file: a file with weights of the same model to load in their place, see ``load_weights``.
+        rename: what the names in the file are called in timm, likewise.
+        frozen: keep the weights, and the statistics of batch norm, as they are.
+        size: height and width that images are resized to; None: those of the images that its weights were learnt on.
+        settings: further arguments of the model: ``drop_path_rate``, ``in_chans``, ``img_size``, ...
+
+    Raises:
+        FewShotError: timm is not installed; there is no such model, or none with such settings; its weights cannot be
+            had, or do not fit.
+    """
+
+    WITHOUT_WEIGHTS: ClassVar[Mapping[str, Any]] = {"pretrained": False, "file": None}
+
+    def __init__(
+        self,
+        name: str = "resnet18",
+        pretrained: bool = True,
+        file: str | None = None,
+        rename: Mapping[str, str] | None = None,
+        frozen: bool = True,
+        size: int | None = None,
+        **settings: Any,
+    ) -> None:
+        try:
+            import timm  # noqa: PLC0415
+        except ImportError as error:
+            raise FewShotError(
+                "encoder=timm needs timm, which is not installed; install the extra: pip install -e '.[timm]'"
+            ) from error
+        _check(timm, name, settings, size)
+        network = _make(timm, name, pretrained and file is None, settings)
+        about: Any = network.pretrained_cfg
+        if file is not None:
+            classifiers = about["classifier"] or ()
+            load_weights(network, file, rename, [classifiers] if isinstance(classifiers, str) else classifiers)
+        side = size or settings.get("img_size") or about["input_size"][-1]
+        channels = int(settings.get("in_chans", 3))
+        mean, std = ([*about[key]] if channels == 3 else [sum(about[key]) / 3] * channels for key in ("mean", "std"))
+        features = getattr(network, "head_hidden_size", None) or network.num_features
+        super().__init__(network, int(features), int(side), mean, std, frozen)  # type: ignore[arg-type]
+
+    def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """See ``Backbone``; the tokens of a transformer lie where their patches do."""
+        network: Any = self.network
+        prepared = self.prepare(images)
+        maps: torch.Tensor = network.forward_features(prepared)
+        if maps.ndim == 4:
+            return maps.movedim(-1, 1) if getattr(network, "output_fmt", "NCHW") == "NHWC" else maps
+        if not hasattr(network, "forward_intermediates"):
+            raise FewShotError(
+                f"the encoder {type(network).__name__} of timm has no feature maps; choose another, such as "
+                "encoder.name=resnet18"
+            )
+        last: torch.Tensor
+        (last,) = network.forward_intermediates(prepared, indices=1, norm=True, intermediates_only=True)
+        return last
+
+
+def _check(timm: Any, name: str, settings: Mapping[str, Any], size: int | None) -> None:
+    if not timm.is_model(name):  # nor are places on a hub: what a name stands for is in timm itself
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
+        raise FewShotError(f"encoder.name={name} is no model of timm; {hint}")
+    for key in settings:
+        if key in PLACES:
+            raise FewShotError(f"encoder.{key} is no setting here; name a file with weights by encoder.file=PATH")
+        if key in OURS:
+            raise FewShotError(f"encoder.{key} is no setting here: an encoder ends in its embedding; leave it out")
+    for key, value in _numbers({**settings, "size": size}):
+        if abs(value) > LARGEST:
+            raise FewShotError(f"encoder.{key}={value} must be at most {LARGEST:,}")
+
+
+def _numbers(settings: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(settings, int | float):
+        yield key, settings
+    elif isinstance(settings, Mapping):
+        for name, value in settings.items():
+            yield from _numbers(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from _numbers(value, key)
+
+
+def _make(timm: Any, name: str, download: bool, settings: Mapping[str, Any]) -> torch.nn.Module:
+    tagged = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+    try:
+        about = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise FewShotError(
+            f"encoder.name={name}: timm knows no weights of this name; choose one of {', '.join(tagged)}"
+        ) from error
+    if download and (about is None or not about.has_weights):
+        raise FewShotError(
+            f"encoder.name={name} has no weights in timm; choose another name, or set encoder.pretrained=false"
+        )
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would announce each try
+    try:
+        network: torch.nn.Module = timm.create_model(name, pretrained=download, num_classes=0, **settings)
+    except OSError as error:
+        raise FewShotError(
+            f"the weights of encoder.name={name} cannot be downloaded from huggingface.co/{about.hf_hub_id}: "
+            f"{reason(error)}; bring model.safetensors from there, and name it by encoder.file=PATH"
+        ) from error
+    except Exception as error:  # each model has its own way to refuse a setting
+        raise FewShotError(f"encoder.name={name} cannot be made so: {reason(error)}; correct its settings") from error
+    finally:
+        logger.setLevel(level)
+    return network
