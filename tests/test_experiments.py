@@ -86,10 +86,11 @@ def test_the_default_settings_are_the_published_ones(cell):
 def test_the_report_has_a_place_for_every_cell_and_figures_for_every_place():
     places = []
     for dataset, table in compose(name="report").tables.items():
-        for method, told in table.methods.items():
+        for method, row in table.methods.items():
             places += [f"{dataset}/{method}_{cell}" for cell in table.cells]
-            for figures in (told.published, told.article):
-                assert figures is None or (len(figures) == len(table.cells) and all(20 < of < 100 for of in figures))
+            for source in {"published", "others", "article"}.intersection(row):
+                figures = row[source].accuracy
+                assert len(figures) == len(table.cells) and all(20 < figure < 100 for figure in figures)
     assert sorted(places) == CELLS
 
 

@@ -191,7 +191,7 @@ def intervals(run: str | None, episodes: int, out: Path) -> list[Path]:
     if episodes < 2:
         raise FewShotError(f"figure.episodes={episodes} must be at least 2: an interval needs two")
     trained, _ = _open(run)
-    trained.config.test.episodes = episodes
+    trained.config.test.episodes, trained.config.run_dir = episodes, str(out)
     evaluation = evaluate_split(trained, trained.config)
     queries = len(evaluation.data.datasets["test"].query_labels)
     accuracies = 100 * evaluation.right / queries

@@ -278,7 +278,10 @@ def _from_folders(place: Place, tree: Tree, size: int) -> list[ImageClass]:
             continue
         split = splits[number]
         assert split is not None
-        inside = [folder for folder, of in zip(folders[number + 1 :], splits[number + 1 :], strict=True) if of != split]
+        inside = folders[number + 1 :]
+        # Some archives name the split twice; a class may be called after one, too: test_tube.
+        while inside and split_of(inside[0]) == split and (len(inside) > 1 or plain_name(inside[0]) in ALIASES[split]):
+            inside = inside[1:]
         label = next(filter(WNID.fullmatch, inside), inside[0] if inside else None) or _wnid(name)
         classes = found["/".join(folders[:number])].setdefault(split, {}).setdefault(folders[number], defaultdict(list))
         if label is not None:
