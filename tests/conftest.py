@@ -153,7 +153,7 @@ METHODS = {
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Callable[[str], Path]:
     """Trains each of ``METHODS`` once, a little; returns the directory of its run."""
-    little = ["train.episodes=50", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=2"]
+    little = ["train.episodes=50", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=8"]
     runs: dict[str, Path] = {}
 
     def of(method: str) -> Path:

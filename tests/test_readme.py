@@ -46,7 +46,7 @@ ELSEWHERE = {
     r"torchrun|srun|hardware=ddp( |$)": "several machines or GPUs: tests/test_distributed.py has two processes",
     r"launcher=(submitit|ray)": "a cluster",
     r"src/bench\.py": "minutes on an idle machine: tests/benchmarks",
-    r"figure=(maml_graph|time_profile)": "minutes: tests/test_figures.py",
+    r"figure=(maml_graph|time_profile)": "minutes: tests/figures",
     r"src/demo\.py": "it serves until it is stopped: tests/test_demo.py",
 }
 SUBPROCESS = r"launcher=joblib|hardware=ddp_cpu"  # other processes look for the program of the first

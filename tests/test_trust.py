@@ -130,7 +130,7 @@ def put(config, path, value):
 TARGETS = [
     *("os.system", "subprocess.run", "builtins.eval", "test_trust.fire", "fewshot.cli.os.system", "torch.load"),
     *("fewshot.config.compose", "fewshot.data.omniglot.omniglot", "fewshot.trained.load_trained", "hydra.utils.call"),
-    *("fewshot.distances.l2", "pathlib.Path", "functools.partial", "sys.modules.update", "fewshot.figures.episode"),
+    *("fewshot.distances.l2", "pathlib.Path", "functools.partial", "sys.modules.update", "figures.runs.episode"),
 ]
 CALL = "{_target_: test_trust.fire, command: touch canary}"
 TEXTS = [

@@ -70,8 +70,8 @@ def demo(config: DictConfig) -> None:
 def bench(config: DictConfig) -> None:
     """Time this project beside the ways others do the same."""
     _only_in_a_checkout("bench")
-    from fewshot.benchmarks.contest import bench
-    from fewshot.benchmarks.suite import choose
+    from benchmarks.contest import bench
+    from benchmarks.suite import choose
 
     bench(choose(config.only), config.rounds, Path(config.out).expanduser())
 

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from fewshot.benchmarks.contest import Contest, Entrant, bench, run
+from benchmarks.contest import Contest, Entrant, bench, run
 from fewshot.errors import FewShotError
 
 MIB = 2**20

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fewshot.benchmarks.maml import make_tasks, ours, theirs
+from benchmarks.maml import make_tasks, ours, theirs
 
 TASK = {"tasks": 3, "way": 3, "shot": 2, "query": 1, "channels": 1, "size": 16, "steps": 2, "rate": 0.1}
 

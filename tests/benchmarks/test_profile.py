@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewshot.benchmarks.profile import KINDS_AND_ELSE, OTHER, convolution_peak, profile_step
+from benchmarks.profile import KINDS_AND_ELSE, OTHER, convolution_peak, profile_step
 
 
 @pytest.fixture

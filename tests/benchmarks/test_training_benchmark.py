@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from fewshot.benchmarks import training
+from benchmarks import training
 
 SHAPE = {"size": 16, "channels": 1, "classes": 20, "images": 6, "way": 3, "shot": 1, "query": 2, "steps": 3}
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fewshot.autograd import autograd_graph, is_double_backward
 from fewshot.data.episodes import Episode, stack
 from fewshot.encoders.conv4 import Conv4
 from fewshot.errors import FewShotError
-from fewshot.figures import autograd_graph, is_double_backward
 from fewshot.methods.maml import MAML, MetaGradient, total_cross_entropy
 
 SETTINGS = {

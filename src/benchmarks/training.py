@@ -18,8 +18,8 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from fewshot.benchmarks.contest import Contest, Entrant, Work
-from fewshot.benchmarks.references import PngEpisodes, copy_weights, textbook_conv4, textbook_protonet
+from benchmarks.contest import Contest, Entrant, Work
+from benchmarks.references import PngEpisodes, copy_weights, textbook_conv4, textbook_protonet
 from fewshot.config import compose
 from fewshot.data.bank import ImageBank, open_bank
 from fewshot.data.datamodule import EpisodeDataModule

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from fewshot.benchmarks import maml, training
-from fewshot.benchmarks.contest import Contest
+from benchmarks import maml, training
+from benchmarks.contest import Contest
 from fewshot.errors import FewShotError
 
 

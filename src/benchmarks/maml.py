@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fewshot.benchmarks.contest import Contest, Entrant, Work
-from fewshot.benchmarks.references import article_meta_step, clone_and_adapt, copy_weights, textbook_conv4
+from benchmarks.contest import Contest, Entrant, Work
+from benchmarks.references import article_meta_step, clone_and_adapt, copy_weights, textbook_conv4
 from fewshot.data.episodes import Episode
 from fewshot.encoders.conv4 import Conv4
 from fewshot.methods.maml import MAML

@@ -1,0 +1,37 @@
+import json
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from PIL import Image
+
+from figures.maml import adaptation, maml_graph
+
+
+def test_adaptation_ends_where_the_runs_test_did(run, tmp_path, monkeypatch):
+    drawn = {}
+    plot = Axes.plot
+
+    def record(self, x, y, *options, **named):
+        drawn.setdefault(named.get("label"), []).append(y)
+        return plot(self, x, y, *options, **named)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    (picture,) = adaptation(str(run("maml")), 4, 8, tmp_path)
+    untrained, trained = drawn["before training"], drawn[f"second order, {run('maml').name}"]
+    results = json.loads((run("maml") / "results.json").read_text())
+    assert trained[0][results["config"]["method"]["test_inner_steps"]] == pytest.approx(100 * results["accuracy"])
+    assert trained[1][0] > trained[1][-1]  # the loss falls, if only by a little
+    assert not np.allclose(untrained, trained)
+    assert Image.open(picture).width > 1000
+
+
+def test_the_graphs_of_maml_are_drawn_with_their_nodes_counted(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set", lambda _, **named: titles.append(named.get("title")))
+    task = {"tasks": 1, "way": 2, "shot": 1, "query": 1, "channels": 1, "size": 16, "rate": 0.1}
+    (picture,) = maml_graph(task, [1], tmp_path)
+    assert Image.open(picture).width > 1000
+    first, second = (int(title.split()[-2]) for title in titles[:2])
+    assert titles[0].startswith("first order") and titles[1].startswith("second order")
+    assert second > 1.5 * first

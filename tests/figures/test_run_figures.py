@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fewshot.distances import l2
+from fewshot.errors import FewShotError
+from figures.maml import adaptation
+from figures.runs import episode, flattening, intervals, prototypes
+
+
+def results_of(run):
+    return json.loads((run / "results.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["protonet", "matching", "maml"])
+def test_an_episode_is_solved_as_the_runs_test_solved_it(run, tmp_path, monkeypatch, method):
+    right = []
+
+    def record(_, positions, answers):
+        right.append(int((answers == positions.query_labels.numpy()).sum()))
+        return Figure()
+
+    monkeypatch.setattr("figures.runs.draw_episode", record)
+    for number in range(8):
+        (picture,) = episode(str(run(method)), number, tmp_path)
+    assert sum(right) == pytest.approx(results_of(run(method))["accuracy"] * 8 * 15)
+    assert picture == tmp_path / "episode.png" and picture.exists()
+
+
+def test_the_interval_drawn_is_that_of_the_runs_test(run, tmp_path, monkeypatch):
+    notes, labels = [], []
+    monkeypatch.setattr(Axes, "annotate", lambda _, text, *__, **___: notes.append(text))
+    axvline = Axes.axvline
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **named: (labels.append(x), axvline(self, x, **named)))
+    (picture,) = intervals(str(run("protonet")), 8, tmp_path)
+    results = results_of(run("protonet"))
+    assert notes == [f"± {100 * results['ci95']:.2f}"]
+    assert labels == [pytest.approx(100 * results["accuracy"])]
+    assert Image.open(picture).width > 1000
+
+
+def test_the_plane_of_three_prototypes_decides_as_all_dimensions_do_and_that_of_more_does_not():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(500, 20, generator=generator, dtype=torch.float64)
+    for way, same in ((3, True), (6, False)):
+        centres = torch.randn(way, 20, generator=generator, dtype=torch.float64)
+        flat = flattening(centres)
+        assert flat(points).shape == (500, 2)
+        assert torch.equal(l2(flat(points), flat(centres)).argmin(1), l2(points, centres).argmin(1)) == same
+
+
+def test_prototypes_are_drawn_before_and_after_training_with_the_wrong_answers_circled(run, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda _, title: titles.append(title))
+    (picture,) = prototypes(str(run("protonet")), 4, 2, 3, 1, tmp_path)
+    assert [title.partition(":")[0] for title in titles] == ["before training", "after training"]
+    assert all(title.endswith("of 12 queries right") for title in titles)
+    assert Image.open(picture).width > 1000
+
+
+@pytest.mark.parametrize(
+    ("figure", "settings", "message"),
+    [
+        (episode, {"run": None, "number": 0}, "no run is named; .* run=RUN_DIR"),
+        (episode, {"run": "protonet", "number": -1}, r"figure\.number=-1 must be at least 0"),
+        (intervals, {"run": "protonet", "episodes": 1}, r"figure\.episodes=1 must be at least 2"),
+        (
+            prototypes,
+            {"run": "protonet", "way": 2, "shot": 1, "query": 1, "number": 0},
+            r"figure\.way=2 must be 3 to 7",
+        ),
+        (
+            prototypes,
+            {"run": "matching", "way": 3, "shot": 1, "query": 1, "number": 0},
+            "is not a run of method=protonet",
+        ),
+        (prototypes, {"run": "protonet", "way": 3, "shot": 99, "query": 1, "number": 0}, "lower shot or query"),
+        (adaptation, {"runs": "protonet", "steps": 1, "episodes": 2}, "no run of method=maml lies below .* runs=PATH"),
+        (adaptation, {"runs": "maml", "steps": 0, "episodes": 2}, r"figure\.steps=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_explained(run, tmp_path, figure, settings, message):
+    places = {key: str(run(name)) for key, name in settings.items() if key in ("run", "runs") and name is not None}
+    with pytest.raises(FewShotError, match=message):
+        figure(**{**settings, **places}, out=tmp_path)
