@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from fewshot.demo import Demo
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate
 from fewshot.export import export
+from fewshot.files import output_directory
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.prediction import Predictor, make_predictor, predict
 from fewshot.text import for_csv
@@ -162,6 +164,63 @@ def test_the_same_image_in_two_classes_is_told(run, folders, capsys):
     shutil.copy(next((folders / "support" / "letter 3").iterdir()), folders / "support" / "letter 4" / "copy.png")
     predict(configure(folders, f"checkpoint={run('protonet')}"))
     assert re.search(r"warning: .*letter 4/copy\.png is the same image as .*letter 3", capsys.readouterr().err)
+
+
+def test_queries_that_look_the_same_as_support_images_are_told_and_counted_apart(run, folders, capsys):
+    seen = next((folders / "support" / "letter 3").iterdir())
+    Image.open(seen).resize((64, 64)).save(folders / "query" / "letter 3" / "copy.jpg", quality=70)
+    predict(configure(folders, f"checkpoint={run('protonet')}"))
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert line.startswith(f"warning: {folders}/query/letter 3/copy.jpg looks the same as {seen} of the support set")
+    assert "of the 16 queries in folders named after a class" in told.out
+    assert "without the 1 that look the same as a support image" in told.out
+    shutil.copy(folders / "query" / "letter 3" / "copy.jpg", folders / "support" / "letter 4" / "copy.jpg")
+    predict(configure(folders, f"checkpoint={run('protonet')}"))
+    told = capsys.readouterr().err.splitlines()[0]
+    assert re.match(
+        r"warning: .*copy\.jpg of the class letter 4 looks the same as .* of letter 3 .*nothing tells", told
+    )
+
+
+def test_the_accuracy_is_told_wherever_below_its_class_a_query_lies(run, folders, capsys, monkeypatch):
+    deep = folders / "query" / "letter 2" / "2024" / "may"
+    deep.mkdir(parents=True)
+    for file in list((folders / "query" / "letter 2").glob("*.png")):
+        file.rename(deep / file.name)
+    monkeypatch.chdir(folders)
+    for query, counted in ((folders / "query", 15), ("query/*/*/*/*.png", 3), (deep.parents[1], 3), (deep, 0)):
+        config = configure(folders, f"checkpoint={run('protonet')}")
+        config.query = str(query)
+        predict(config)
+        told = capsys.readouterr().out
+        assert (f"of the {counted} queries in folders named after a class" in told) == (counted > 0), query
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "valid", "test"), ("Train", "Test"), ("TRAINING", "dev", "novel", "notes")]
+)
+def test_a_data_set_in_place_of_a_support_set_is_refused(run, folders, names):
+    place = folders / "whole"
+    for name in names:
+        shutil.copytree(folders / "support", place / name)
+    with pytest.raises(
+        FewShotError, match=rf"whole holds the splits of a data set, {names[0]}, .*name one of them: su"
+    ):
+        predict(configure(folders, f"checkpoint={run('protonet')}", f"support={place}"))
+    assert not (folders / "out").exists()
+
+
+def test_what_is_written_without_a_name_never_meets_what_is_there(run, folders, monkeypatch):
+    monkeypatch.setattr("fewshot.files.ROOT", folders / "root")
+    for _ in range(3):
+        predict(configure(folders, f"checkpoint={run('protonet')}", "out=null"))
+    written = list((folders / "root" / "outputs").glob("*/*_predict*/predictions.csv"))
+    assert len(written) == 3
+    stopped = type("Stopped", (datetime,), {"now": classmethod(lambda cls, *_: cls(2030, 1, 2, 3, 4, 5))})
+    monkeypatch.setattr("fewshot.files.datetime", stopped)
+    made = [output_directory(None, "evaluate").name for _ in range(3)]
+    assert made == ["03-04-05_evaluate", "03-04-05_evaluate_2", "03-04-05_evaluate_3"]
 
 
 @pytest.mark.parametrize(("query", "count"), [("query/letter 1/4.png", 1), ("query/*/1*.png", 6), ("query", 15)])

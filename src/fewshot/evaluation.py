@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from fewshot.data.bank import SPLITS
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
 from fewshot.errors import FewShotError
+from fewshot.files import output_directory
 from fewshot.hardware import keep_freed_memory
 from fewshot.metrics import Estimate, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
@@ -107,7 +107,7 @@ def evaluate(config: DictConfig) -> float:
     keep_freed_memory()
     own, *others = (evaluate_split(run, task, config.split) for run, task in zip(trained, asked, strict=True))
 
-    out = Path(config.out).expanduser()
+    out = output_directory(config.out, "evaluate")
     dataset, names = own.data.datasets["test"], own.data.bank.class_names(config.split)
     met, taken = meetings_of(dataset, own.answers)
     results = _results(trained[0], asked[0], config, own)

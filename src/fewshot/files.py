@@ -3,9 +3,12 @@
 import json
 import os
 import stat
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fewshot.config import ROOT
 from fewshot.errors import FewShotError
 
 MOST_BYTES = 64 * 2**20  # of a JSON or YAML file
@@ -31,6 +34,30 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             f"cannot write {path}: {error.strerror}; what was saved before is kept: make room there, then go on with "
             f"the run by resume=RUN_DIR"
         ) from error
+
+
+def output_directory(named: str | None, kind: str) -> Path:
+    """The directory that a command writes to, made if need be: the one that the user names, or else a new one.
+
+    Args:
+        named: a path; None: ``outputs/DATE/TIME_KIND``, with a number where another command has made that already.
+        kind: of command, for the name of a new one.
+    """
+    if named is not None:
+        path = Path(named).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    now = datetime.now().astimezone()
+    day = ROOT / "outputs" / f"{now:%Y-%m-%d}"
+    day.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        path = day / (f"{now:%H-%M-%S}_{kind}" + (f"_{number}" if number > 1 else ""))
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError
 
 
 def create(path: Path) -> BinaryIO:

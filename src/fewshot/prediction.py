@@ -4,8 +4,10 @@ import csv
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,12 +26,16 @@ from fewshot.data.bank import has_bright_ink
 from fewshot.data.files import ImageFile, list_folder
 from fewshot.data.folder import by_class
 from fewshot.data.images import normalise
+from fewshot.data.locate import splits_named
 from fewshot.data.photos import read_photo
+from fewshot.data.twins import Known, are_twins, candidates, thumbnails
 from fewshot.errors import FewShotError
+from fewshot.files import output_directory
 from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.text import for_csv, for_figure, make_table, say
 from fewshot.trained import load_trained
 
+WARNED = 20  # pairs of images that are nearly the same, each by a line
 GROUPS = ("dataset", "method", "distance", "encoder")  # what a checkpoint decides
 Pixels = NDArray[np.uint8]
 
@@ -162,14 +168,16 @@ def predict(config: DictConfig) -> None:
             raise FewShotError(f"{key}={config[key]} must be a whole number of at least {least}")
     examples, queries = _find_support(config.support), _find_queries(config.query)
     predictor = make_predictor(config)
-    support, known = _read_support(examples, predictor.read)
+    support, known, files = _read_support(examples, predictor.read)
     classify, classes = predictor.learn(support), list(support)
-    out = Path(config.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
+    twins = Known([pixels for of in support.values() for pixels in of])
+    out = output_directory(config.out, "predict")
 
     shown: list[Prediction] = []
     drawn: list[tuple[Prediction, Pixels]] = []
-    right, counted, left_out = 0, 0, 0
+    copies: list[str] = []
+    right: dict[bool, list[bool]] = {False: [], True: []}  # of each query whose class is known, by whether it is a copy
+    left_out = 0
     partial = out / "predictions.csv.partial"
     with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
@@ -186,16 +194,19 @@ def predict(config: DictConfig) -> None:
                 table.writerow(map(for_csv, cells))
                 shown += [prediction] if len(shown) < config.shown else []
                 drawn += [(prediction, pixels)] if len(drawn) < config.sheet else []
-                truth = Path(name).parent.name
-                counted, right = counted + (truth in support), right + (truth == prediction.label)
+                copied = twins.find(pixels)
+                if copied is not None:
+                    copies.append(f"{name} looks the same as {files[copied].name} of the support set")
+                truth = _class_of(name, config.query, support)
+                right[copied is not None] += [prediction.label == truth] if truth is not None else []
     if left_out == len(queries):
         partial.unlink()
         raise FewShotError("no query is left to classify: see the lines above for why each was left out")
     written = partial.replace(out / "predictions.csv")
 
     _tell(shown, len(queries) - left_out, support)
-    if counted:
-        say(f"{right:,} of the {counted:,} queries in folders named after a class are right: {right / counted:.2%}")
+    _tell_right(right)
+    _warn_of_copies(copies, "so that its class is given away")
     if left_out:
         say(f"{left_out:,} left out, for the reasons above")
     say(written)
@@ -241,6 +252,13 @@ def _find_support(place: str | None) -> dict[str, list[ImageFile]]:
         told = "no support set is named" if place is None else f"there is no folder {place}"
         raise FewShotError(f"{told}; name one that holds a folder a class, with images in each: support=DIR")
     classes = by_class(list_folder(Path(place).expanduser()))
+    splits = splits_named(list(classes))
+    if splits:
+        names = [name for of in splits.values() for name in of]
+        raise FewShotError(
+            f"{place} holds the splits of a data set, {', '.join(names)}, and no folder a class; name one of them: "
+            f"support={Path(place) / names[-1]}"
+        )
     if len(classes) < 2:
         raise FewShotError(
             f"{place} holds {len(classes)} folders with files in them, and two classes or more are needed: put the "
@@ -263,12 +281,46 @@ def _find_queries(place: str | None) -> list[ImageFile]:
     return found
 
 
+def _class_of(file: str, place: str, classes: Container[str]) -> str | None:
+    """The class of a query that lies in a folder of its name, or in a folder of that; None where it does not.
+
+    Args:
+        file: the query's path.
+        place: where the queries are looked for; folders above it say nothing.
+        classes: their names.
+    """
+    path, root = Path(file), Path(place).expanduser()
+    if not root.is_dir():
+        fixed = list(takewhile(lambda part: not has_magic(part), root.parts))
+        root = Path(*fixed) if len(fixed) < len(root.parts) else path.parent
+    below = [folder.name for folder in path.parents if folder == root or root in folder.parents]
+    return next((name for name in below if name in classes), None)
+
+
+def _tell_right(right: Mapping[bool, Sequence[bool]]) -> None:
+    """How many queries are right, and how many without the copies of support images."""
+    of_all = [*right[False], *right[True]]
+    if of_all:
+        told = f"{sum(of_all):,} of the {len(of_all):,} queries in folders named after a class are right"
+        say(f"{told}: {np.mean(of_all):.2%}")
+    if right[True] and right[False]:
+        say(f"without the {len(right[True]):,} that look the same as a support image: {np.mean(right[False]):.2%}")
+
+
+def _warn_of_copies(pairs: Sequence[str], consequence: str) -> None:
+    for pair in pairs[:WARNED]:
+        say(f"warning: {pair} (recompressed, resized or mirrored, say), {consequence}", error=True)
+    if len(pairs) > WARNED:
+        say(f"warning: and {len(pairs) - WARNED:,} more such pairs", error=True)
+
+
 def _read_support(
     examples: Mapping[str, Sequence[ImageFile]], read: Callable[[ImageFile], Pixels]
-) -> tuple[dict[str, list[Pixels]], dict[bytes, ImageFile]]:
-    """The images of each class, and each file by the hash of its bytes."""
+) -> tuple[dict[str, list[Pixels]], dict[bytes, ImageFile], list[ImageFile]]:
+    """The images of each class; each file by the hash of its bytes; and the files in the order of the images."""
     support: dict[str, list[Pixels]] = {}
     known: dict[bytes, ImageFile] = {}
+    read_files: list[ImageFile] = []
     class_of: dict[bytes, str] = {}
     for name, files in examples.items():
         support[name] = []
@@ -282,9 +334,22 @@ def _read_support(
                 say(f"warning: {file.name} is the same image as {known[digest].name}, of another class", error=True)
             known.setdefault(digest, file)
             support[name].append(pixels)
+            read_files.append(file)
         if not support[name]:
             raise FewShotError(f"no image of the class {name} in {Path(files[0].name).parent} can be read; add one")
-    return support, known
+    _warn_of_twins(support, read_files)
+    return support, known, read_files
+
+
+def _warn_of_twins(support: Mapping[str, Sequence[Pixels]], files: Sequence[ImageFile]) -> None:
+    """Name the images of different classes that are nearly the same; the same pixels count, too."""
+    images = [(name, pixels) for name, of in support.items() for pixels in of]
+    pairs = []
+    for one, other, mirror in candidates(thumbnails(np.stack([pixels for _, pixels in images]))):
+        (first, pixels), (second, others) = images[one], images[other]
+        if first != second and are_twins(pixels, others, mirror):
+            pairs.append(f"{files[other].name} of the class {second} looks the same as {files[one].name} of {first}")
+    _warn_of_copies(list(dict.fromkeys(pairs)), "so that nothing tells these classes apart")
 
 
 def _read_queries(

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image
 
 from fewshot.data.audit import EXAMPLES, Audit
 
@@ -14,7 +15,8 @@ def findings(*classes):
     audit = Audit()
     for name, split, images in classes:
         audit.add(name, split, images)
-    return audit.findings()
+    every = np.concatenate([images for _, _, images in classes])
+    return audit.findings(every.__getitem__)
 
 
 def test_a_data_set_in_order_has_no_findings():
@@ -67,3 +69,25 @@ def test_classes_without_content_are_told():
     assert "classes that are blank, every image of one colour: a (train) (1 in all)" in found
     assert "classes that hold one picture over and over: b (train) (1 in all)" in found
     assert len(found) == 3  # the last: a picture that is in a class twice
+
+
+@pytest.mark.parametrize(
+    ("splits", "names", "told"),
+    [
+        (("train", "test"), "ab", "in more than one split, so that the network is judged by what it has seen"),
+        (("val", "val"), "ab", "in two classes of a split, so that nothing tells these apart"),
+        (("val", "val"), "aa", "twice in a class, so that a query may be its own support sample"),
+    ],
+)
+def test_pictures_that_are_nearly_the_same_are_told_with_their_places(splits, names, told):
+    noise = RANDOM.integers(0, 256, (6, 10, 10, 3), dtype=np.uint8)
+    images = np.stack([np.asarray(Image.fromarray(of).resize((40, 40), Image.BICUBIC)) for of in noise])
+    images[4] = (images[1].astype(np.int16) + RANDOM.integers(-2, 3, images[1].shape)).clip(0, 255)[:, ::-1]
+    parts = (
+        [("a", splits[0], images)] if names == "aa" else [("a", splits[0], images[:3]), ("b", splits[1], images[3:])]
+    )
+    (line,) = findings(*parts)
+    first, other = f"a number 2 ({splits[0]})", "a number 5 (val)" if names == "aa" else f"b number 2 ({splits[1]})"
+    assert line.startswith(f"pictures that are nearly the same (recompressed, resized or mirrored) {told}: ")
+    assert f"{first} ~ {other}" in line or f"{other} ~ {first}" in line
+    assert line.endswith("(1 in all)")

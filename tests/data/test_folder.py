@@ -104,3 +104,21 @@ def test_it_is_trained_and_tested_on(tmp_path, cache_dir):
     assert json.loads((run_dir / "results.json").read_text())["dataset"] == "folder"
     with pytest.raises(FewShotError, match=r"way=5 is more than the 2 classes of the val split; choose way=2"):
         train(compose(*make, *task, "way=5", f"run_dir={tmp_path / 'other'}", f"cache_dir={cache_dir}"))
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "valid", "test"), ("Train", "Validation", "TESTING"), ("base", "val", "novel")]
+)
+def test_splits_may_have_other_names_that_people_use(tmp_path, names):
+    for split, classes in zip(names, ("abc", "de", "fg"), strict=True):
+        fill(tmp_path / split, classes)
+    assert split_of(tmp_path) == {"train": [*"abc"], "val": [*"de"], "test": [*"fg"]}
+
+
+def test_splits_that_are_not_whole_are_never_taken_for_classes(tmp_path):
+    for split in ("train", "test"):
+        fill(tmp_path / split, "abc")
+    with pytest.raises(FewShotError, match=r"has the folders train, test, which are splits and .* not one that is val"):
+        split_of(tmp_path)
+    fill(tmp_path / "vehicles", ["train", "base", "bus", "car", "bike", "boat", "plane"])
+    assert sum(map(len, split_of(tmp_path / "vehicles").values())) == 7

@@ -27,7 +27,7 @@ from fewshot.text import for_terminal, say
 
 SPLITS = ("train", "val", "test")
 MakeSource = TypeVar("MakeSource", bound=Callable[..., Any])
-FORMAT = 3  # raised whenever what a bank holds changes, so that older caches are built anew
+FORMAT = 4  # raised whenever what a bank holds changes, so that older caches are built anew
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class ImageBank:
         splits: the split of each class.
         split_rule: see ``Source.split``.
         images_sha256: digest of the pixels, in the order of ``images``.
+        class_digests: of each class a digest of its pixels.
         findings: what is odd about the images, a line each; see ``Audit``.
     """
 
@@ -97,6 +98,7 @@ class ImageBank:
     splits: tuple[str, ...]
     split_rule: str | None = None
     images_sha256: str = ""
+    class_digests: tuple[str, ...] = ()
     findings: tuple[str, ...] = ()
 
     def classes(self, split: str) -> NDArray[np.int64]:
@@ -221,7 +223,7 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
     try:
         classes = _list_classes(name, source)
         offsets = [0, *accumulate(c.count for c in classes)]
-        audit, digest = Audit(), hashlib.sha256()
+        audit, digest, class_digests = Audit(), hashlib.sha256(), []
         # Written rather than mapped: a full disk is an error then, not the end of the process.
         with (partial / "images.npy").open("wb") as file:
             description = escape(f"building the image bank of {for_terminal(name)}")
@@ -236,6 +238,7 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
                 pixels = np.ascontiguousarray(images).data
                 file.write(pixels)
                 digest.update(pixels)
+                class_digests.append(hashlib.sha256(pixels).hexdigest()[:32])
                 audit.add(image_class.name, image_class.split, images)
             file.flush()
             os.fsync(file.fileno())  # else a machine that dies could keep the name of a bank and not all of its images
@@ -245,7 +248,8 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
             "splits": [c.split for c in classes],
             "split_rule": source.split,
             "images_sha256": digest.hexdigest(),
-            "findings": audit.findings(),
+            "class_digests": class_digests,
+            "findings": audit.findings(np.load(partial / "images.npy", mmap_mode="r").__getitem__),
         }
         (partial / "index.json").write_text(json.dumps(index), encoding="utf-8")
         if place() != directory:
@@ -268,9 +272,11 @@ def _read(directory: Path) -> ImageBank | None:
             splits=tuple(index["splits"]),
             split_rule=index["split_rule"],
             images_sha256=index["images_sha256"],
+            class_digests=tuple(index["class_digests"]),
             findings=tuple(index["findings"]),
         )
-        whole = len(bank.offsets) - 1 == len(bank.names) == len(bank.splits) and len(images) == bank.offsets[-1]
+        lists = bank.names, bank.splits, bank.class_digests
+        whole = all(len(of) == len(bank.offsets) - 1 for of in lists) and len(images) == bank.offsets[-1]
         return bank if whole and images.ndim == 4 and images.dtype == np.uint8 else None
     except (FileNotFoundError, NotADirectoryError, EOFError, LookupError, OverflowError, TypeError, ValueError):
         return None  # there is none, or a broken one

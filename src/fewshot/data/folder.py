@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from fewshot.data.bank import SPLITS, ImageClass, Source
 from fewshot.data.files import ImageFile, list_folder
+from fewshot.data.locate import children, splits_named
 from fewshot.data.photos import read_photo
 from fewshot.errors import FewShotError
 from fewshot.text import say
@@ -42,8 +43,8 @@ def folder(data_dir: str, size: int, channels: int, val: float, test: float, spl
     others = sorted(set(files) - set(images))
     if others:
         say(f"passed over {len(others):,} files in {place} that no image is kept in, {others[0]} for one")
-    in_splits = all((place / split).is_dir() for split in SPLITS)
-    splits = dict(_as_the_folders_say(images)) if in_splits else _dealt_out(images, place, val, test, split_seed)
+    folders = _split_folders(place)
+    splits = _as_the_folders_say(images, folders) if folders else _dealt_out(images, place, val, test, split_seed)
     for split in SPLITS:
         if len(splits.get(split, {})) < FEWEST:
             raise FewShotError(
@@ -58,7 +59,7 @@ def folder(data_dir: str, size: int, channels: int, val: float, test: float, spl
             for name, of in splits[split].items()
         ]
 
-    return Source([place / name for name in images], classes, "folders" if in_splits else f"drawn, seed {split_seed}")
+    return Source([place / name for name in images], classes, "folders" if folders else f"drawn, seed {split_seed}")
 
 
 def by_class(files: Mapping[str, ImageFile]) -> dict[str, list[ImageFile]]:
@@ -71,10 +72,32 @@ def by_class(files: Mapping[str, ImageFile]) -> dict[str, list[ImageFile]]:
     return dict(sorted(classes.items()))
 
 
-def _as_the_folders_say(images: Mapping[str, ImageFile]) -> Iterator[tuple[str, dict[str, list[ImageFile]]]]:
-    for split in SPLITS:
-        inside = {name: file for name, file in images.items() if name.startswith(f"{split}/")}
-        yield split, by_class({name.removeprefix(f"{split}/"): file for name, file in inside.items()})
+def _split_folders(place: Path) -> dict[str, str]:
+    """The folder of each split, by whichever word for it people use; empty where the folders are classes.
+
+    Raises:
+        FewShotError: there are folders of some splits, and none or several of another.
+    """
+    folders = children(place)
+    named = splits_named(folders)
+    exact = {split: split if split in of else of[0] for split, of in named.items() if split in of or len(of) == 1}
+    if named and len(exact) < len(SPLITS):
+        missing = next(split for split in SPLITS if split not in exact)
+        raise FewShotError(
+            f"{place} has the folders {', '.join(name for of in named.values() for name in of)}, which are splits and "
+            f"no classes, but not one that is {missing}; let it hold train, val and test, each with a folder a class"
+        )
+    return exact
+
+
+def _as_the_folders_say(
+    images: Mapping[str, ImageFile], folders: Mapping[str, str]
+) -> dict[str, dict[str, list[ImageFile]]]:
+    splits = {}
+    for split, folder_of in folders.items():
+        inside = {name: file for name, file in images.items() if name.startswith(f"{folder_of}/")}
+        splits[split] = by_class({name.removeprefix(f"{folder_of}/"): file for name, file in inside.items()})
+    return splits
 
 
 def _dealt_out(

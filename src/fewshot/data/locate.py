@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +111,18 @@ def holds(folder: Path) -> str:
 def plain_name(name: str) -> str:
     """A name in small letters, without dashes, underscores and the like."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def splits_named(folders: Sequence[str]) -> dict[str, list[str]]:
+    """The folders of each split, where they are the splits of a data set; empty where they are something else.
+
+    A class may be called "train", too: at least half of the folders have the name of a split, or another word for it,
+    in any case, and these are of two splits at least.
+    """
+    of_splits = {split: [name for name in folders if plain_name(name) in words] for split, words in ALIASES.items()}
+    found = {split: names for split, names in of_splits.items() if names}
+    many = 2 * sum(map(len, found.values())) >= len(folders) or len(found) == len(ALIASES)
+    return found if len(found) > 1 and many else {}
 
 
 def split_of(name: str) -> str | None:
