@@ -1,12 +1,15 @@
 """Files in the directory of a run: written whole or not at all, and read whoever made them."""
 
+import io
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from fewshot.config import ROOT
 from fewshot.errors import FewShotError
@@ -34,6 +37,18 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             f"cannot write {path}: {error.strerror}; what was saved before is kept: make room there, then go on with "
             f"the run by resume=RUN_DIR"
         ) from error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """A text file to write to, line by line, which takes its name once all is written and leaves nothing otherwise."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with io.TextIOWrapper(create(partial), encoding="utf-8", errors="surrogateescape", newline="") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def output_directory(named: str | None, kind: str) -> Path:

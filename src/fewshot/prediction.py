@@ -30,7 +30,7 @@ from fewshot.data.locate import splits_named
 from fewshot.data.photos import read_photo
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
 from fewshot.errors import FewShotError
-from fewshot.files import output_directory
+from fewshot.files import output_directory, written_whole
 from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.text import for_csv, for_figure, make_table, say
 from fewshot.trained import load_trained
@@ -178,8 +178,7 @@ def predict(config: DictConfig) -> None:
     copies: list[str] = []
     right: dict[bool, list[bool]] = {False: [], True: []}  # of each query whose class is known, by whether it is a copy
     left_out = 0
-    partial = out / "predictions.csv.partial"
-    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with written_whole(written := out / "predictions.csv") as file:
         table = csv.writer(file)
         table.writerow(["file", "label", "probability", "runner-up"])
         batches = np.array_split(np.arange(len(queries)), math.ceil(len(queries) / config.batch))
@@ -199,10 +198,8 @@ def predict(config: DictConfig) -> None:
                     copies.append(f"{name} looks the same as {files[copied].name} of the support set")
                 truth = _class_of(name, config.query, support)
                 right[copied is not None] += [prediction.label == truth] if truth is not None else []
-    if left_out == len(queries):
-        partial.unlink()
-        raise FewShotError("no query is left to classify: see the lines above for why each was left out")
-    written = partial.replace(out / "predictions.csv")
+        if left_out == len(queries):
+            raise FewShotError("no query is left to classify: see the lines above for why each was left out")
 
     _tell(shown, len(queries) - left_out, support)
     _tell_right(right)
