@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import damaged, nothing_touched
+from fewshot.data.files import file_at
 from fewshot.data.miniimagenet import _read_pickle
 from fewshot.data.pickles import to_array, to_list, unpickle
 from fewshot.errors import FewShotError
@@ -224,7 +225,7 @@ def test_whatever_a_pickle_holds_it_is_read_or_refused_in_one_line(cache_file, c
     cache_file.write_bytes(contents)
     try:
         with nothing_touched():
-            images, of_class = _read_pickle(cache_file)
+            images, of_class = _read_pickle(file_at(cache_file))
     except FewShotError as error:
         assert str(error).startswith(f"{cache_file} is not") and len(str(error).splitlines()) == 1  # noqa: PT017
     else:
