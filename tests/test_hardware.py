@@ -1,6 +1,6 @@
 """What a GPU would be asked to do, on one that PyTorch only imagines; and options of the hardware that may fail."""
 
-import os
+import json
 
 import pytest
 import torch
@@ -8,9 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_bank
+from fewshot import hardware
 from fewshot.config import compose
 from fewshot.data.episodes import EpisodeIndex, MetaBatch, Share
-from fewshot.training import make_data, make_method
+from fewshot.errors import FewShotError
+from fewshot.hardware import check_hardware, has_bfloat16, memory_in_a_line, precision_of
+from fewshot.training import make_data, make_method, train
 
 BANK = make_bank({"train": [8] * 6, "val": [8] * 5, "test": [8] * 5}, size=28)
 MAKE = [
@@ -51,24 +54,26 @@ def data():
 
 
 @pytest.mark.parametrize("room", [True, False])
-def test_the_bank_lies_on_the_gpu_when_it_fits_and_is_carried_there_once(data, monkeypatch, room):
+def test_the_bank_lies_on_the_gpu_when_it_fits_and_is_asked_for_without_a_wait(data, monkeypatch, room):
     free = 4 * BANK.images.nbytes + (1 if room else -1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
-    watch = HostWatch()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        positions = {
-            "support": torch.zeros((2, 6), dtype=torch.int64),
-            "query": torch.zeros((2, 12), dtype=torch.int64),
-        }
-        batch = EpisodeIndex(**positions, support_labels=positions["support"], query_labels=positions["query"], way=3)
-        for _ in range(2):
-            with watch:
-                episodes = batch.load(data.images)
-    assert episodes.support.device.type == episodes.query.device.type == "cuda"
-    assert episodes.support.shape == (2, 6, 1, 28, 28)
-    assert (data.images._resident is not None) == room
-    # Once for the bank, or each of two times for support and query: the positions there, the images back.
-    assert len(watch.waits) == (1 if room else 8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    sent = []
+
+    def send(tensor, device):
+        sent.append(tensor.dtype)
+        return tensor.to(device)
+
+    monkeypatch.setattr("fewshot.data.images.send", send)  # nothing can be pinned for a GPU that is not there
+    gpu = torch.device("cuda", 0)
+    positions = torch.arange(12).view(2, 6)
+    for _ in range(2):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            images = data.images(positions, device=gpu)
+        assert images.device == gpu and images.shape == (2, 6, 1, 28, 28)
+    assert (data.images._resident[gpu] is not None) == room
+    assert sent == [torch.int64 if room else torch.uint8] * 2
+    # On the CPU, the images of the bank itself.
+    torch.testing.assert_close(data.images(positions), data.images(positions, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,7 +88,7 @@ def test_a_training_step_never_asks_for_a_number_on_the_host(method):
         query_labels=torch.arange(3).repeat(2, 4),
         way=3,
     )
-    meta_batch = MetaBatch(positions, Share([], 0.5), lambda positions: images[positions])
+    meta_batch = MetaBatch(positions, Share([], 0.5), lambda positions, device: images[positions].to(device))
     with HostWatch() as watch:
         if method == "maml":
             model.meta_gradient(meta_batch.load())
@@ -92,15 +97,201 @@ def test_a_training_step_never_asks_for_a_number_on_the_host(method):
     assert not watch.waits
 
 
-def test_where_nothing_can_be_compiled_the_run_goes_on_as_it_is(cli, tmp_path):
-    tiny = ["train.episodes=4", "train.way=3", "val.every=4", "val.episodes=3", "test.episodes=5", "hardware=cpu"]
-    found = []
-    for name, compiled in (("plain", "false"), ("compiled", "true")):
-        run_dir = tmp_path / name
-        environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-        done = cli(*tiny, f"hydra.run.dir={run_dir}", f"hardware.compile={compiled}", env=environment)
-        assert done.returncode == 0, done.stderr
-        found.append(torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
-    assert found[0].keys() == found[1].keys()
-    for name, weight in found[0].items():
-        torch.testing.assert_close(weight, found[1][name])
+CARD = {"accelerator": "gpu", "devices": 1, "precision": "32-true", "compile": False}
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL"
+)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine without one: what PyTorch says of it, and which PyTorch that is."""
+
+    def pretend(told, cuda="12.8", processor="model name: Some Processor", mps=False):
+        def init():
+            raise RuntimeError(told)
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cuda, "init", init)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(hardware, "_cpu_info", lambda key: dict([processor.split(": ")]).get(key, ""))
+
+    return pretend
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with some cards, of a compute capability."""
+
+    def pretend(count=1, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some Card")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability[0] >= 8)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("told", "cuda", "expected"),
+    [
+        ("Found no NVIDIA driver on your system. Please check that", "12.8", "no NVIDIA driver was found"),
+        (TOO_OLD, "12.8", "the NVIDIA driver is too old: it is made for CUDA 11.4, and this PyTorch for CUDA 12.8"),
+        ("No CUDA GPUs are available", "12.8", "CUDA_VISIBLE_DEVICES=7 hides the GPUs"),
+        ("unknown error\nmore of it", "12.8", "unknown error."),
+        ("", None, "is built for the CPU alone"),
+    ],
+)
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_a_gpu_that_is_not_there_is_refused_with_what_is(no_gpu, monkeypatch, told, cuda, expected, accelerator):
+    no_gpu(told, cuda)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(FewShotError) as refused:
+        check_hardware({**CARD, "accelerator": accelerator})
+    line = str(refused.value)
+    assert line.startswith(f"hardware.accelerator={accelerator}: ") and expected in line
+    assert "What is there: a CPU (Some Processor, " in line and line.endswith("choose hardware=cpu")
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("group", ["gpu", "ddp", "mps"])
+def test_a_run_without_its_accelerator_goes_no_further(no_gpu, tmp_path, group):
+    no_gpu("Found no NVIDIA driver on your system.")
+    with pytest.raises(FewShotError, match="What is there: a CPU"):
+        train(compose(f"hardware={group}", f"run_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"))
+    assert not (tmp_path / "cache").exists() and not list(tmp_path.glob("*.json"))
+
+
+def test_a_driver_that_is_too_old_is_no_silent_reason_to_use_the_cpu(no_gpu, capsys):
+    no_gpu(TOO_OLD)
+    check_hardware({**CARD, "accelerator": "auto"})
+    assert "the NVIDIA driver is too old" in capsys.readouterr().err
+    no_gpu("Found no NVIDIA driver on your system.")
+    check_hardware({**CARD, "accelerator": "auto"})
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "instead"),
+    [(2, 1, "1"), ("2", 1, "auto"), ([1], 1, "auto"), ("0,1", 1, "auto"), (5, 4, "4"), ([0, 7], 4, "auto")],
+)
+def test_more_gpus_than_there_are_are_refused(gpus, devices, count, instead):
+    gpus(count)
+    with pytest.raises(FewShotError, match=rf"this machine has {count} GPUs? \(Some Card\); .*devices={instead}$"):
+        check_hardware({**CARD, "devices": devices})
+
+
+@pytest.mark.parametrize("devices", [1, "auto", -1, "-1", [0, 1], "0,1", 2])
+def test_the_gpus_that_are_there_are_taken(gpus, devices):
+    gpus(2)
+    check_hardware({**CARD, "devices": devices})
+
+
+@pytest.mark.parametrize(("accelerator", "variable"), [("cpu", "CXX"), ("gpu", "CC")])
+def test_compiling_without_a_compiler_is_refused(gpus, monkeypatch, accelerator, variable):
+    gpus()
+    asked = {**CARD, "accelerator": accelerator, "compile": True}
+    monkeypatch.setenv(variable, "no-such-compiler")
+    with pytest.raises(FewShotError, match="no-such-compiler was not found; install one, name it by"):
+        check_hardware(asked)
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FewShotError, match=rf"(g\+\+|gcc) or clang(\+\+)? was not found.*{variable}=PATH"):
+        check_hardware(asked)
+
+
+def test_compiling_for_a_gpu_that_triton_does_not_know_is_refused(gpus, monkeypatch):
+    gpus(capability=(6, 1))
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: name)
+    monkeypatch.setattr(hardware, "find_spec", lambda _: None)
+    with pytest.raises(FewShotError, match="needs the package triton"):
+        check_hardware({**CARD, "compile": True})
+    monkeypatch.setattr(hardware, "find_spec", lambda name: name)
+    with pytest.raises(FewShotError, match=r"compute capability 7\.0, and 1 GPU \(Some Card\) has 6\.1"):
+        check_hardware({**CARD, "compile": True})
+
+
+def test_a_method_that_differentiates_twice_runs_as_it_is_and_says_so(capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
+    make_method(compose(*MAKE, "method=maml", "hardware.compile=true"))
+    assert "differentiates its gradients" in capsys.readouterr().out and not compiled
+    make_method(compose(*MAKE, "method=maml", "method.order=1", "hardware.compile=true"))
+    assert not capsys.readouterr().out and len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "quick"),
+    [
+        ("avx2 avx512f avx512bw", None, False),
+        ("avx512f avx512_bf16", None, True),
+        ("amx_tile amx_bf16", None, True),
+        ("", None, False),
+        ("", (7, 5), False),
+        ("", (8, 0), True),
+    ],
+)
+def test_auto_takes_bfloat16_where_it_is_quick(no_gpu, gpus, capsys, flags, capability, quick):
+    no_gpu("Found no NVIDIA driver on your system.", processor=f"flags: {flags}")
+    if capability is not None:
+        gpus(capability=capability)
+    device = "cpu" if capability is None else "cuda"
+    assert has_bfloat16(device) == quick
+    asked = {**CARD, "accelerator": "auto"}
+    assert precision_of({**asked, "precision": "auto"}) == ("bf16-mixed" if quick else "32-true")
+    assert precision_of({**asked, "precision": "64-true"}) == "64-true"
+    check_hardware({**asked, "precision": "auto"})
+    assert not capsys.readouterr().err
+    check_hardware({**asked, "precision": "bf16-mixed"})  # forced
+    assert ("has no bfloat16 arithmetic" in capsys.readouterr().err) != quick
+
+
+def test_results_and_checkpoints_say_which_precision_auto_was(no_gpu, tmp_path, cache_dir):
+    no_gpu("Found no NVIDIA driver on your system.", processor="flags: avx2")
+    tiny = ["train.episodes=2", "train.way=3", "val.episodes=2", "test.episodes=2", "encoder.filters=4"]
+    train(compose(*tiny, "hardware.precision=auto", "pictures=false", f"run_dir={tmp_path}", f"cache_dir={cache_dir}"))
+    assert json.loads((tmp_path / "results.json").read_text())["precision"] == "32-true"
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["hyper_parameters"]["hardware"]["precision"] == "32-true"
+
+
+@pytest.mark.parametrize("name", ["protonet", "matching", "matching_fce", "maml"])
+def test_the_small_budget_asks_for_bfloat16_only_where_it_is_quick(name):
+    experiment = "maml_2nd" if name == "maml" else name if name == "protonet" else f"{name}_l2"
+    config = compose(f"experiment=miniimagenet/{experiment}_5way_1shot", "budget=cpu", "run_dir=unused")
+    assert config.hardware.precision == "auto"
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "the GPU"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "the GPU"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), "this machine"),
+        (MemoryError(), "this machine"),
+    ],
+)
+@pytest.mark.parametrize("method", ["protonet", "maml"])
+def test_memory_that_is_full_ends_in_a_line_that_says_what_to_lower(
+    monkeypatch, tmp_path, cache_dir, error, place, method
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("fewshot.training.make_data", fail)
+    config = compose(f"method={method}", f"run_dir={tmp_path}", f"cache_dir={cache_dir}")
+    with pytest.raises(FewShotError) as refused:
+        train(config)
+    line = str(refused.value)
+    assert line.startswith(f"the memory of {place} is full; lower ") and "\n" not in line
+    assert ("method.vmap_tasks" if method == "maml" else "train.meta_batch") in line and f"resume={tmp_path}" in line
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_in_a_line("lower it"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

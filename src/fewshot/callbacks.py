@@ -18,6 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeNumber, MetaBatch
 from fewshot.errors import FewShotError, Interrupted
+from fewshot.hardware import asynchronous
 from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.metrics import largest
 from fewshot.text import say
@@ -30,6 +31,11 @@ class ProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, method)
         metrics.pop("v_num", None)
         return metrics
+
+    def _update_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # To show a number is to wait for it: on a GPU only when the log does, too.
+        if not asynchronous(pl_module.device) or trainer.global_step % _log_every(trainer) == 0:
+            super()._update_metrics(trainer, pl_module)
 
     def _get_train_description(self, current_epoch: int) -> str:  # noqa: ARG002
         data = _data(self.trainer)
@@ -66,12 +72,14 @@ class Record(pl.Callback):
 
     def on_train_batch_end(  # noqa: D102
         self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        method: pl.LightningModule,  # noqa: ARG002
+        trainer: pl.Trainer,
+        method: pl.LightningModule,
         outputs: Any,  # noqa: ARG002
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
+        if trainer.is_last_batch and method.device.type == "cuda":
+            torch.cuda.synchronize(method.device)  # steps that are still under way are part of the time
         now = time.monotonic()
         self.seconds += now - self._since
         self._since = now
@@ -197,7 +205,7 @@ class FiniteGradients(pl.Callback):
                     self._limit(data)
         elif scaler is None:
             self._norms.append((episodes, norm))
-            if norm.device.type == "cpu" or len(self._norms) >= _log_every(trainer):
+            if not asynchronous(norm.device) or len(self._norms) >= _log_every(trainer):
                 self._look(trainer)
         elif trainer.global_step % _log_every(trainer) == 0 and scaler.get_scale() < 1 and not norm.isfinite():
             # The scaler passes over such a step by itself and halves its scale, which begins at 65536. An overflow is

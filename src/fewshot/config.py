@@ -141,6 +141,8 @@ def check(config: DictConfig) -> None:
         line for key, node in _targets(config) for line in _wrong_types(key, node, import_target(key, node._target_))
     ]
     hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
+    if hardware.get("precision") == "auto":  # ours; see fewshot.hardware
+        del hardware["precision"]
     from pytorch_lightning import Trainer  # noqa: PLC0415
 
     wrong += _wrong_types("hardware", hardware, Trainer)

@@ -7,6 +7,7 @@ import torch
 from pytorch_lightning.strategies import Strategy
 
 from fewshot.data.episodes import Gather
+from fewshot.hardware import send
 
 EMBEDDED_TOGETHER = 256  # images
 Encoder = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to [images, ...]
@@ -40,7 +41,7 @@ class EmbeddingTable:
 
     def __call__(self, positions: torch.Tensor) -> torch.Tensor:
         """The embeddings ``[..., one embedding's shape]`` of the images at the positions, int64 ``[...]``."""
-        return self.embeddings[self._rows[positions]]
+        return self.embeddings[self._rows[send(positions, self._rows.device)]]
 
 
 def embed(encoder: Encoder, images: Gather, positions: torch.Tensor, strategy: Strategy) -> torch.Tensor:
@@ -51,8 +52,8 @@ def embed(encoder: Encoder, images: Gather, positions: torch.Tensor, strategy: S
 
     Args:
         encoder: embeds each image by itself.
-        images: where the images are.
-        positions: which, int64 ``[images]``, on the device of the encoder.
+        images: where the images are; gives them on the device of the encoder.
+        positions: which, int64 ``[images]``.
         strategy: the processes.
 
     Returns:

@@ -17,7 +17,7 @@ from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
 from fewshot.errors import FewShotError
 from fewshot.files import output_directory
-from fewshot.hardware import keep_freed_memory
+from fewshot.hardware import check_hardware, keep_freed_memory, memory_in_a_line
 from fewshot.metrics import Estimate, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
 from fewshot.runs import overrides, places_of, write_json
@@ -104,8 +104,10 @@ def evaluate(config: DictConfig) -> float:
             other[key] = asked[0][key]
     for one in asked:
         check(one)
+    check_hardware(asked[0].hardware)
     keep_freed_memory()
-    own, *others = (evaluate_split(run, task, config.split) for run, task in zip(trained, asked, strict=True))
+    with memory_in_a_line("lower way, shot or query, or choose hardware=cpu"):
+        own, *others = (evaluate_split(run, task, config.split) for run, task in zip(trained, asked, strict=True))
 
     out = output_directory(config.out, "evaluate")
     dataset, names = own.data.datasets["test"], own.data.bank.class_names(config.split)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from glob import has_magic
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -31,6 +32,7 @@ from fewshot.data.photos import read_photo
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
 from fewshot.errors import FewShotError
 from fewshot.files import output_directory, written_whole
+from fewshot.hardware import check_hardware, precision_of
 from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.text import for_csv, for_figure, make_table, say
 from fewshot.trained import load_trained
@@ -75,10 +77,12 @@ class Predictor:
         if hardware.devices not in (1, "auto"):
             raise FewShotError(f"hardware.devices={hardware.devices}: predictions are made on one, hardware.devices=1")
         self.size, self.channels, self.kind, self.ink = dataset.size, dataset.channels, dataset.normalise, ink
-        self._fabric = Fabric(accelerator=hardware.accelerator, devices=1, precision=hardware.precision)
+        check_hardware(hardware)
+        precision: Any = precision_of(hardware)
+        self._fabric = Fabric(accelerator=hardware.accelerator, devices=1, precision=precision)
         require_finite(method, "the network")
         self.method = method.eval().to(self._fabric.device)
-        if hardware.precision.startswith("64"):
+        if precision.startswith("64"):
             self.method.double()
 
     def read(self, file: ImageFile) -> Pixels:

@@ -26,7 +26,7 @@ from fewshot.dashboard import Dashboard, Log, log_hyperparameters
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError
-from fewshot.hardware import keep_freed_memory, machine
+from fewshot.hardware import check_hardware, keep_freed_memory, machine, memory_in_a_line, precision_of
 from fewshot.methods.base import FewShotMethod
 from fewshot.processes import as_one
 from fewshot.runs import (
@@ -66,11 +66,23 @@ def train(config: DictConfig) -> float:
     with interruption, only_run_in(run_dir):
         config, checkpoint = to_go_on_with(config)
         check(config)
+        check_hardware(config.hardware)
+        config.hardware.precision = precision_of(config.hardware)  # what a checkpoint says, and a resumed run keeps
         results = results_so_far(config) if checkpoint is not None else None
         if results is not None:
             _tell(results, run_dir)
             return float(results["val_accuracy"])
-        return _train(config, checkpoint, interruption)
+        with memory_in_a_line(_less_memory(config)):
+            return _train(config, checkpoint, interruption)
+
+
+def _less_memory(config: DictConfig) -> str:
+    """What to lower where memory does not suffice."""
+    step = "method.vmap_tasks, or set method.recompute=true," if "vmap_tasks" in config.method else "train.meta_batch"
+    return (
+        f"lower {step} or train.way, train.shot and train.query, in a new run; or go on with this one by "
+        f"resume={config.run_dir} and a higher hardware.accumulate_grad_batches or hardware.precision=bf16-mixed"
+    )
 
 
 def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: Interruption) -> float:
@@ -179,7 +191,12 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     method.make_optimizer = instantiate(config.optimizer)
     method.make_schedule = instantiate(config.schedule)
     method.save_hyperparameters(OmegaConf.to_container(config), logger=False)
-    if config.hardware.compile:
+    if config.hardware.compile and not method.compilable:
+        _say(
+            f"warning: hardware.compile=true: method={config.choices.method} differentiates its gradients, which "
+            "torch.compile cannot; it runs as it is"
+        )
+    elif config.hardware.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, after a warning
         method.encoder.compile()
     return method
@@ -206,6 +223,7 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
     logging.getLogger("lightning_fabric.utilities").setLevel(logging.WARNING)
     hardware = {str(key): value for key, value in config.hardware.items() if key != "compile"}
+    hardware["precision"] = precision_of(config.hardware)
     return pl.Trainer(
         **hardware,
         max_epochs=-1,  # one from each checkpoint to the next; Record sees the last training episode
@@ -229,12 +247,7 @@ def _check_hardware(config: DictConfig, method: FewShotMethod, trainer: pl.Train
     """
     scaled = str(config.hardware.precision) in {"16", "16-mixed"}
     if scaled and trainer.precision != "16-mixed":
-        raise FewShotError("hardware.precision=16-mixed needs a GPU; choose bf16-mixed on the CPU")
-    if scaled and not method.automatic_optimization:
-        raise FewShotError(
-            "hardware.precision=16-mixed scales the loss so that half precision holds its gradient, and not those of "
-            f"the inner steps of method={config.choices.method}; choose bf16-mixed, which needs no scale"
-        )
+        raise FewShotError("hardware.precision=16-mixed needs a GPU; choose hardware.precision=auto")
     if trainer.accumulate_grad_batches > 1 and not method.automatic_optimization:
         raise FewShotError(
             f"hardware.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: method="

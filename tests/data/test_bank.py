@@ -307,13 +307,27 @@ import sys
 import numpy as np
 from fewshot.data.bank import ImageClass, Source, open_bank
 from fewshot.errors import FewShotError
-load = lambda: np.full((4, 256, 256, 1), 7, dtype=np.uint8)
+loaded = []
+def load():
+    loaded.append(1)
+    if len(loaded) == 2:  # meanwhile, somebody else takes the room
+        open(sys.argv[1] + "/other", "wb").write(bytes(150_000))
+    return np.full((1, 256, 256, 1), 7, dtype=np.uint8)
 try:
-    open_bank("toy", Source([], lambda: [ImageClass(name, "train", 4, load) for name in "abcd"]), {}, sys.argv[1])
+    open_bank("toy", Source([], lambda: [ImageClass(name, "train", 1, load) for name in "abc"]), {}, sys.argv[1])
 except FewShotError as error:
     print(error)
 ' "$1"
 """
+
+
+def test_a_bank_that_is_larger_than_the_free_space_is_refused_before_it_is_written(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 159))
+    with pytest.raises(FewShotError, match=r"bank of toy takes 0 MB, and there are 0 MB free in .*cache; make room"):
+        open_bank("toy", make_source(file), {}, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("toy*/*"))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 160))
+    assert len(open_bank("toy", make_source(file), {}, tmp_path / "cache").images) == 10
 
 
 def test_a_full_disk_is_told(tmp_path):

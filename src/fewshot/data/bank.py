@@ -153,7 +153,8 @@ def open_bank(name: str, source: Source, settings: Any, cache_dir: str | Path) -
         cache_dir: where banks are kept; ``~`` is the home directory.
 
     Raises:
-        FewShotError: the cache directory cannot be written, an image cannot be read, or a file changes under way.
+        FewShotError: the cache directory cannot be written or has no room for the bank, an image cannot be read, or a
+            file changes under way.
     """
 
     def directory() -> Path:
@@ -231,6 +232,7 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
                 images = image_class.load()
                 if number == 0:
                     shape = images.shape[1:]
+                    _check_room(partial, name, offsets[-1] * images[0].nbytes)
                     header = {"descr": "|u1", "fortran_order": False, "shape": (offsets[-1], *shape)}
                     np.lib.format.write_array_header_1_0(file, header)
                 assert images.dtype == np.uint8, image_class.name
@@ -258,6 +260,15 @@ def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_room(directory: Path, name: str, size: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if size > free:
+        raise FewShotError(
+            f"the image bank of {name} takes {size / 1e6:,.0f} MB, and there are {free / 1e6:,.0f} MB free in "
+            f"{directory.parent}; make room, or name another place with cache_dir=PATH, or lower dataset.size"
+        )
 
 
 def _read(directory: Path) -> ImageBank | None:

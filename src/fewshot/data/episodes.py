@@ -6,6 +6,7 @@ on the very same test episodes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import NamedTuple, Self, TypeVar
 
@@ -16,10 +17,11 @@ from torch.utils.data import Dataset
 
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.errors import FewShotError
+from fewshot.hardware import send
 
 # From positions in the image bank, int64 [...], to what lies there: images [..., channels, height, width], or
-# embeddings.
-Gather = Callable[[torch.Tensor], torch.Tensor]
+# embeddings. Images can be asked for on another device than the positions are on: ``images(positions, device=...)``.
+Gather = Callable[..., torch.Tensor]
 
 
 class _Task(NamedTuple):
@@ -265,7 +267,8 @@ class MetaBatch(NamedTuple):
     """Episodes that a method takes together, and all that it needs to know of them. ``to`` moves it to a device.
 
     Attributes:
-        episodes: the positions of their images; all tensors have a leading dimension, the tasks.
+        episodes: the labels, and the positions of the images; all tensors have a leading dimension, the tasks. The
+            positions stay on the host, which looks up there what does not lie on a GPU.
         share: which episodes they are, and their part in the training step.
         images: where their images are.
     """
@@ -275,9 +278,11 @@ class MetaBatch(NamedTuple):
     images: Gather
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on a device, where ``load`` puts the images, too."""
-        return self._replace(episodes=self.episodes.apply(lambda tensor: tensor.to(device)))
+        """The same for a device, where ``load`` puts the images, too. The host does not wait for a GPU."""
+        labels = (send(labels, device) for labels in (self.episodes.support_labels, self.episodes.query_labels))
+        support_labels, query_labels = labels
+        return self._replace(episodes=self.episodes._replace(support_labels=support_labels, query_labels=query_labels))
 
     def load(self) -> Episode:
         """The episodes with their images, all tensors with a leading dimension, the tasks."""
-        return self.episodes.load(self.images)
+        return self.episodes.load(partial(self.images, device=self.episodes.query_labels.device))

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fewshot.data.files import ImageFile
 from fewshot.errors import FewShotError
+from fewshot.hardware import send
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -99,7 +100,8 @@ def normalise(images: torch.Tensor, kind: str) -> torch.Tensor:
 class ImageTable:
     """The images of a bank as an encoder takes them, found by their positions.
 
-    Where a GPU has room for all pixels, they lie there from the first call on, and no gather waits for the host.
+    Where a GPU has room for all pixels, they lie there from the first call on. Where it has not, the host gathers what
+    is asked for in pinned memory, and the GPU fetches it while both do other work.
 
     Args:
         pixels: uint8 ``[images, height, width, channels]``.
@@ -108,24 +110,28 @@ class ImageTable:
 
     def __init__(self, pixels: torch.Tensor, kind: str) -> None:
         self.pixels, self.kind = pixels, kind
-        self._resident: torch.Tensor | None = None  # the pixels on the GPU
+        self._resident: dict[torch.device, torch.Tensor | None] = {}  # the pixels on each GPU, None where too many
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __call__(self, positions: torch.Tensor) -> torch.Tensor:
+    def __call__(self, positions: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """Gather and normalise images.
 
         Args:
-            positions: of the images, int64 ``[...]``, on the device the images are to be on.
+            positions: of the images, int64 ``[...]``. Those on the host never make it wait for a GPU.
+            device: where the images are to be; None: where the positions are.
 
         Returns:
             ``[..., channels, height, width]`` of PyTorch's default type, which is the trainer's precision in a step.
         """
-        if positions.is_cuda and self._resident is None and 4 * self.pixels.nbytes < torch.cuda.mem_get_info()[0]:
-            self._resident = self.pixels.to(positions.device)
-        if self._resident is None:
-            pixels = self.pixels[positions.cpu()].to(positions.device)
-        else:
-            pixels = self._resident[positions]
+        device = positions.device if device is None else device
+        pixels = self._to_gpu(positions, device) if device.type == "cuda" else self.pixels[positions.cpu()].to(device)
         return normalise(pixels, self.kind).to(torch.get_default_dtype())
+
+    def _to_gpu(self, positions: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if device not in self._resident:
+            fits = 4 * self.pixels.nbytes < torch.cuda.mem_get_info(device)[0]
+            self._resident[device] = self.pixels.to(device) if fits else None
+        resident = self._resident[device]
+        return send(self.pixels[positions.cpu()], device) if resident is None else resident[send(positions, device)]

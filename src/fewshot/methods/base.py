@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -31,7 +32,10 @@ class FewShotMethod(pl.LightningModule, ABC):
         make_optimizer: from the parameters; set it, as the group ``optimizer`` does, before training starts.
         make_schedule: from the optimizer, counting training steps; None: the learning rate stays.
         estimates: the accuracy last measured on "val" and on "test".
+        compilable: whether ``torch.compile`` can be used for the encoder: it does not differentiate twice.
     """
+
+    compilable = True
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -76,7 +80,7 @@ class FewShotMethod(pl.LightningModule, ABC):
         """The logits of every episode of a meta-batch in validation or test: ``[tasks, queries, way]``."""
         # Some methods take gradients, and nothing that a trainer made in inference mode can be part of one.
         with torch.inference_mode(mode=False), torch.no_grad():
-            episodes = meta_batch.episodes.apply(torch.clone).load(meta_batch.images)
+            episodes = meta_batch._replace(episodes=meta_batch.episodes.apply(torch.clone)).load()
             return torch.stack([self(episode) for episode in episodes.tasks()])
 
     def validation_step(self, meta_batch: MetaBatch, batch_idx: int) -> None:  # noqa: ARG002
@@ -193,7 +197,7 @@ class MetricMethod(FewShotMethod):
     def _embed(self, loader: Any) -> None:
         if not isinstance(loader, EvaluationLoader):
             return  # one's own: its episodes are embedded one by one
-        strategy = self.trainer.strategy
+        strategy, images = self.trainer.strategy, partial(loader.images, device=self.device)
         if self.trainer.world_size > 1:
             # What batch norm remembers differs between processes that train on different episodes. The first one's is
             # what a checkpoint holds.
@@ -202,14 +206,13 @@ class MetricMethod(FewShotMethod):
 
         def embed_split(split: str) -> LabelledEmbeddings:
             positions, labels = loader.dataset.bank.labelled(split)
-            embeddings = embed(self.embed_images, loader.images, positions.to(self.device), strategy)
-            return LabelledEmbeddings(embeddings, labels.to(self.device))
+            return LabelledEmbeddings(embed(self.embed_images, images, positions, strategy), labels.to(self.device))
 
         with self.trainer.precision_plugin.forward_context():
             self.before_evaluation(embed_split)
-            positions = loader.positions().to(self.device)
-            embeddings = embed(self.embed_images, loader.images, positions, strategy)
-        self._embeddings = EmbeddingTable(positions, embeddings, len(loader.dataset.bank.images))
+            positions = loader.positions()
+            embeddings = embed(self.embed_images, images, positions, strategy)
+        self._embeddings = EmbeddingTable(positions.to(self.device), embeddings, len(loader.dataset.bank.images))
 
     def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:
         """See ``FewShotMethod``; each image has been embedded once."""

@@ -17,6 +17,10 @@ from fewshot.methods.tasks import TASK_BATCHING, for_each_task
 
 Weights = dict[str, torch.Tensor]
 
+# Of the loss of an inner step in float16, which holds no number below 6e-8; a power of 2, so that dividing by it is
+# exact. It is the same in training and tests: what a loss scaler finds in training, a test would not know.
+INNER_LOSS_SCALE = 2.0**10
+
 
 class MetaGradient(NamedTuple):
     """What a meta-batch teaches.
@@ -100,6 +104,7 @@ class MAML(FewShotMethod):
         make_adaptable(encoder, twice=order == 2)
         self.head = nn.Linear(int(encoder.features), way)  # type: ignore[arg-type]
         self.order, self.inner_learning_rate = order, inner_learning_rate
+        self.compilable = order == 1
         self.inner_steps, self.test_inner_steps = inner_steps, test_inner_steps
         self.clip_norm, self.recompute = clip_norm, recompute
         self.task_batching, self.vmap_tasks = task_batching, vmap_tasks
@@ -221,7 +226,12 @@ class MAML(FewShotMethod):
             # Without create_graph the gradients are constants to autograd, and theta' = theta - alpha * constant has
             # the identity for its derivative: the meta-gradient is then the gradient at theta', which is all that
             # first order means.
+            scale = _inner_loss_scale(loss.device.type)
+            if scale is not None:
+                loss = loss * scale
             gradients = torch.autograd.grad(loss, values, create_graph=differentiable)
+            if scale is not None:
+                gradients = tuple(gradient / scale for gradient in gradients)
             updated = self.update(current, dict(zip(names, gradients, strict=True)))
             return tuple(updated[name] for name in names)
 
@@ -252,12 +262,22 @@ class MAML(FewShotMethod):
     def task_gradient(self, episode: Episode) -> MetaGradient:
         """What a task teaches; of a meta-batch, the sum over its tasks. Gradients and loss are added up, not averaged.
 
-        It is called on a twin of the method where tasks run on threads, so it keeps nothing in ``self``.
+        The gradients are those of ``scaled``. It is called on a twin of the method where tasks run on threads, so it
+        keeps nothing in ``self``.
         """
         logits = self.solve(episode)
         loss = total_cross_entropy(logits, episode.query_labels)
-        gradients = torch.autograd.grad(loss, list(self.weights().values()))
+        gradients = torch.autograd.grad(self.scaled(loss), list(self.weights().values()))
         return MetaGradient(list(gradients), loss.detach(), logits.detach())
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """A loss times the scale of 16-mixed, if that is how the method is trained.
+
+        The gradient of a small loss would be zero in float16. The trainer takes the scale out of it again before the
+        optimizer steps.
+        """
+        scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
+        return loss if scaler is None else scaler.scale(loss)
 
     def meta_gradient(self, meta_batch: Episode) -> MetaGradient:
         """The gradient of the mean loss of the tasks after adaptation: line 10 of algorithm 2.
@@ -287,14 +307,17 @@ class MAML(FewShotMethod):
             gradients = self._mean_over_processes(gradients, meta_batch.share.weight)
         for parameter, gradient in zip(self.weights().values(), gradients, strict=True):
             parameter.grad = gradient
-        if self.clip_norm is not None:
-            self.clip_gradients(optimizer, gradient_clip_val=self.clip_norm, gradient_clip_algorithm="norm")
         optimizer.step()
         schedule: Any = self.lr_schedulers()
         if schedule is not None:
             schedule.step()
         self.log_training(loss, logits, episodes.query_labels)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bound the meta-gradient, free of the scale of 16-mixed by now."""
+        if self.clip_norm is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip_norm, gradient_clip_algorithm="norm")
 
     def _mean_over_processes(self, gradients: list[torch.Tensor], weight: float) -> list[torch.Tensor]:
         """The mean over the tasks of all processes, from that over one's own."""
@@ -310,6 +333,11 @@ class MAML(FewShotMethod):
                 f"method=maml was made for {self.head.out_features} classes, and the episode has {episode.way}: its "
                 f"head has a row for each, so train.way, way and the way it is tested at must be the same"
             )
+
+
+def _inner_loss_scale(device: str) -> float | None:
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return INNER_LOSS_SCALE if half else None
 
 
 def total_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
