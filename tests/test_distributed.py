@@ -39,9 +39,9 @@ UNEVEN = ["train.meta_batch=5", "train.episodes=6", "hardware.precision=64-true"
 CASES = {
     "protonet": ["method=protonet", *UNEVEN],
     "protonet_in_pieces": ["method=protonet", *UNEVEN, "train.episodes=9", "hardware.accumulate_grad_batches=2"],
-    "matching": ["method=matching", "distance=scaled_cosine", "distance.learn=true", *UNEVEN],
+    "matching": ["method=matching", "distance=scaled_cosine", "distance.learn=true", "transform=crop", *UNEVEN],
     "matching_fce": ["method=matching_fce", *UNEVEN],
-    "maml": ["method=maml", *UNEVEN],
+    "maml": ["method=maml", "transform=crop_flip", *UNEVEN],
     "maml_1st": ["method=maml", "method.order=1", "method.clip_norm=0.1", *UNEVEN],
     # One step: the next one starts from what Adam makes of rounded gradients.
     "protonet_in_bfloat16": [

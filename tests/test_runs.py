@@ -39,10 +39,10 @@ SHORT = [
     "hardware=cpu",
 ]
 METHODS = {
-    "protonet": ["method=protonet", "schedule.step_size=5"],
+    "protonet": ["method=protonet", "schedule.step_size=5", "transform=crop_flip"],
     "matching": ["method=matching", "distance=scaled_cosine", "distance.learn=true"],
     "matching_fce": ["method=matching_fce"],
-    "maml": ["method=maml", "train.meta_batch=2", "schedule=cosine"],
+    "maml": ["method=maml", "train.meta_batch=2", "schedule=cosine", "transform=crop_flip_colour"],
     "maml_1st": ["method=maml", "method.order=1", "train.meta_batch=3"],
 }
 # Processes that start with everything imported.

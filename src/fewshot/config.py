@@ -72,6 +72,7 @@ class TrainConfig(Task):
     encoder: Any = MISSING
     optimizer: Any = MISSING
     schedule: Any = None
+    transform: Any = None
     hardware: Any = MISSING
     train: Training = field(default_factory=Training)
     val: Validation = field(default_factory=Validation)
@@ -221,7 +222,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return OmegaConf.is_list(value) and all(_fits(of, *get_args(hint)) for of in value)
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _in_words(hint: Any) -> Iterator[str]:
@@ -244,7 +245,7 @@ def _refused(config: DictConfig) -> Iterator[str]:
     refused = False
     encoder = without_initial_weights({"encoder": OmegaConf.to_container(config.encoder)})["encoder"]
     method = without_initial_weights(OmegaConf.to_container(config.method))  # type: ignore[arg-type]
-    parts = {"encoder": encoder, "distance": config.distance, "method": method}
+    parts = {"transform": config.transform, "encoder": encoder, "distance": config.distance, "method": method}
     for part, node in parts.items():
         if part == "method" and refused:
             return  # it is made of the other two

@@ -41,7 +41,9 @@ DECISIVE = [
     "method",
     "optimizer",
     "schedule",
+    "transform",
 ]
+NOTHING = (None, "none")  # chosen in a group; a run of an earlier version lacks the group
 MAY_DIFFER = {
     *("train.episodes", "train.steps", "train.on_nan"),
     *("method.task_batching", "method.vmap_tasks", "method.recompute"),
@@ -246,5 +248,5 @@ def _differences(ours: DictConfig, theirs: DictConfig, keys: Iterable[str]) -> I
         one, other = OmegaConf.select(ours, key), OmegaConf.select(theirs, key)
         if isinstance(one, DictConfig) and isinstance(other, DictConfig):
             yield from _differences(ours, theirs, (f"{key}.{name!s}" for name in {**one, **other}))
-        elif one != other:
+        elif one != other and not (one in NOTHING and other in NOTHING):
             yield key, f"{key}={one} (there {other})"

@@ -174,7 +174,8 @@ def outcome(config: DictConfig, method: FewShotMethod, bank: ImageBank, trainer:
 def make_data(config: DictConfig, kind: Callable[..., EpisodeDataModule] = EpisodeDataModule) -> EpisodeDataModule:
     """The data module, of a given kind, its images not read yet."""
     keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "checkpoint_every", "cache_dir")
-    return kind(config.dataset, **{key: config[key] for key in keys})
+    # A checkpoint of an earlier version has no transform.
+    return kind(config.dataset, transform=instantiate(config.get("transform")), **{key: config[key] for key in keys})
 
 
 def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMethod:

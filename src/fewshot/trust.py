@@ -29,6 +29,8 @@ LARGEST = {
     "method.inner_steps": 1000,
     "method.test_inner_steps": 1000,
     "method.unrolling_steps": 1000,
+    "transform.padding": 1024,
+    "transform.crop.padding": 1024,
 }
 NO_SLOTS = ("hydra", "figure", "experiment", "budget")  # groups that are no part of a run's configuration
 ENCODER_PLACES = ("file", "init")  # what an encoder began with; its weights are in the checkpoint

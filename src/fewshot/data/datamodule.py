@@ -1,6 +1,6 @@
 """The Lightning data module: from a data set's configuration to the episodes of each split."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,9 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.data.bank import ImageBank, open_bank
-from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, MetaBatch, Share, share_out, stack
+from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, Gather, MetaBatch, Share, share_out, stack
 from fewshot.data.images import ImageTable
 from fewshot.data.loaders import EvaluationLoader, TrainingLoader
+from fewshot.data.transforms import Transform, seeded
 from fewshot.errors import FewShotError
 from fewshot.text import say
 
@@ -32,6 +33,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         eval_seed: draws those of validation and test: whatever the training's seed, they stay the same.
         checkpoint_every: training episodes from one checkpoint to the next, likewise; a validation brings one too.
         cache_dir: where image banks are kept.
+        transform: changes training images at random, see ``fewshot.data.transforms``; None: they stay as they are.
 
     Attributes:
         trained: how many training episodes are done, over all processes.
@@ -53,9 +55,10 @@ class EpisodeDataModule(pl.LightningDataModule):
         eval_seed: int,
         checkpoint_every: int,
         cache_dir: str,
+        transform: Transform | None = None,
     ) -> None:
         super().__init__()
-        self.dataset, self.cache_dir = dataset, cache_dir
+        self.dataset, self.cache_dir, self.transform = dataset, cache_dir, transform
         self.episode = {"way": way, "shot": shot, "query": query, "seed": eval_seed}
         self.train_episode = {"way": train.way, "shot": train.shot, "query": train.query, "seed": seed}
         self.train_episodes, self._meta_batch = train.episodes, train.meta_batch
@@ -158,7 +161,14 @@ class EpisodeDataModule(pl.LightningDataModule):
 
     def _meta_batch_of(self, share: Share) -> MetaBatch:
         dataset = self.datasets["train"]
-        return MetaBatch(stack([dataset[number] for number in share.numbers]), share, self.images)
+        return MetaBatch(stack([dataset[number] for number in share.numbers]), share, self._training_images(share))
+
+    def _training_images(self, share: Share) -> Gather:
+        """The images of the episodes of a share, transformed by random numbers of each episode's own."""
+        if self.transform is None:
+            return self.images
+        seeds = [(self.train_episode["seed"], *number) for number in share.numbers]
+        return partial(self.images, transform=seeded(self.transform, seeds))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

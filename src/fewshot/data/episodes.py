@@ -90,8 +90,10 @@ class EpisodeIndex(_Task):
     __slots__ = ()
 
     def load(self, images: Gather) -> Episode:
-        """The episode with its images."""
-        return Episode(images(self.support), self.support_labels, images(self.query), self.query_labels, self.way)
+        """The episode with its images, gathered together: a random transform draws for each of them."""
+        loaded = images(torch.cat([self.support, self.query], dim=-1))
+        support, query = loaded.tensor_split([self.support.shape[-1]], dim=-4)
+        return Episode(support, self.support_labels, query, self.query_labels, self.way)
 
     def embed(self, embeddings: Gather) -> EmbeddedEpisode:
         """The episode with embeddings of its images."""

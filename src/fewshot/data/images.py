@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -115,11 +115,17 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __call__(self, positions: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        positions: torch.Tensor,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
         """Gather and normalise images.
 
         Args:
             positions: of the images, int64 ``[...]``. Those on the host never make it wait for a GPU.
+            transform: changes the pixels before that, uint8 ``[..., channels, height, width]``.
             device: where the images are to be; None: where the positions are.
 
         Returns:
@@ -127,6 +133,8 @@ class ImageTable:
         """
         device = positions.device if device is None else device
         pixels = self._to_gpu(positions, device) if device.type == "cuda" else self.pixels[positions.cpu()].to(device)
+        if transform is not None:
+            pixels = transform(pixels.movedim(-1, -3)).movedim(-3, -1)
         return normalise(pixels, self.kind).to(torch.get_default_dtype())
 
     def _to_gpu(self, positions: torch.Tensor, device: torch.device) -> torch.Tensor:

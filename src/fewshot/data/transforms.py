@@ -1,0 +1,224 @@
+"""Random changes of training images, made on the device, a batch at a time.
+
+A transform takes the pixels of any number of images, uint8 ``[images, channels, height, width]``, and returns as many
+of the same shape. It draws from PyTorch's random numbers, for each image by itself; ``seeded`` makes what it draws
+depend on nothing but the number of the training episode.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import affine_grid, grid_sample
+from torchvision.transforms.v2 import functional
+
+from fewshot.errors import FewShotError
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+PADDINGS = ("constant", "edge", "reflect")
+
+
+def seeded(transform: Transform, seeds: Sequence[Sequence[int]]) -> Transform:
+    """The same transform, of several training episodes at once, with random numbers of each episode's own.
+
+    PyTorch's own random state is afterwards what it was before.
+
+    Args:
+        transform: of the images of one episode.
+        seeds: what the random numbers of each episode depend on; whole numbers, at least 0.
+
+    Returns:
+        A function from ``[episodes, images, channels, height, width]`` to the same.
+    """
+    states = [int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1) for seed in seeds]
+
+    def apply(episodes: torch.Tensor) -> torch.Tensor:
+        changed = []
+        with torch.random.fork_rng([episodes.device] if episodes.is_cuda else []):
+            for state, images in zip(states, episodes, strict=True):
+                torch.manual_seed(state)
+                changed.append(transform(images))
+                _check(transform, images, changed[-1])
+        return torch.stack(changed)
+
+    return apply
+
+
+class Chain:
+    """Several transforms, one after the other.
+
+    Args:
+        transforms: by any names, in this order.
+    """
+
+    def __init__(self, **transforms: Transform) -> None:
+        self.transforms = tuple(transforms.values())
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """All of them."""
+        for transform in self.transforms:
+            images = transform(images)
+        return images
+
+
+class EachImage:
+    """Any transform of torchvision.transforms.v2, which draws once for all images that it is given, for each by itself.
+
+    Args:
+        transform: from uint8 ``[channels, height, width]`` to the same.
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        self.transform = transform
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """One image after the other."""
+        return torch.stack([self.transform(image) for image in images])
+
+
+class RandomFlip:
+    """Mirror images left to right.
+
+    Args:
+        p: the probability that an image is mirrored.
+
+    Raises:
+        FewShotError: it is not between 0 and 1.
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        _check_share("p", p)
+        self.p = p
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Mirror some of them."""
+        flipped = _draw(images, 0, 1) < self.p
+        return torch.where(flipped, images.flip(-1), images)
+
+
+class RandomCrop:
+    """Shift images: pad them on all sides, and cut each to its size at a random place.
+
+    Args:
+        padding: pixels on each side, so that an image is shifted by as many at most.
+        mode: "constant" pads with black, "edge" with the outermost pixels, "reflect" with what lies beside them,
+            mirrored.
+
+    Raises:
+        FewShotError: the padding is negative, or the mode unknown.
+    """
+
+    def __init__(self, padding: int, mode: str = "constant") -> None:
+        if padding < 0:
+            raise FewShotError(f"the padding={padding} of the transform must be at least 0")
+        if mode not in PADDINGS:
+            raise FewShotError(f"the mode={mode} of the transform is unknown: choose {', '.join(PADDINGS)}")
+        self.padding, self.mode = padding, mode
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Shift each of them."""
+        count, _, height, width = images.shape
+        if self.mode == "reflect" and self.padding >= min(height, width):
+            raise FewShotError(
+                f"the padding={self.padding} of the transform must be less than the size of the images, {height} x "
+                f"{width}, to be reflected"
+            )
+        padded = functional.pad(images, [self.padding], padding_mode=self.mode)
+        offsets = torch.randint(2 * self.padding + 1, (2, count, 1)).to(images.device)
+        rows, columns = (
+            offset + torch.arange(size, device=images.device)
+            for offset, size in zip(offsets, (height, width), strict=True)
+        )
+        image = torch.arange(count, device=images.device)[:, None, None]
+        return padded.movedim(1, -1)[image, rows[:, :, None], columns[:, None]].movedim(-1, 1)
+
+
+class RandomResizedCrop:
+    """Cut a part out of each image and bring it to the image's size, bilinearly.
+
+    As torchvision's transform of that name, whose settings these are.
+
+    Args:
+        scale: the smallest and the largest share of the image's area.
+        ratio: the smallest and the largest width of the part by its height.
+
+    Raises:
+        FewShotError: the numbers are no such ranges.
+    """
+
+    def __init__(self, scale: list[float], ratio: list[float]) -> None:
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            raise FewShotError(f"the scale={scale} of the transform must be two numbers above 0 and up to 1, ascending")
+        if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
+            raise FewShotError(f"the ratio={ratio} of the transform must be two positive numbers, ascending")
+        self.scale, self.log_ratio = tuple(scale), tuple(map(math.log, ratio))
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Resize a part of each of them."""
+        area = _draw(images, *self.scale)
+        root = _draw(images, *self.log_ratio).exp().sqrt()
+        # A part that is wider or higher than the image is cut to the image.
+        width, height = (area.sqrt() * root).clamp_max(1), (area.sqrt() / root).clamp_max(1)
+        left, top = _draw(images, 0, 1) * (1 - width), _draw(images, 0, 1) * (1 - height)
+        nothing = torch.zeros_like(width)
+        # In the coordinates of affine_grid an image reaches from -1 to 1.
+        x, y = 2 * left + width - 1, 2 * top + height - 1
+        place = torch.cat([width, nothing, x, nothing, height, y], dim=1).reshape(-1, 2, 3)
+        grid = affine_grid(place, list(images.shape), align_corners=False)
+        pixels = grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        return pixels.round().to(images.dtype)
+
+
+class RandomColour:
+    """Change brightness, contrast and saturation of each image, in this order.
+
+    As torchvision's ColorJitter, whose settings these are: a setting of 0.4 multiplies by 0.6 to 1.4.
+
+    Args:
+        brightness: of the pixels.
+        contrast: their distance from the mean grey of the image.
+        saturation: their distance from their own grey; of no effect on grey images.
+
+    Raises:
+        FewShotError: a number is not between 0 and 1.
+    """
+
+    def __init__(self, brightness: float, contrast: float, saturation: float) -> None:
+        for name, value in {"brightness": brightness, "contrast": contrast, "saturation": saturation}.items():
+            _check_share(name, value)
+        self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Change each of them."""
+        coloured = images.shape[1] == 3
+        pixels = (images.float() * _around_one(images, self.brightness)).clamp(0, 255)
+        grey = functional.rgb_to_grayscale(pixels) if coloured else pixels
+        mean = grey.mean((1, 2, 3), keepdim=True)
+        pixels = mean.lerp(pixels, _around_one(images, self.contrast)).clamp(0, 255)
+        saturation = _around_one(images, self.saturation)
+        if coloured:
+            pixels = functional.rgb_to_grayscale(pixels).lerp(pixels, saturation).clamp(0, 255)
+        return pixels.round().to(images.dtype)
+
+
+def _draw(images: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """A number for each image, ``[images, 1, 1, 1]``, on its device; the same numbers on every device."""
+    return (low + (high - low) * torch.rand(len(images))).to(images.device)[:, None, None, None]
+
+
+def _around_one(images: torch.Tensor, most: float) -> torch.Tensor:
+    return _draw(images, 1 - most, 1 + most)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise FewShotError(f"the {name}={value} of the transform must be between 0 and 1")
+
+
+def _check(transform: Transform, images: torch.Tensor, changed: torch.Tensor) -> None:
+    if changed.shape != images.shape or changed.dtype != images.dtype:
+        raise FewShotError(
+            f"transform: {getattr(transform, '__name__', type(transform).__name__)} made {changed.dtype} "
+            f"{list(changed.shape)} of {images.dtype} {list(images.shape)}; it must keep type and shape"
+        )
