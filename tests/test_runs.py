@@ -188,7 +188,7 @@ def test_a_directory_holds_one_run_and_one_at_a_time(run, tmp_path):
     here = tmp_path / "run"
     with pytest.raises(FewShotError, match=f"{here} holds a run already: go on with it by resume={here}"):
         train(compose(*run("run")))
-    with pytest.raises(FewShotError, match=r"run of another make: seed=1 \(there 0\); "):
+    with pytest.raises(FewShotError, match=r"run with other settings: seed=1 \(there 0\); "):
         train(compose(*run("run", "resume=auto", "seed=1")))
     with pytest.raises(FewShotError, match=r"distance=cosine \(there l2\)"):
         train(compose(*run("run", "resume=auto", "distance=cosine")))
@@ -239,7 +239,7 @@ def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
     for overrides, told in (
         ([f"resume={tmp_path / 'none'}"], f"there is no {tmp_path}/none/checkpoints/last.ckpt to go on from"),
         ([f"resume={here}", "distance=cosine"], "distance=cosine: a run that is resumed keeps its distance"),
-        ([f"resume={here}", "seed=6"], "run of another make: seed=6 (there 5)"),
+        ([f"resume={here}", "seed=6"], "run with other settings: seed=6 (there 5)"),
     ):
         done = cli(*overrides)
         assert done.returncode == 1

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
+from fewshot.data.contents import contents_of
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeNumber, MetaBatch
 from fewshot.errors import FewShotError, Interrupted
@@ -48,6 +49,7 @@ class Record(pl.Callback):
     Attributes:
         seconds: spent in training steps, validations left out.
         validations: each one's estimate, and the ``trained_episodes`` before it.
+        precisions: those that the run was trained with, as "PRECISION from EPISODE", one after the other.
         began: whether all is set up, and what a checkpoint holds is in its place.
     """
 
@@ -56,11 +58,14 @@ class Record(pl.Callback):
         self.validations: list[dict[str, float]] = []
         self.began = False
         self._since = 0.0
+        self.precisions: list[str] = []
+        self._contents: str | None = None
         self._random: list[torch.Tensor] | None = None
         self._warned = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self.began = True
+        self._note_precision(str(trainer.precision), _data(trainer).trained)
         if self._random is not None:  # now that all is set up again
             torch.set_rng_state(self._random[0])
             if self._random[1:] and torch.cuda.is_available():
@@ -103,6 +108,27 @@ class Record(pl.Callback):
             )
         self._since = time.monotonic()
 
+    def on_save_checkpoint(  # noqa: D102
+        self,
+        trainer: pl.Trainer,
+        method: pl.LightningModule,  # noqa: ARG002
+        checkpoint: dict[str, Any],
+    ) -> None:
+        if self._contents is None:
+            self._contents = contents_of(_data(trainer).bank).to_json()
+        checkpoint["data"] = self._contents
+
+    def _note_precision(self, precision: str, trained: int) -> None:
+        before = self.precisions[-1].partition(" from ")[0] if self.precisions else None
+        if precision == before:
+            return
+        self.precisions.append(f"{precision} from {trained}")
+        if before is not None:
+            rank_zero_only(say)(
+                f"warning: the run was trained with hardware.precision={before} so far, and goes on with "
+                f"{precision}; its results will say so"
+            )
+
     def on_load_checkpoint(  # noqa: D102
         self,
         trainer: pl.Trainer,
@@ -119,7 +145,7 @@ class Record(pl.Callback):
             del loops[key]
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        state = {"seconds": self.seconds, "validations": self.validations}
+        state = {"seconds": self.seconds, "validations": self.validations, "precisions": self.precisions}
         random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
         if not torch.distributed.is_initialized():
             return state | {"random": random}
@@ -129,6 +155,7 @@ class Record(pl.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         self.seconds, self.validations = state["seconds"], state["validations"]
+        self.precisions = list(state.get("precisions", []))
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         of_all = dict(enumerate([state["random"], *state.get("random_elsewhere", [])]))
         self._random = of_all.get(rank)  # none where there were fewer processes

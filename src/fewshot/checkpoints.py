@@ -58,14 +58,7 @@ def load_checkpoint(
             the reader does not trust; or its weights do not fit the method that it describes.
     """
     try:
-        check_file(path)
-        with path.open("rb") as file:
-            _check_archive(file)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise TypeError(f"it holds a {type(checkpoint).__name__}")
-        if not isinstance(checkpoint["state_dict"], dict) or not all(map(_is_whole, checkpoint["state_dict"].values())):
-            raise ValueError("it holds no weights")
+        checkpoint = read_tensors(path)
         config = read_config(checkpoint["hyper_parameters"], path, trust=trust, places=places, own=own)
     except FewShotError:
         raise
@@ -74,6 +67,23 @@ def load_checkpoint(
     except Exception as error:  # of what kind depends on how the file is broken
         raise _not_ours(path, error) from error
     return {**checkpoint, "hyper_parameters": config}
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """All that a checkpoint holds, its configuration not checked yet: tensors and plain containers.
+
+    Raises:
+        Exception: it is no such file; of what kind depends on how it is broken.
+    """
+    check_file(path)
+    with path.open("rb") as file:
+        _check_archive(file)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict):
+        raise TypeError(f"it holds a {type(checkpoint).__name__}")
+    if not isinstance(checkpoint["state_dict"], dict) or not all(map(_is_whole, checkpoint["state_dict"].values())):
+        raise ValueError("it holds no weights")
+    return checkpoint
 
 
 def check_weights(method: Mapping[Any, Any], state: Mapping[str, torch.Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Test the weights of a checkpoint: at any way and shot, class by class, and against those of another."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,15 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from fewshot.callbacks import Answers
 from fewshot.config import TrainConfig, check
-from fewshot.data.bank import SPLITS
+from fewshot.data.bank import SPLITS, ImageBank
+from fewshot.data.contents import contents_of, differences, known_to
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, shortened
 from fewshot.files import output_directory
 from fewshot.hardware import check_hardware, keep_freed_memory, memory_in_a_line
 from fewshot.metrics import Estimate, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
-from fewshot.runs import overrides, places_of, write_json
+from fewshot.runs import check_same_data, overrides, places_of, trained_on, write_json
 from fewshot.text import make_table, say
 from fewshot.trained import Trained, load_trained
 from fewshot.training import make_data, make_trainer, outcome
@@ -34,13 +35,19 @@ class OneSplit(EpisodeDataModule):
 
     Args:
         split: "train", "val" or "test".
+        left_out: classes that are not to be met.
         dataset: see ``EpisodeDataModule``.
         settings: likewise.
     """
 
-    def __init__(self, split: str, dataset: DictConfig, **settings: Any) -> None:
+    def __init__(self, split: str, left_out: Collection[str], dataset: DictConfig, **settings: Any) -> None:
         super().__init__(dataset, **settings)
-        self.split = split
+        self.split, self.left_out = split, left_out
+
+    @property
+    def bank(self) -> ImageBank:
+        """The images of the data set, without the classes that are left out."""
+        return super().bank.without(self.left_out)
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Check the split against what is asked of it."""
@@ -106,8 +113,11 @@ def evaluate(config: DictConfig) -> float:
         check(one)
     check_hardware(asked[0].hardware)
     keep_freed_memory()
+    known = _known_classes(trained, asked, config)
     with memory_in_a_line("lower way, shot or query, or choose hardware=cpu"):
-        own, *others = (evaluate_split(run, task, config.split) for run, task in zip(trained, asked, strict=True))
+        own, *others = (
+            evaluate_split(run, task, config.split, known) for run, task in zip(trained, asked, strict=True)
+        )
 
     out = output_directory(config.out, "evaluate")
     dataset, names = own.data.datasets["test"], own.data.bank.class_names(config.split)
@@ -133,18 +143,21 @@ def evaluate(config: DictConfig) -> float:
     return own.estimate.accuracy
 
 
-def evaluate_split(trained: Trained, config: DictConfig, split: str = "test") -> Evaluation:
+def evaluate_split(
+    trained: Trained, config: DictConfig, split: str = "test", left_out: Collection[str] = ()
+) -> Evaluation:
     """Evaluate a trained method on ``test.episodes`` episodes of a split.
 
     Args:
         trained: the method.
         config: the configuration of its run, with any way, shot, query, ``eval_seed`` and ``test.episodes``.
         split: "train", "val" or "test".
+        left_out: classes of it that are not to be met.
 
     Raises:
         FewShotError: ``config`` asks for more than one device, or the data are not there.
     """
-    data = make_data(config, partial(OneSplit, split))
+    data = make_data(config, partial(OneSplit, split, left_out))
     kept = Answers()
     trainer = make_trainer(config, kept)
     if trainer.world_size > 1:
@@ -167,6 +180,26 @@ def _asked(run: DictConfig, config: DictConfig) -> DictConfig:
     asked.hardware = OmegaConf.merge(config.hardware, {"precision": precision})
     asked.cache_dir, asked.run_dir = config.cache_dir, config.out
     return asked
+
+
+def _known_classes(trained: Sequence[Trained], asked: Sequence[DictConfig], config: DictConfig) -> list[str]:
+    """Compare the data with those of the trainings; the classes to leave out where they may differ."""
+    if not isinstance(config.allow_other_classes, bool):
+        raise FewShotError(f"allow_other_classes={config.allow_other_classes} must be true or false")
+    known: list[str] = []
+    for run, task in zip(trained, asked, strict=True):
+        bank, path = make_data(task).bank, run.path
+        then = trained_on(run.checkpoint, path.parents[1] if path.parent.name == "checkpoints" else None)
+        now = contents_of(bank)
+        if then is not None and config.allow_other_classes and differences(then, now):
+            known += known_to(then, now, config.split)
+        else:
+            mend = "test on the classes that it was not trained on by allow_other_classes=true"
+            check_same_data(then, bank, path, mend)
+    known = list(dict.fromkeys(known))
+    if known:
+        say(f"left out {len(known):,} {config.split} classes that were trained on: {shortened(known)}")
+    return known
 
 
 def _comparable(one: DictConfig, other: DictConfig) -> None:
@@ -192,6 +225,8 @@ def _results(trained: Trained, asked: DictConfig, config: DictConfig, tested: Ev
     return outcome(asked, trained.method, tested.data.bank, tested.trainer) | {
         "split": config.split,
         "checkpoint": str(trained.path),
+        "left_out_classes": list(getattr(tested.data, "left_out", ())),
+        "precisions": record.get("precisions"),
         "weights": trained.path.stem,  # the report counts those that were best on validation classes
         "run_config": OmegaConf.to_container(trained.config),  # of the training; config is that of this test
         "val_accuracy": max((of["accuracy"] for of in validations), default=None),

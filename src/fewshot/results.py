@@ -39,6 +39,7 @@ OPTIONAL = {
     "meta_batch": int,
     "data": dict,
     "precision": str,
+    "precisions": list,
     "encoder_parameters": int,
     "split": str,
     "weights": str,
@@ -160,6 +161,8 @@ def settings(result: Result) -> Settings:
         **{key: value for key, value in _flat(run) if not _is_below(key, NOT_DECISIVE)},
         "test.episodes": result["episodes"],
     }
+    if len(result.get("precisions") or []) > 1:  # the run was resumed with another one
+        decisive["precisions"] = ", ".join(map(str, result["precisions"]))
     # The best weights were chosen on episodes of the run's own task, and an evaluation may test them on others.
     test = {key: result.get(key) for key in ("way", "shot", "query")} | {"eval_seed": result["config"].get("eval_seed")}
     decisive |= {f"test.{key}": value for key, value in test.items() if value != run.get(key)}

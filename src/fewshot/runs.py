@@ -14,13 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
-from fewshot.checkpoints import check_weights, load_checkpoint
+from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors
 from fewshot.config import is_group, training_steps
+from fewshot.data.bank import ImageBank
+from fewshot.data.contents import Contents, contents_of, differences, read_contents, read_names
 from fewshot.errors import FewShotError, reason
 from fewshot.files import read_json, read_text, write_whole
 from fewshot.results import wrong
 from fewshot.text import say
-from fewshot.trust import plain
+from fewshot.trust import place_keys, plain
 
 # What PyTorch's schedules call the number of steps that they are made for; and what ours and others' should.
 HORIZONS = ("T_max", "total_steps", "total_iters", "steps")
@@ -35,9 +37,7 @@ DECISIVE = [
     "val",
     "seed",
     "eval_seed",
-    "dataset.size",
-    "dataset.channels",
-    "dataset.normalise",
+    "dataset",
     "method",
     "optimizer",
     "schedule",
@@ -129,6 +129,11 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
             )
         return config, None
     if not path.exists():
+        if results_file(run_dir).exists() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            raise FewShotError(
+                f"{run_dir} holds the results of a run without {path.relative_to(run_dir)}, by which to know it; put "
+                "it back, or choose another directory with hydra.run.dir=PATH"
+            )
         if config.resume != "auto":
             raise FewShotError(
                 f"there is no {path} to go on from; name the directory of a run, or start one without resume"
@@ -141,10 +146,11 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
     if config.resume != "auto":
         config = _with_overrides(saved, config)
     _keep_horizon(saved, config)
-    differ = [line for key, line in _differences(config, saved, DECISIVE) if key not in MAY_DIFFER]
+    free = MAY_DIFFER | _places_in(config)
+    differ = [line for key, line in _differences(config, saved, DECISIVE) if key not in free]
     if differ:
         raise FewShotError(
-            f"{run_dir} holds a run of another make: {', '.join(differ)}; go on with it as it is by resume={run_dir}, "
+            f"{run_dir} holds a run with other settings: {', '.join(differ)}; resume it as it is with resume={run_dir}, "
             "or choose another directory with hydra.run.dir=PATH"
         )
     try:
@@ -176,12 +182,111 @@ def results_so_far(config: DictConfig) -> dict[str, Any] | None:
         if why is not None:
             raise ValueError(why)
         theirs = OmegaConf.create({**plain(results["config"])})
-        as_asked = not any(_differences(config, theirs, [*DECISIVE, "test"]))
+        free = (MAY_DIFFER | _places_in(config)) - {"train.episodes", "train.steps"}
+        as_asked = all(key in free for key, _ in _differences(config, theirs, [*DECISIVE, "test"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
         raise FewShotError(f"{path} is broken ({reason(error)}); delete it, and the test is done again") from error
+    theirs_precision, ours = results.get("precision"), str(config.hardware.precision)
+    if as_asked and theirs_precision not in (None, ours):
+        say(f"warning: the run is complete, with hardware.precision={theirs_precision}, and not {ours}")
     return results if as_asked else None
+
+
+def trained_on(checkpoint: Mapping[str, Any], run_dir: Path | None) -> Contents | None:
+    """What the data held that a checkpoint was trained on; None where nothing says so.
+
+    Args:
+        checkpoint: see ``load_checkpoint``; older ones do not know.
+        run_dir: of its run, whose ``classes.json`` and ``results.json`` say it, too.
+
+    Raises:
+        FewShotError: what says so is broken.
+    """
+    if "data" in checkpoint:
+        try:
+            return read_contents(checkpoint["data"])
+        except ValueError as error:
+            raise FewShotError(f"the checkpoint of {run_dir} is broken: {reason(error)}; train anew") from error
+    if run_dir is None:
+        return None
+    path = run_dir / "classes.json"
+    try:
+        return read_names(read_json(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise FewShotError(
+            f"{path} is broken ({reason(error)}); delete it, if you know the data to be the same"
+        ) from error
+
+
+def check_same_data(then: Contents | None, bank: ImageBank, place: Path, mend: str) -> None:
+    """Refuse data that are not those a run was trained on: what it knows could be what it is tested on.
+
+    Args:
+        then: what they held, see ``trained_on``.
+        bank: what they hold now.
+        place: of the run or of its checkpoint.
+        mend: what to do about it, beside putting the data back.
+
+    Raises:
+        FewShotError: names the differences.
+    """
+    if then is None:
+        rank_zero_only(say)(f"warning: nothing in {place} says which classes it was trained on; they were not compared")
+        return
+    changes = differences(then, contents_of(bank))
+    if changes:
+        raise FewShotError(
+            f"the data are not those that {place} was trained on: {'; '.join(changes)}; put them back as they were, or "
+            f"name where they lie by data_dir=PATH, or {mend}"
+        )
+
+
+def check_best(run_dir: Path, checkpoint: dict[str, Any]) -> None:
+    """See to it that the best weights so far are there, before more is trained: they may be what is tested.
+
+    Where the last checkpoint has them, too, they are written anew.
+
+    Raises:
+        FewShotError: they are lost, or of another run.
+    """
+    try:
+        validations = checkpoint["callbacks"]["Record"]["validations"]
+        accuracies = [validation["accuracy"] for validation in validations]
+        trained = checkpoint["EpisodeDataModule"]["trained"]
+        since = [validation["trained_episodes"] for validation in validations]
+    except (KeyError, TypeError) as error:
+        raise cannot_go_on(last_checkpoint(run_dir), error) from error
+    path = best_checkpoint(run_dir)
+    if not accuracies:
+        return
+    best = accuracies.index(max(accuracies))
+    if not path.exists():
+        if since[best] != trained or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            raise FewShotError(
+                f"{path} is not there, which holds the weights of the best validation (after {since[best]:,} training "
+                "episodes); put it back, or train anew into another directory"
+            )
+        write_whole(path, last_checkpoint(run_dir).read_bytes())
+        say(f"{path} was not there; the last checkpoint holds the same weights, and it was written anew")
+        return
+    try:
+        found = read_tensors(path)
+        theirs = found["callbacks"]["Record"]["validations"]
+        if theirs != validations[: len(theirs)] or len(theirs) > len(validations):
+            raise ValueError("its validations are those of another run")
+        if {k: v.shape for k, v in found["state_dict"].items()} != {
+            k: v.shape for k, v in checkpoint["state_dict"].items()
+        }:
+            raise ValueError("its weights are not those of the method")
+    except Exception as error:  # of what kind depends on how the file is broken
+        raise FewShotError(
+            f"{path} is broken, or of another run ({reason(error)}); put the right one back, or train anew into "
+            "another directory"
+        ) from error
 
 
 def overrides(run_dir: Path) -> list[str]:
@@ -240,6 +345,10 @@ def _keep_horizon(saved: DictConfig, config: DictConfig) -> None:
             f"{saved.train.episodes} episodes (schedule.{horizons[0]}={saved.train.steps} steps); leave it out, or "
             "train anew into another directory"
         )
+
+
+def _places_in(config: DictConfig) -> set[str]:
+    return {f"dataset.source.{key}" for key in place_keys(config.dataset.source)}
 
 
 def _differences(ours: DictConfig, theirs: DictConfig, keys: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -32,12 +32,15 @@ from fewshot.processes import as_one
 from fewshot.runs import (
     best_checkpoint,
     cannot_go_on,
+    check_best,
+    check_same_data,
     last_checkpoint,
     only_run_in,
     overrides,
     results_file,
     results_so_far,
     to_go_on_with,
+    trained_on,
     write_json,
 )
 from fewshot.text import make_table, say
@@ -68,12 +71,17 @@ def train(config: DictConfig) -> float:
         check(config)
         check_hardware(config.hardware)
         config.hardware.precision = precision_of(config.hardware)  # what a checkpoint says, and a resumed run keeps
-        results = results_so_far(config) if checkpoint is not None else None
-        if results is not None:
-            _tell(results, run_dir)
-            return float(results["val_accuracy"])
         with memory_in_a_line(_less_memory(config)):
-            return _train(config, checkpoint, interruption)
+            data = make_data(config)
+            if checkpoint is not None:
+                anew = "train anew into another directory with hydra.run.dir=PATH"
+                check_same_data(trained_on(checkpoint, run_dir), data.bank, run_dir, anew)
+                results = results_so_far(config)
+                if results is not None:
+                    _tell(results, run_dir)
+                    return float(results["val_accuracy"])
+                check_best(run_dir, checkpoint)
+            return _train(config, checkpoint, data, interruption)
 
 
 def _less_memory(config: DictConfig) -> str:
@@ -85,7 +93,9 @@ def _less_memory(config: DictConfig) -> str:
     )
 
 
-def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: Interruption) -> float:
+def _train(
+    config: DictConfig, checkpoint: dict[str, Any] | None, data: EpisodeDataModule, interruption: Interruption
+) -> float:
     keep_freed_memory()
     run_dir = Path(config.run_dir)
     method = make_method(config, initial_weights=checkpoint is None)
@@ -96,7 +106,6 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
     step = checkpoint["global_step"] if checkpoint is not None else 0
     trainer = make_trainer(config, record, finite, interruption, dashboard, best, last, step=step)
     _check_hardware(config, method, trainer)
-    data = make_data(config)
     data.trainer = trainer
     data.prepare_data()
     data.setup()
@@ -128,6 +137,7 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         interruption.check(trainer)
         # The test restores the older state that the callbacks had at the best weights.
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
+        precisions = record.precisions
         trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
 
     validation = max(estimate["accuracy"] for estimate in validations)
@@ -137,6 +147,7 @@ def _train(config: DictConfig, checkpoint: dict[str, Any] | None, interruption: 
         "train_seconds": seconds,
         "train_episodes_per_second": config.train.episodes / seconds,
         "skipped_steps": skipped,
+        "precisions": precisions,
         "overrides": overrides(run_dir),
         "validations": validations,
     }

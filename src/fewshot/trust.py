@@ -212,6 +212,12 @@ def _check_targets(
         raise ValueError(f"it has the key {stray} where no object is made")
 
 
+def place_keys(source: Mapping[str, Any]) -> set[str]:
+    """The keys of a ``dataset.source`` that say where its files lie, and not what they are."""
+    known = KnownTargets().find("dataset.source", str(source.get("_target_"))) or {}
+    return {*PLACES, *(str(key) for key, value in known.items() if _names_place(value))}
+
+
 def _names_place(value: Any) -> bool:
     return isinstance(value, str) and any(f"${{{place}}}" in value for place in PLACES)
 

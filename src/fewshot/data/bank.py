@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,6 +120,11 @@ class ImageBank:
     def class_names(self, split: str) -> list[str]:
         """The names of the classes of ``split``, in the order of ``classes``."""
         return [self.names[c] for c in self.classes(split)]
+
+    def without(self, names: Collection[str]) -> "ImageBank":
+        """The same images, with some classes in no split."""
+        splits = tuple("" if name in names else split for name, split in zip(self.names, self.splits, strict=True))
+        return replace(self, splits=splits)
 
     def record(self) -> dict[str, Any]:
         """What identifies the data of a result: the split rule, and counts and digests of classes and images.

@@ -1,0 +1,222 @@
+"""A run is resumed and evaluated on the data it was trained on, or not at all."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewshot.config import compose
+from fewshot.data.contents import read_contents, read_names
+from fewshot.errors import FewShotError
+from fewshot.evaluation import evaluate
+from fewshot.training import train
+
+TINY = ["train.episodes=4", "train.way=3", "way=2", "query=2", "train.query=2", "val.episodes=2", "test.episodes=2"]
+TINY += ["encoder.filters=4", "hardware=cpu", "val.every=2", "checkpoint_every=2", "pictures=false"]
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, cache_dir):
+    """Folders of images, with a run that was trained on them."""
+    place = tmp_path_factory.mktemp("original")
+    for split, names in {"train": "abcd", "val": "ef", "test": "ghi"}.items():
+        for name in names:
+            folder = place / "data" / split / name
+            folder.mkdir(parents=True)
+            for number in range(5):
+                Image.fromarray(RANDOM.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    train(compose(*settings(place, cache_dir)))
+    return place
+
+
+@pytest.fixture
+def place(original, tmp_path):
+    """A copy of them."""
+    shutil.copytree(original, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def settings(place, cache_dir, *more):
+    data = ["dataset=folder", "dataset.size=16", f"data_dir={place / 'data'}"]
+    return [*data, *TINY, f"cache_dir={cache_dir}", f"run_dir={place / 'run'}", *more]
+
+
+def test_config(place, cache_dir, *more):
+    named = [f"checkpoint={place / 'run'}", f"data_dir={place / 'data'}", f"cache_dir={cache_dir}"]
+    return compose(*named, f"out={place / 'out'}", *more, name="evaluate")
+
+
+test_config.__test__ = False  # type: ignore[attr-defined]
+
+
+def added(data: Path) -> str:
+    shutil.copytree(data / "test" / "g", data / "train" / "new")
+    next((data / "train" / "new").iterdir()).unlink()
+    return r"added: new \(train\)"
+
+
+def removed(data: Path) -> str:
+    shutil.rmtree(data / "train" / "a")
+    return r"removed: a \(train\)"
+
+
+def renamed(data: Path) -> str:
+    (data / "test" / "g").rename(data / "test" / "other")
+    return r"renamed: g \(test\) to other \(test\)"
+
+
+def moved(data: Path) -> str:
+    (data / "train" / "a").rename(data / "test" / "a")
+    return r"in another split: a \(was train, is test\)"
+
+
+def moved_and_renamed(data: Path) -> str:
+    (data / "train" / "a").rename(data / "test" / "other")
+    return r"renamed: a \(train\) to other \(test\)"
+
+
+def other_images(data: Path) -> str:
+    Image.new("RGB", (16, 16), "red").save(data / "test" / "h" / "0.png")
+    return "other images: h;"
+
+
+@pytest.mark.parametrize("change", [added, removed, renamed, moved, moved_and_renamed, other_images])
+def test_other_data_are_refused_before_anything_is_trained_or_tested(place, cache_dir, change, monkeypatch, capsys):
+    told = change(place / "data")
+    before = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*.*")}
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("pytorch_lightning.Trainer.test", lambda *_, **__: pytest.fail("tested"))
+    for more in ([], ["train.episodes=6"], ["test.episodes=3"]):
+        with pytest.raises(FewShotError, match=f"are not those that .*run was trained on: .*{told}") as caught:
+            train(compose(*settings(place, cache_dir, "resume=auto", *more)))
+        assert "train anew into another directory" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(FewShotError, match=rf"{told}.*allow_other_classes=true"):
+        evaluate(test_config(place, cache_dir))
+    assert "%" not in capsys.readouterr().out and not (place / "out").exists()
+    assert {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("record", ["checkpoint", "classes.json"])
+def test_an_evaluation_may_leave_out_what_was_trained_on(place, cache_dir, record, capsys):
+    if record == "classes.json":  # of an older version, whose checkpoints do not say
+        for path in (place / "run" / "checkpoints").iterdir():
+            checkpoint = torch.load(path, weights_only=True)
+            torch.save({key: value for key, value in checkpoint.items() if key != "data"}, path)
+    moved(place / "data")
+    (place / "data" / "val" / "e").rename(place / "data" / "test" / "e")
+    shutil.copytree(place / "data" / "train" / "b", place / "data" / "val" / "b2")
+    evaluate(test_config(place, cache_dir, "allow_other_classes=true"))
+    results = json.loads((place / "out" / "results.json").read_text())
+    assert results["left_out_classes"] == ["a", "e"] and set(results["classes"]) <= set("ghi")
+    assert results["data"]["classes"]["test"] == 3
+    assert "left out 2 test classes that were trained on: a, e" in capsys.readouterr().out
+
+
+def test_what_was_renamed_is_known_by_its_images(place, cache_dir):
+    moved_and_renamed(place / "data")
+    evaluate(test_config(place, cache_dir, "allow_other_classes=true"))
+    assert json.loads((place / "out" / "results.json").read_text())["left_out_classes"] == ["other"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["dataset.source.split_seed=1", "dataset.source.val=0.3", "dataset.normalise=plain", "dataset.channels=1"],
+)
+def test_settings_of_the_data_are_those_of_the_run(place, cache_dir, changed):
+    key, _, value = changed.partition("=")
+    with pytest.raises(FewShotError, match=rf"run with other settings: .*{re.escape(key)}={value} \(there "):
+        train(compose(*settings(place, cache_dir, "resume=auto", changed)))
+
+
+def test_the_same_data_elsewhere_are_the_same(place, cache_dir, capsys):
+    (place / "data").rename(place / "moved")
+    train(compose(*settings(place, cache_dir, "resume=auto", f"data_dir={place / 'moved'}")))
+    assert "%" in capsys.readouterr().out
+    train(compose(*settings(place, cache_dir, "resume=auto", f"data_dir={place / 'moved'}", "test.episodes=3")))
+    config = json.loads((place / "run" / "results.json").read_text())["config"]
+    assert config["data_dir"] == config["dataset"]["source"]["data_dir"] == str(place / "moved")
+
+
+def test_resume_by_directory_reads_the_data_that_are_named(place, cache_dir, cli):
+    moved = place / "moved"
+    shutil.copytree(place / "data", moved)
+    done = cli(f"resume={place / 'run'}", f"data_dir={moved}", f"cache_dir={cache_dir}", "test.episodes=3")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((place / "run" / "results.json").read_text())["config"]
+    assert config["data_dir"] == config["dataset"]["source"]["data_dir"] == str(moved)
+    removed(moved)
+    done = cli(f"resume={place / 'run'}", f"data_dir={moved}", f"cache_dir={cache_dir}", "test.episodes=4")
+    assert done.returncode == 1 and "removed: a (train)" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_another_precision_is_told_and_in_the_results(place, cache_dir, capsys):
+    again = settings(place, cache_dir, "resume=auto", "hardware.precision=64-true")
+    train(compose(*again))
+    assert "the run is complete, with hardware.precision=32-true, and not 64-true" in capsys.readouterr().out
+    train(compose(*again, "train.episodes=6"))
+    assert "hardware.precision=32-true so far, and goes on with 64-true" in capsys.readouterr().out
+    results = json.loads((place / "run" / "results.json").read_text())
+    assert results["precisions"] == ["32-true from 0", "64-true from 4"] and results["precision"] == "64-true"
+
+
+@pytest.mark.parametrize("fault", ["deleted", "broken", "of another run"])
+def test_the_best_weights_are_made_anew_or_missed_before_the_training(place, cache_dir, fault, monkeypatch):
+    path, last = place / "run" / "checkpoints" / "best.ckpt", place / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    validations = checkpoint["callbacks"]["Record"]["validations"]
+    for number, accuracy in enumerate((0.9, 0.5)):
+        validations[number]["accuracy"] = accuracy
+    torch.save(checkpoint, last)
+    if fault == "deleted":
+        path.unlink()
+    elif fault == "broken":
+        path.write_bytes(b"x")
+    asked = compose(*settings(place, cache_dir, "resume=auto", "train.episodes=6"))
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda *_, **__: pytest.fail("trained"))
+    told = r"is not there, which holds .* \(after 2 training" if fault == "deleted" else "is broken, or of another run"
+    with pytest.raises(FewShotError, match=rf"best\.ckpt {told}"):
+        train(asked)
+
+
+def test_the_best_weights_are_written_anew_where_the_last_are_the_best(place, cache_dir, capsys):
+    path, last = place / "run" / "checkpoints" / "best.ckpt", place / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["callbacks"]["Record"]["validations"][0]["accuracy"] = 0.0
+    checkpoint["callbacks"]["Record"]["validations"][1]["accuracy"] = 0.9
+    torch.save(checkpoint, last)
+    path.unlink()
+    train(compose(*settings(place, cache_dir, "resume=auto", "test.episodes=3")))
+    assert "was not there; the last checkpoint holds the same weights" in capsys.readouterr().out and path.exists()
+
+
+def test_results_without_their_checkpoint_are_not_overwritten(place, cache_dir):
+    (place / "run" / "checkpoints" / "last.ckpt").unlink()
+    with pytest.raises(FewShotError, match=r"holds the results of a run without checkpoints/last\.ckpt"):
+        train(compose(*settings(place, cache_dir, "resume=auto")))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        3,
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"splits": {}}',
+        '{"splits": {"train": {"a": 1}, "val": {}, "test": {}}}',
+        "[" * 9999,
+    ],
+)
+def test_a_record_of_the_data_is_plain_text_or_refused(text):
+    with pytest.raises(ValueError, match=r"record of the data|Expecting|property name"):
+        read_contents(text)
+    with pytest.raises(ValueError, match="does not list the classes"):
+        read_names(text)
