@@ -150,7 +150,7 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
     differ = [line for key, line in _differences(config, saved, DECISIVE) if key not in free]
     if differ:
         raise FewShotError(
-            f"{run_dir} holds a run with other settings: {', '.join(differ)}; resume it as it is with resume={run_dir}, "
+            f"{run_dir} holds a run with other settings: {', '.join(differ)}; resume={run_dir} resumes it as it is, "
             "or choose another directory with hydra.run.dir=PATH"
         )
     try:
