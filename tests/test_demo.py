@@ -1,5 +1,6 @@
 """The page: what it does, how it is served, and the whole in a browser."""
 
+import contextlib
 import html
 import json
 import re
@@ -24,7 +25,7 @@ import fewshot.cli  # noqa: F401  for the help
 from conftest import METHODS, free_port, wait_for
 from fewshot.config import ROOT, compose
 from fewshot.data.files import ImageFile
-from fewshot.demo import FORM, Demo, Visit, page_of, serve
+from fewshot.demo import FORM, Demo, Visit, _hosts, page_of, serve
 from fewshot.errors import FewShotError
 from fewshot.prediction import make_predictor
 from fewshot.trained import load_trained
@@ -217,8 +218,8 @@ def address(run):
         yield f"http://127.0.0.1:{config.port}"
 
 
-def status(url: str, body: bytes | None = None) -> int:
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+def status(url: str, body: bytes | None = None, **headers: str) -> int:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status
@@ -255,6 +256,38 @@ def test_the_server_takes_nothing_but_text_and_no_more_than_its_limits(address):
         assert status(join, body) == 400
     assert status(join, b" " * (FORM + 2 * (2**20 + 1) * 4 // 3 + 1)) == 413
     assert status(f"{address}/gradio_api/upload", b"--x") == 404
+
+
+def test_a_page_for_this_machine_answers_to_its_own_names_alone(address):
+    port = address.rpartition(":")[2]
+    for name in ("127.0.0.1", f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}", f"[::1]:{port}"):
+        assert status(f"{address}/config", Host=name) == 200, name
+    for name in (
+        f"evil.example:{port}",
+        "evil.example",
+        f"127.0.0.1.evil.example:{port}",
+        "localhost.",
+        f"0.0.0.0:{port}",
+    ):
+        assert status(f"{address}/config", Host=name) == 403, name
+        assert status(f"{address}/gradio_api/queue/join", b'{"data": []}', Host=name) == 403, name
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "my-machine"])
+def test_a_page_that_is_opened_to_others_answers_to_any_name(host):
+    assert _hosts(host) is None
+    assert {"localhost", "127.0.0.1"} <= (_hosts("127.0.0.1") or set())
+
+
+def test_a_malformed_request_is_refused_and_leaves_no_traceback(address, capfd):
+    join = f"{address}/gradio_api/queue/join"
+    for body in (b"{}", b'{"data": ["x"]}', b'{"data": [], "fn_index": "x"}', b'{"data": [], "fn_index": 9999}'):
+        assert 400 <= status(join, body) < 500, body
+    for query in ("queue/data", "queue/data?session_hash=", "heartbeat/x%00y"):
+        with contextlib.suppress(TimeoutError, urllib.error.HTTPError):
+            urllib.request.urlopen(f"{address}/gradio_api/{query}", timeout=0.5).close()
+    written = capfd.readouterr()
+    assert "Traceback" not in written.err + written.out
 
 
 def test_an_address_in_use_is_told(address, run):

@@ -5,10 +5,11 @@ import json
 import logging
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from ipaddress import ip_address
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ ASKED = re.compile(
     r"/(|config|theme\.css|favicon\.ico|manifest\.json|(assets|static)/.*"
     r"|gradio_api/(startup-events|(queue|heartbeat)/.*))"
 )
+LOCAL = ("localhost", "127.0.0.1", "::1")
 FORM = 2**20  # bytes of a request beside the images
 Message = Mapping[str, Any]  # of ASGI
 Receive = Callable[[], Awaitable[Message]]
@@ -271,7 +273,7 @@ def page_of(config: DictConfig) -> Iterator[Any]:
         page.launch(
             server_name=config.host,
             server_port=config.port,
-            app_kwargs={"middleware": [Middleware(Gate, largest=largest)]},
+            app_kwargs={"middleware": [Middleware(Gate, largest=largest, hosts=_hosts(config.host))]},
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=STYLE,
             footer_links=[],
@@ -291,6 +293,15 @@ def page_of(config: DictConfig) -> Iterator[Any]:
         yield page
     finally:
         page.close(verbose=False)
+
+
+def _hosts(host: str) -> frozenset[str] | None:
+    """The names that a page for this machine alone is asked by; None where the user opened it to others."""
+    plain = host.strip("[]").lower()
+    with suppress(ValueError):  # a name, and no address
+        if plain == "localhost" or ip_address(plain).is_loopback:
+            return frozenset({plain, *LOCAL})
+    return None
 
 
 def make_page(demo: Demo, config: DictConfig) -> Any:
@@ -350,15 +361,35 @@ class Gate:
     Args:
         app: the web app.
         largest: bytes of a request.
+        hosts: names that a request may call this machine by; None: any. Any page of the web can point a name of its
+            own at this machine, and read what a server answers to that name.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], largest: int) -> None:
-        self.app, self.largest = app, largest
+    def __init__(self, app: Callable[..., Awaitable[None]], largest: int, hosts: Collection[str] | None = None) -> None:
+        self.app, self.largest, self.hosts = app, largest, hosts
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        """Handle a request; what the page has no use for is answered here."""
-        asked = scope["type"] != "http" or ASKED.fullmatch(scope["path"])
-        if not asked:
+        """Handle a request; what the page has no use for is answered here, and so is what the app cannot read."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        begun = False
+
+        async def answer(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._handle(scope, receive, answer)
+        except Exception:
+            if begun:
+                raise
+            await _refuse(send, 400, "the page sends nothing of this kind")
+
+    async def _handle(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        if self.hosts is not None and _host(scope) not in self.hosts:
+            return await _refuse(send, 403, "this page is served under other names")
+        if not ASKED.fullmatch(scope["path"]):
             return await _refuse(send, 404, "the page has no use for this")
         if scope.get("method") != "POST":
             return await self.app(scope, receive, send)
@@ -378,6 +409,12 @@ class Gate:
             return next(read, None) or await receive()
 
         return await self.app(scope, again, send)
+
+
+def _host(scope: Mapping[str, Any]) -> str:
+    """The name, without the port, that a request calls this machine by."""
+    named = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
+    return re.sub(r":\d+$", "", named[0]).strip("[]").lower() if len(named) == 1 else ""
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:
