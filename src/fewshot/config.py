@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigSource
@@ -87,6 +88,7 @@ class TrainConfig(Task):
     log_every: int = MISSING
     pictures: bool = MISSING
     choices: dict[str, str | None] = MISSING
+    given: Any = field(default_factory=list)
 
 
 AT_LEAST = {
@@ -118,6 +120,14 @@ RENAMED = {
     "method.halve_every": "schedule.step_size, of schedule=halving, in training steps",
     "method.on_nan": "train.on_nan",
 }
+# What messages call a type, and what fits it.
+TYPES: dict[Any, tuple[Any, ...]] = {
+    int: ("a whole number", int),
+    float: ("a number", int, float),
+    bool: ("true or false", bool),
+    str: ("a text", str),
+    NoneType: ("null", NoneType),
+}
 ONE_OF = {
     "train.on_nan": ("stop", "skip"),
     "dataset.normalise": ("range", "standardise", "plain"),
@@ -129,7 +139,8 @@ def check(config: DictConfig) -> None:
     """Refuse values of a wrong type or out of range before anything slow begins.
 
     The keys of a group are held to the types of the function or class that its ``_target_`` names, and those of
-    ``hardware`` to Lightning's trainer; what an encoder, a distance or a method refuses is found by making one.
+    ``hardware`` to Lightning's trainer. What an encoder, a distance or a method refuses beyond that shows when it is
+    made; where something else is wrong, it is named at once.
 
     Raises:
         FewShotError: names every such key, and what it must be.
@@ -137,28 +148,46 @@ def check(config: DictConfig) -> None:
     absent = [key for key in NODES if not OmegaConf.is_dict(OmegaConf.select(config, key))]
     if absent:
         raise FewShotError(f"the configuration has no {', '.join(absent)}; leave out the override that takes it away")
+    from pytorch_lightning import Trainer  # noqa: PLC0415
+
+    hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
     wrong = [
         line for key, node in _targets(config) for line in _wrong_types(key, node, import_target(key, node._target_))
     ]
-    hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
-    from pytorch_lightning import Trainer  # noqa: PLC0415
-
     wrong += _wrong_types("hardware", hardware, Trainer)
     if not isinstance(config.hardware.compile, bool):
         wrong.append(f"hardware.compile={config.hardware.compile} must be true or false")
-    of_a_wrong_type = bool(wrong)
     values = {key: OmegaConf.select(config, key) for key in (*AT_LEAST, *ABOVE_ZERO, *ONE_OF)}
     for key, least in AT_LEAST.items():
         whole = _fits(values[key], int)
         if values[key] < least if whole else not key.startswith("schedule."):  # some schedules have other keys
             wrong.append(f"{key}={values[key]} must be at least {least}")
-    if not of_a_wrong_type:
-        given = [key for key in ABOVE_ZERO if values[key] is not None]
-        wrong += [f"{key}={values[key]} must be positive" for key in given if not values[key] > 0]
-        wrong += [f"{key}={values[key]} must be {_or(of)}" for key, of in ONE_OF.items() if values[key] not in of]
-        wrong += _refused(config)
+    for key in ABOVE_ZERO:
+        if _fits(values[key], float) and not values[key] > 0:
+            wrong.append(f"{key}={values[key]} must be positive")
+    wrong += [f"{key}={values[key]} must be {_or(among)}" for key, among in ONE_OF.items() if values[key] not in among]
+    wrong = wrong or [*_wrong_updates(config)]
     if wrong:
-        raise FewShotError("; ".join(dict.fromkeys(wrong)))
+        raise FewShotError("; ".join(dict.fromkeys([*wrong, *refusals(config)])))
+
+
+def refusals(config: DictConfig) -> list[str]:
+    """What the encoder, the distance and the method refuse of their settings, for a message."""
+    import torch  # noqa: PLC0415
+
+    from fewshot.checkpoints import without_initial_weights  # noqa: PLC0415
+
+    refused: list[str] = []
+    encoder, method = ({**config[part]} for part in ("encoder", "method"))
+    for node in (without_initial_weights({"encoder": encoder})["encoder"], config.distance, method):
+        if node is method and refused:
+            break  # it is made of the other two
+        try:
+            with torch.device("meta"):  # weights that take no time and no memory
+                instantiate(without_initial_weights(node))
+        except Exception as error:  # what is no refusal shows when the part is made in earnest
+            refused += [str(found) for found in [mistake(error)] if found is not None]
+    return refused
 
 
 def outdated(config: Mapping[Any, Any]) -> str | None:
@@ -192,75 +221,53 @@ def _targets(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConf
 
 
 def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[..., Any]) -> Iterator[str]:
+    """What a function has no parameter for, or one of another type; where it does not say, it is left to refuse."""
     function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-    parameters = signature(function).parameters
+    try:
+        parameters, hints = signature(function).parameters, get_type_hints(function)
+    except (NameError, TypeError, ValueError):  # of another language, or typed by names that it does not import
+        return
     open_ended = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
-    hints = get_type_hints(function)
     for key, value in settings.items():
-        if str(key).startswith("_") or OmegaConf.is_dict(value):
-            continue
-        if key not in parameters:
-            if not open_ended:
-                yield f"{prefix}.{key} is not a setting of {target.__name__}"
-        elif not _fits(value, hints.get(key, Any)):
-            yield f"{prefix}.{key}={value} must be {_or(_in_words(hints[key]))}"
+        options = _options(hints.get(key, Any))
+        if key not in parameters and not str(key).startswith("_") and not open_ended:
+            yield f"{prefix}.{key} is not a setting of {target.__name__}"
+        elif options and not OmegaConf.is_dict(value) and not any(_fits(value, option) for option in options):
+            yield f"{prefix}.{key}={value} must be {_or(TYPES.get(option, [option])[0] for option in options)}"
 
 
 def _or(choices: Iterable[Any]) -> str:
     return " or ".join(dict.fromkeys(map(str, choices)))
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _options(hint: Any) -> list[Any]:
+    """The types, and of a ``Literal`` the values, that a hint allows a configuration; no YAML holds a tensor."""
     if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, of) for of in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is list:
-        return OmegaConf.is_list(value) and all(_fits(of, *get_args(hint)) for of in value)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)
+        return [option for part in get_args(hint) for option in _options(part)]
+    return [*get_args(hint)] if get_origin(hint) is Literal else [hint] if hint.__module__ != "torch" else []
 
 
-def _in_words(hint: Any) -> Iterator[str]:
-    """What fits."""
-    if get_origin(hint) in (Union, UnionType):
-        for option in get_args(hint):
-            yield from _in_words(option)
-    elif get_origin(hint) is Literal:
-        yield from map(str, get_args(hint))
-    elif getattr(hint, "__module__", None) != "torch":  # no YAML holds a tensor
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
-        yield words.get(hint, str(hint))
+def _fits(value: Any, option: Any) -> bool:
+    """Whether a value is of a type, or is that value; types that no YAML has are not checked."""
+    if get_origin(option) is list:
+        return OmegaConf.is_list(value) and all(
+            any(_fits(of, to) for to in _options(*get_args(option))) for of in value
+        )
+    if option in TYPES:
+        return type(value) in TYPES[option]
+    return value == option if isinstance(option, int | str) else True
 
 
-def _refused(config: DictConfig) -> Iterator[str]:
+def _wrong_updates(config: DictConfig) -> Iterator[str]:
+    """What PyTorch refuses of the optimizer and the schedule."""
     import torch  # noqa: PLC0415
 
-    from fewshot.checkpoints import without_initial_weights  # noqa: PLC0415
-
-    refused = False
-    encoder = without_initial_weights({"encoder": OmegaConf.to_container(config.encoder)})["encoder"]
-    method = without_initial_weights(OmegaConf.to_container(config.method))  # type: ignore[arg-type]
-    parts = {"encoder": encoder, "distance": config.distance, "method": method}
-    for part, node in parts.items():
-        if part == "method" and refused:
-            return  # it is made of the other two
-        try:
-            with torch.device("meta"):  # weights that take no time and no memory
-                instantiate(node)
-        except Exception as error:
-            told = mistake(error)
-            if told is None:
-                raise
-            refused = True
-            yield str(told)
     updated: Any = [torch.nn.Parameter(torch.zeros(1))]
     for part in ("optimizer", "schedule"):
         if config[part] is not None:
             try:
                 updated = instantiate(config[part])(updated)
-            except (TypeError, ValueError) as error:  # PyTorch's own checks
+            except (TypeError, ValueError) as error:
                 yield f"{part}={config.choices[part]}: {reason(error)}"
                 return
 
@@ -338,14 +345,22 @@ def is_group(name: str, *places: str) -> bool:
 def compose(*overrides: str, name: str = "train") -> DictConfig:
     """The configuration that the command line would run with, for notebooks, tests and other programs.
 
+    A program that runs under Hydra itself keeps its own configuration.
+
     Args:
-        overrides: as on the command line: "dataset=omniglot", "way=20". ``run_dir`` has no default here.
+        overrides: as on the command line: "dataset=omniglot", "way=20". Without "run_dir=PATH", ``train`` makes a new
+            directory.
         name: the file in ``conf``.
     """
     config = compose_unresolved(*overrides, name=name)
-    HydraConfig.instance().set_config(config)  # for the interpolations that name it
-    keys = [str(key) for key in config if key != "hydra"]
-    return DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
+    hydra_config = HydraConfig.instance()
+    outer = hydra_config.cfg
+    try:
+        hydra_config.set_config(config)  # for the interpolations that name it
+        keys = [str(key) for key in config if key != "hydra"]
+        return DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
+    finally:
+        hydra_config.cfg = outer
 
 
 def compose_unresolved(*overrides: str, name: str = "train", places: Sequence[str] = ()) -> DictConfig:
@@ -374,12 +389,30 @@ def _experiment() -> str | None:
     return None
 
 
+def _output_dir() -> str | None:
+    """The directory of the run that the command line started; None where none did."""
+    runtime = HydraConfig.get().runtime
+    return None if OmegaConf.is_missing(runtime, "output_dir") else str(runtime.output_dir)
+
+
+def _given() -> list[str]:
+    """The keys and groups of the overrides."""
+    parsed = OverridesParser.create().parse_overrides([*HydraConfig.get().overrides.task])
+    return [override.key_or_group for override in parsed]
+
+
 ConfigStore.instance().store("train_schema", TrainConfig)
-OmegaConf.register_new_resolver("fewshot_steps", training_steps, replace=True)
-OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
-# What a key of an experiment is at each budget: ${by_budget:{paper:1000,cpu:10}}.
-OmegaConf.register_new_resolver("by_budget", lambda values, *, _root_: values[_root_.choices.budget], replace=True)
-OmegaConf.register_new_resolver("fewshot_root", lambda path: str(ROOT / path), replace=True)
-OmegaConf.register_new_resolver("fewshot_run_dir", lambda resume, new: new if resume in (None, "auto") else resume)
-# A resumed run keeps the record of how it was started.
-OmegaConf.register_new_resolver("fewshot_output_subdir", lambda resume: ".hydra" if resume in (None, "auto") else None)
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    # What a key of an experiment is at each budget: ${by_budget:{paper:1000,cpu:10}}.
+    "by_budget": lambda values, *, _root_: values[_root_.choices.budget],
+    "fewshot_experiment": _experiment,
+    "fewshot_given": _given,
+    "fewshot_output_dir": _output_dir,
+    # A resumed run keeps the record of how it was started.
+    "fewshot_output_subdir": lambda resume: ".hydra" if resume in (None, "auto") else None,
+    "fewshot_root": lambda path: str(ROOT / path),
+    "fewshot_run_dir": lambda resume, new: new if resume in (None, "auto") else resume,
+    "fewshot_steps": training_steps,
+}
+for name, resolver in RESOLVERS.items():
+    OmegaConf.register_new_resolver(name, resolver, replace=True)  # the module may be loaded again

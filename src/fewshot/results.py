@@ -59,6 +59,7 @@ NOT_DECISIVE = (
     "cache_dir",
     "run_dir",
     "resume",
+    "given",
     "trust",
     "checkpoint_every",
     "log_every",

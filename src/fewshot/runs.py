@@ -1,21 +1,21 @@
 """The directory of a training run: one run at a time, never overwritten, and gone on with after an interruption."""
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.checkpoints import check_weights, load_checkpoint
-from fewshot.config import is_group, training_steps
+from fewshot.config import ROOT, is_group, training_steps
 from fewshot.errors import FewShotError, reason
 from fewshot.files import read_json, read_text, write_whole
 from fewshot.results import wrong
@@ -76,6 +76,27 @@ def newest_run(folder: Path) -> Path:
             f"no complete run lies below {folder}; train one first by make train, or name one: checkpoint=RUN_DIR"
         )
     return max(runs, key=lambda run: results_file(run).stat().st_mtime_ns)
+
+
+def new_run_dir(config: DictConfig) -> Path:
+    """Make a directory for a run that was told none, as the command line would: by the time, method and data set.
+
+    Raises:
+        FewShotError: several processes would each make one.
+    """
+    if config.resume not in (None, "auto"):
+        return Path(config.resume)
+    if config.resume == "auto" or config.hardware.devices not in (1, "auto") or config.hardware.num_nodes > 1:
+        raise FewShotError("run_dir is not named, and an automatic resume and several processes need it: run_dir=PATH")
+    name = f"{datetime.now():%Y-%m-%d/%H-%M-%S}_{config.choices.method}_{config.choices.dataset}"
+    for number in itertools.count(1):
+        run_dir = ROOT / "outputs" / (name if number == 1 else f"{name}_{number}")
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:  # one that began in the same second
+            continue
+    raise AssertionError
 
 
 @contextlib.contextmanager
@@ -211,19 +232,16 @@ def _refuse_links(run_dir: Path) -> None:
 
 
 def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     changed = saved.copy()
-    for override in OverridesParser.create().parse_overrides(list(given)):
-        key = override.key_or_group
+    for key in config.given:
         if is_group(key) and key != "hardware":
-            raise FewShotError(f"{override.input_line}: a run that is resumed keeps its {key}; leave it out")
+            raise FewShotError(f"{key}={config.choices.get(key)}: a run that is resumed keeps its {key}; leave it out")
         try:
             OmegaConf.update(changed, key, OmegaConf.select(config, key), merge=False)
         except (AssertionError, LookupError, TypeError, ValueError, OmegaConfBaseException) as error:
-            raise FewShotError(
-                f"{override.input_line}: the run has nothing of that name to change: {reason(error)}"
-            ) from error
-    for key in ("run_dir", "resume", "trust"):
+            value = OmegaConf.select(config, key, throw_on_missing=False)
+            raise FewShotError(f"{key}={value}: the run has nothing of that name to change: {reason(error)}") from error
+    for key in ("run_dir", "resume", "trust", "given"):
         changed[key] = config[key]
     changed.train.steps = training_steps(changed.train.episodes, changed.train.meta_batch)
     return changed

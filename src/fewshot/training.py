@@ -21,11 +21,11 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
 from fewshot.checkpoints import WholeCheckpoints, without_initial_weights
-from fewshot.config import CHECKOUT, ROOT, check, command
+from fewshot.config import CHECKOUT, ROOT, check, command, refusals
 from fewshot.dashboard import Dashboard, Log, log_hyperparameters
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, mistake
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.methods.base import FewShotMethod
 from fewshot.processes import as_one
@@ -33,6 +33,7 @@ from fewshot.runs import (
     best_checkpoint,
     cannot_go_on,
     last_checkpoint,
+    new_run_dir,
     only_run_in,
     overrides,
     results_file,
@@ -51,7 +52,7 @@ def train(config: DictConfig) -> float:
     """Train, validate and test as ``config`` says; everything written goes to ``config.run_dir``.
 
     Args:
-        config: the composed ``conf/train.yaml``.
+        config: the composed ``conf/train.yaml``; where it has no ``run_dir``, a new one is made and put into it.
 
     Returns:
         The validation accuracy of the chosen weights, a fraction.
@@ -60,6 +61,8 @@ def train(config: DictConfig) -> float:
         FewShotError: a mistake in the configuration or the data.
     """
     OmegaConf.resolve(config)
+    if config.run_dir is None:
+        config.run_dir = str(new_run_dir(config))
     run_dir = Path(config.run_dir)
     place = "" if config.data_dir == own_places()["data_dir"] else f" data_dir={config.data_dir}"
     interruption = Interruption(f"{command('train')} resume={run_dir}{place}")
@@ -175,7 +178,13 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     """
     pl.seed_everything(config.seed, workers=True, verbose=False)
     make: Any = OmegaConf.to_container(config.method)
-    method: FewShotMethod = instantiate(make if initial_weights else without_initial_weights(make))
+    try:
+        method: FewShotMethod = instantiate(make if initial_weights else without_initial_weights(make))
+    except Exception as error:
+        refused = mistake(error)
+        if refused is None:
+            raise
+        raise FewShotError("; ".join(dict.fromkeys([str(refused), *refusals(config)]))) from error
     method.make_optimizer = instantiate(config.optimizer)
     method.make_schedule = instantiate(config.schedule)
     method.save_hyperparameters(OmegaConf.to_container(config), logger=False)
