@@ -30,7 +30,8 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: pl.Trainer, method: pl.LightningModule) -> dict[str, Any]:  # noqa: D102
         metrics = super().get_metrics(trainer, method)
         metrics.pop("v_num", None)
-        return metrics
+        of_step = {name: of.item() for name, of in trainer.callback_metrics.items() if name.startswith("train/")}
+        return of_step | metrics
 
     def _update_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # To show a number is to wait for it: on a GPU only when the log does, too.

@@ -74,7 +74,8 @@ class FewShotMethod(pl.LightningModule, ABC):
             labels: int64 ``[tasks, queries]``.
         """
         accuracy = credit(logits.detach(), labels).mean()
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
+        # Not for Lightning's progress bar, which would wait for the numbers after every step; see ``ProgressBar``.
+        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy})
 
     def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:
         """The logits of every episode of a meta-batch in validation or test: ``[tasks, queries, way]``."""
