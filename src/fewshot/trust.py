@@ -32,7 +32,8 @@ LARGEST = {
     "transform.padding": 1024,
     "transform.crop.padding": 1024,
 }
-NO_SLOTS = ("hydra", "figure", "experiment", "budget")  # groups that are no part of a run's configuration
+READERS_OWN = ("logger", "callbacks")  # groups that whoever resumes a run chooses anew
+NO_SLOTS = ("hydra", "figure", "experiment", "budget", *READERS_OWN)  # no part of what a checkpoint may choose
 ENCODER_PLACES = ("file", "init")  # what an encoder began with; its weights are in the checkpoint
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 
@@ -101,6 +102,8 @@ def read_config(
         FewShotError: it names code that the reader has not chosen, or that cannot be imported.
     """
     config = plain(untrusted)
+    if isinstance(config, dict):
+        config |= dict.fromkeys(READERS_OWN)
     if isinstance(config, dict) and (old := outdated(config)) is not None:
         raise FewShotError(
             f"{path} is of an earlier version of fewshot, which knew {old}: train anew, or use it with that version"
