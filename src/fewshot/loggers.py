@@ -116,7 +116,7 @@ def parts(key: str, node: DictConfig | None) -> list[tuple[str, DictConfig]]:
     """
     if node is None:
         return []
-    found = {key: node} if "_target_" in node else {f"{key}.{name}": part for name, part in node.items()}
+    found = {key: node} if "_target_" in node else {f"{key}.{name!s}": part for name, part in node.items()}
     for name, part in found.items():
         if part is not None and not (isinstance(part, DictConfig) and "_target_" in part):
             raise FewShotError(f"{name} has no _target_: name the class to make, or take {name} away with ~{name}")
