@@ -47,8 +47,8 @@ def load_checkpoint(
     Args:
         path: of the file.
         trust: packages whose code its configuration may name, see ``read_config``.
-        places: the reader's ``data_dir`` and ``cache_dir``, likewise.
-        own: likewise.
+        places: the reader's ``data_dir`` and ``cache_dir``, see ``read_config``.
+        own: see ``read_config``.
 
     Returns:
         All that is in it, the configuration under "hyper_parameters".
@@ -86,6 +86,11 @@ def read_tensors(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """The shape of each weight."""
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
 def check_weights(method: Mapping[Any, Any], state: Mapping[str, torch.Tensor]) -> None:
     """Hold the sizes in the configuration of a method to its weights, before any memory is taken for them.
 
@@ -98,13 +103,13 @@ def check_weights(method: Mapping[Any, Any], state: Mapping[str, torch.Tensor]) 
     """
     try:
         with torch.device("meta"):
-            expected = {name: of.shape for name, of in instantiate(method).state_dict().items()}
+            expected = shapes(instantiate(method).state_dict())
     except Exception:  # what is wrong shows when the method is made in earnest
         return
-    found = {name: of.shape for name, of in state.items()}
+    found = shapes(state)
     differing = next((name for name in {**expected, **found} if expected.get(name) != found.get(name)), None)
     if differing is not None:
-        sizes = [list(of[differing]) if differing in of else "not there" for of in (found, expected)]
+        sizes = [list(side[differing]) if differing in side else "not there" for side in (found, expected)]
         raise ValueError(f"{differing} is {sizes[0]}, and must be {sizes[1]}")
 
 

@@ -1,9 +1,9 @@
 """Test the weights of a checkpoint: at any way and shot, class by class, and against those of another."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -35,14 +35,16 @@ class OneSplit(EpisodeDataModule):
 
     Args:
         split: "train", "val" or "test".
-        left_out: classes that are not to be met.
         dataset: see ``EpisodeDataModule``.
-        settings: likewise.
+        settings: see ``EpisodeDataModule``.
+
+    Attributes:
+        left_out: classes that are not to be met.
     """
 
-    def __init__(self, split: str, left_out: Collection[str], dataset: DictConfig, **settings: Any) -> None:
+    def __init__(self, split: str, dataset: DictConfig, **settings: Any) -> None:
         super().__init__(dataset, **settings)
-        self.split, self.left_out = split, left_out
+        self.split, self.left_out = split, list[str]()
 
     @property
     def bank(self) -> ImageBank:
@@ -65,7 +67,7 @@ class Evaluation:
         trainer: the trainer that ran the test.
     """
 
-    data: EpisodeDataModule
+    data: OneSplit
     answers: dict[EpisodeNumber, NDArray[np.bool_]]
     estimate: Estimate
     trainer: pl.Trainer
@@ -113,11 +115,10 @@ def evaluate(config: DictConfig) -> float:
         check(one)
     check_hardware(asked[0].hardware)
     keep_freed_memory()
-    known = _known_classes(trained, asked, config)
+    splits = [open_split(task, config.split) for task in asked]
+    _leave_out_known_classes(trained, splits, config)
     with memory_in_a_line("lower way, shot or query, or choose hardware=cpu"):
-        own, *others = (
-            evaluate_split(run, task, config.split, known) for run, task in zip(trained, asked, strict=True)
-        )
+        own, *others = map(evaluate_split, trained, asked, splits)
 
     out = output_directory(config.out, "evaluate")
     dataset, names = own.data.datasets["test"], own.data.bank.class_names(config.split)
@@ -143,21 +144,23 @@ def evaluate(config: DictConfig) -> float:
     return own.estimate.accuracy
 
 
-def evaluate_split(
-    trained: Trained, config: DictConfig, split: str = "test", left_out: Collection[str] = ()
-) -> Evaluation:
+def open_split(config: DictConfig, split: str) -> OneSplit:
+    """The data module of a run's configuration, to serve one split; see ``OneSplit``."""
+    return cast(OneSplit, make_data(config, partial(OneSplit, split)))
+
+
+def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None = None) -> Evaluation:
     """Evaluate a trained method on ``test.episodes`` episodes of a split.
 
     Args:
         trained: the method.
         config: the configuration of its run, with any way, shot, query, ``eval_seed`` and ``test.episodes``.
-        split: "train", "val" or "test".
-        left_out: classes of it that are not to be met.
+        data: the split, from ``open_split``; None: the test's.
 
     Raises:
         FewShotError: ``config`` asks for more than one device, or the data are not there.
     """
-    data = make_data(config, partial(OneSplit, split, left_out))
+    data = open_split(config, "test") if data is None else data
     kept = Answers()
     trainer = make_trainer(config, kept)
     if trainer.world_size > 1:
@@ -182,24 +185,25 @@ def _asked(run: DictConfig, config: DictConfig) -> DictConfig:
     return asked
 
 
-def _known_classes(trained: Sequence[Trained], asked: Sequence[DictConfig], config: DictConfig) -> list[str]:
-    """Compare the data with those of the trainings; the classes to leave out where they may differ."""
+def _leave_out_known_classes(trained: Sequence[Trained], splits: Sequence[OneSplit], config: DictConfig) -> None:
+    """Compare the data with those of the trainings; where they may differ, leave out what was trained on."""
     if not isinstance(config.allow_other_classes, bool):
         raise FewShotError(f"allow_other_classes={config.allow_other_classes} must be true or false")
     known: list[str] = []
-    for run, task in zip(trained, asked, strict=True):
-        bank, path = make_data(task).bank, run.path
+    for run, data in zip(trained, splits, strict=True):
+        path = run.path
         then = trained_on(run.checkpoint, path.parents[1] if path.parent.name == "checkpoints" else None)
-        now = contents_of(bank)
+        now = contents_of(data.bank)
         if then is not None and config.allow_other_classes and differences(then, now):
             known += known_to(then, now, config.split)
         else:
             mend = "test on the classes that it was not trained on by allow_other_classes=true"
-            check_same_data(then, bank, path, mend)
+            check_same_data(then, data.bank, path, mend)
     known = list(dict.fromkeys(known))
+    for data in splits:
+        data.left_out = known
     if known:
         say(f"left out {len(known):,} {config.split} classes that were trained on: {shortened(known)}")
-    return known
 
 
 def _comparable(one: DictConfig, other: DictConfig) -> None:
@@ -225,7 +229,7 @@ def _results(trained: Trained, asked: DictConfig, config: DictConfig, tested: Ev
     return outcome(asked, trained.method, tested.data.bank, tested.trainer) | {
         "split": config.split,
         "checkpoint": str(trained.path),
-        "left_out_classes": list(getattr(tested.data, "left_out", ())),
+        "left_out_classes": tested.data.left_out,
         "precisions": record.get("precisions"),
         "weights": trained.path.stem,  # the report counts those that were best on validation classes
         "run_config": OmegaConf.to_container(trained.config),  # of the training; config is that of this test

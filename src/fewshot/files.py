@@ -23,16 +23,13 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     Raises:
         FewShotError: it cannot be written; what was there before is still there.
     """
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with create(partial) as file:
+        with _partial(path) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # else a machine that dies could keep the new name and none of the content
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise FewShotError(
             f"cannot write {path}: {error.strerror}; what was saved before is kept: make room there, then go on with "
             f"the run by resume=RUN_DIR"
@@ -42,9 +39,19 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 @contextmanager
 def written_whole(path: Path) -> Iterator[TextIO]:
     """A text file to write to, line by line, which takes its name once all is written and leaves nothing otherwise."""
+    with (
+        _partial(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="") as lines,
+    ):
+        yield lines
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[BinaryIO]:
+    """A file beside the path, which takes its name once the block of code has ended well, and is removed otherwise."""
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with io.TextIOWrapper(create(partial), encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with create(partial) as file:
             yield file
         partial.replace(path)
     finally:

@@ -1,4 +1,4 @@
-"""The directory of a training run: one run at a time, never overwritten, and gone on with after an interruption."""
+"""The directory of a training run: one run at a time, never overwritten, and resumed after an interruption."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
-from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors
+from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors, shapes
 from fewshot.config import is_group, training_steps
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, differences, read_contents, read_names
@@ -26,7 +26,7 @@ from fewshot.trust import place_keys, plain
 
 # What PyTorch's schedules call the number of steps that they are made for; and what ours and others' should.
 HORIZONS = ("T_max", "total_steps", "total_iters", "steps")
-# What decides the result of a run, and of that what may differ all the same when it is gone on with. The rest
+# What decides the result of a run, and of that what may differ all the same when it is resumed. The rest
 # (hardware, places, logging) may differ anyway.
 DECISIVE = [
     "choices",
@@ -278,9 +278,7 @@ def check_best(run_dir: Path, checkpoint: dict[str, Any]) -> None:
         theirs = found["callbacks"]["Record"]["validations"]
         if theirs != validations[: len(theirs)] or len(theirs) > len(validations):
             raise ValueError("its validations are those of another run")
-        if {k: v.shape for k, v in found["state_dict"].items()} != {
-            k: v.shape for k, v in checkpoint["state_dict"].items()
-        }:
+        if shapes(found["state_dict"]) != shapes(checkpoint["state_dict"]):
             raise ValueError("its weights are not those of the method")
     except Exception as error:  # of what kind depends on how the file is broken
         raise FewShotError(

@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
-from fewshot.checkpoints import WholeCheckpoints, without_initial_weights
+from fewshot.checkpoints import WholeCheckpoints, shapes, without_initial_weights
 from fewshot.config import CHECKOUT, ROOT, check, command
 from fewshot.dashboard import Dashboard, Log, log_hyperparameters
 from fewshot.data.bank import SPLITS, ImageBank
@@ -230,7 +230,7 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
     warnings.filterwarnings("ignore", message=".*Total length of .* is zero")  # of one that is complete
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting")  # they are equal
-    warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # told as an error
+    warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # an error of ours says it
     warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)` before")  # a loss scaler passes over steps
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
     logging.getLogger("lightning_fabric.utilities").setLevel(logging.WARNING)
@@ -283,8 +283,7 @@ def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
     """
     if not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
         raise ValueError("its weights are not finite")
-    shapes = {name: tensor.shape for name, tensor in method.state_dict().items()}
-    if {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()} != shapes:
+    if shapes(checkpoint["state_dict"]) != shapes(method.state_dict()):
         raise ValueError("its weights are not those of the method")
     parameters = list(method.parameters())
     (optimizer,) = checkpoint["optimizer_states"]
