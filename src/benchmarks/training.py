@@ -37,7 +37,7 @@ LEARNING_RATE = 1e-3
 
 def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
     """``method=protonet`` as ``src/train.py`` trains it, some steps at a time; the training goes on in between."""
-    steps, asked, told = shape["steps"], queue.SimpleQueue[None](), queue.SimpleQueue[Any]()
+    steps, asked, reported = shape["steps"], queue.SimpleQueue[None](), queue.SimpleQueue[Any]()
 
     class Gate(pl.Callback):
         losses: ClassVar[list[torch.Tensor]] = []
@@ -48,7 +48,7 @@ def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
         def on_train_batch_end(self, _: Any, __: Any, outputs: Any, *___: Any) -> None:
             self.losses.append(outputs["loss"])
             if len(self.losses) == steps:
-                told.put(torch.stack(self.losses).numpy())
+                reported.put(torch.stack(self.losses).numpy())
                 self.losses.clear()
                 asked.get()
 
@@ -60,11 +60,11 @@ def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
         try:
             _quietly(lambda: trainer.fit(method, data))
         except Exception as error:
-            told.put(error)
+            reported.put(error)
 
     def work() -> NDArray[Any]:
         asked.put(None)
-        found = told.get()
+        found = reported.get()
         if isinstance(found, Exception):
             raise found
         return found

@@ -96,8 +96,8 @@ class Record(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, method: FewShotMethod) -> None:  # type: ignore[override]  # noqa: D102
         trained, estimate = _data(trainer).trained, method.estimates["val"]
         self.validations.append({"trained_episodes": trained, **estimate._asdict()})
-        told = f"{estimate.accuracy:.2%} ± {estimate.ci95:.2%}"
-        method.print(f"episode {trained:,}: validation accuracy {told}", flush=True)
+        shown = f"{estimate.accuracy:.2%} ± {estimate.ci95:.2%}"
+        method.print(f"episode {trained:,}: validation accuracy {shown}", flush=True)
         chance = 1 / _data(trainer).episode["way"]
         if estimate.accuracy - estimate.ci95 <= chance and not self._warned:
             self._warned = True

@@ -196,10 +196,10 @@ def _exit_if_jobs_failed() -> None:
 
 
 def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
-    told, status = (str(interrupt), interrupt.status) if isinstance(interrupt, Interrupted) else ("interrupted", 130)
+    message, status = (str(interrupt), interrupt.status) if isinstance(interrupt, Interrupted) else ("interrupted", 130)
     if Sweep.folder is not None:
-        told = f"interrupted; go on with the sweep by the same command and {Sweep.again}"
-    _exit(told, status)
+        message = f"interrupted; go on with the sweep by the same command and {Sweep.again}"
+    _exit(message, status)
 
 
 def _exit(message: str, status: int) -> None:
@@ -223,9 +223,9 @@ def _rank() -> int:
 
 def _explain(error: BaseException) -> str | None:
     """One line for a mistake of the user's; None for anything else."""
-    told = mistake(error)
-    if told is not None:
-        return str(told)
+    ours = mistake(error)
+    if ours is not None:
+        return str(ours)
     help_ = f"(see {_program()}.py --help)" if CHECKOUT else f"(see fewshot {_program()} --help)"
     causes = list(_causes(error))
     for cause in causes:

@@ -64,7 +64,7 @@ class Test:
 
 @dataclass
 class TrainConfig(Task):
-    """The keys and types of ``conf/train.yaml``, where each one's meaning is told; groups bring their own keys."""
+    """The keys and types of ``conf/train.yaml``, where each one is explained; groups bring their own keys."""
 
     dataset: Any = MISSING
     method: Any = MISSING
@@ -253,11 +253,11 @@ def _refused(config: DictConfig) -> Iterator[str]:
             with torch.device("meta"):  # weights that take no time and no memory
                 instantiate(node)
         except Exception as error:
-            told = mistake(error)
-            if told is None:
+            known = mistake(error)
+            if known is None:
                 raise
             refused = True
-            yield str(told)
+            yield str(known)
     updated: Any = [torch.nn.Parameter(torch.zeros(1))]
     for part in ("optimizer", "schedule"):
         if config[part] is not None:

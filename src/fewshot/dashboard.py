@@ -88,8 +88,8 @@ def log_hyperparameters(logger: TensorBoardLogger, result: Result, step: int) ->
         "learning_rate": result["config"]["optimizer"].get("lr", "none"),
     }
     # The same keys in every run: TensorBoard takes its columns from one of them.
-    told = (*settings, "optimizer.lr", "resume")
-    others = [of for of in result["overrides"] if of.lstrip("+~").partition("=")[0] not in told]
+    shown = (*settings, "optimizer.lr", "resume")
+    others = [of for of in result["overrides"] if of.lstrip("+~").partition("=")[0] not in shown]
     settings["other"] = " ".join(others)
     metrics = {"val/best_accuracy": result["val_accuracy"], "test/accuracy": result["accuracy"]}
     experiment, *session = hparams(settings, metrics)

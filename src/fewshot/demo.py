@@ -166,10 +166,10 @@ class Demo:
             return visit, ["name the class, then add its images"]
         if name not in visit.support and len(visit.support) == self.limits.max_classes:
             return visit, [f"{name} is left out: there are {len(visit.support)} classes, and no more are allowed"]
-        images, told = list(visit.support.get(name, ())), []
+        images, notes = list(visit.support.get(name, ())), []
         for file in files:
             if len(images) == self.limits.max_images:
-                told.append(
+                notes.append(
                     f"{file.name} is left out, and what came after it: {name} has {len(images)} images, and no "
                     "more are allowed"
                 )
@@ -177,8 +177,8 @@ class Demo:
             try:
                 images.append(self._read(file))
             except FewShotError as error:
-                told.append(str(error))
-        return replace(visit, support={**visit.support, name: tuple(images)}) if images else visit, told
+                notes.append(str(error))
+        return replace(visit, support={**visit.support, name: tuple(images)}) if images else visit, notes
 
     def remove(self, visit: Visit, name: str) -> Visit:
         """Take a class out, if it is there."""
@@ -210,10 +210,12 @@ class Demo:
         except FewShotError as error:
             return "", [str(error)]
         method, way = self.predictor.method, len(visit.support)
-        told = []
+        notes = []
         if isinstance(method, MAML) and way > method.head.out_features:
-            told.append(f"this network was made for {method.head.out_features} classes: it tells {way} apart less well")
-        return _answer(visit.query, list(visit.support), logits, *measure(method)), told
+            notes.append(
+                f"this network was made for {method.head.out_features} classes: it tells {way} apart less well"
+            )
+        return _answer(visit.query, list(visit.support), logits, *measure(method)), notes
 
     def _read(self, file: ImageFile) -> Pixels:
         def within() -> bytes:

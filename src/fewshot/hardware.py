@@ -165,18 +165,18 @@ def _why_no_gpu() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        told = str(error)
-        too_old = re.search(r"driver.*too old \(found version (\d+)\)", told)
+        message = str(error)
+        too_old = re.search(r"driver.*too old \(found version (\d+)\)", message)
         if too_old:
             major, minor = int(too_old[1]) // 1000, int(too_old[1]) % 1000 // 10
             return (
                 f"the NVIDIA driver is too old: it is made for CUDA {major}.{minor}, and this PyTorch for CUDA "
                 f"{torch.version.cuda}; update the driver, or install a PyTorch for CUDA {major}.{minor}"
             )
-        if NO_DRIVER in told:
+        if NO_DRIVER in message:
             return f"{NO_DRIVER} was found, so there is no NVIDIA GPU, or its driver is not installed"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if "No CUDA GPUs" in told and hidden is not None:
+        if "No CUDA GPUs" in message and hidden is not None:
             return f"CUDA_VISIBLE_DEVICES={hidden} hides the GPUs"
         return reason(error)
     return "PyTorch finds no GPU"

@@ -48,11 +48,11 @@ def draw_episode(bank: ImageBank, episode: EpisodeIndex, answers: NDArray[np.int
                         _frame(axes, (x, y), side, gap, label, int(answers[sample]))
         names = [_short(bank.names[of]) for of in classes_of(episode, bank.offsets[:-1])[:way]]
         axes.imshow(np.broadcast_to(canvas, (*canvas.shape[:2], 3)), interpolation="nearest")
-        told = "queries"
+        title = "queries"
         if answers is not None:
             right = int((answers == episode.query_labels.numpy()).sum())
-            told += f": {right} of {len(answers)} right; a thick frame: taken for the class of that number"
-        for text, start in (("support", 0), (told, columns[0] + 1)):
+            title += f": {right} of {len(answers)} right; a thick frame: taken for the class of that number"
+        for text, start in (("support", 0), (title, columns[0] + 1)):
             axes.text(start * cell + gap / 2, -gap, text, fontsize=9, va="bottom")
         axes.set_yticks(
             [(row + 0.5) * cell for row in range(way)],
@@ -71,7 +71,7 @@ def draw_classes(met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequen
 
     Args:
         met: see ``meetings_of``.
-        taken: likewise.
+        taken: see ``meetings_of``.
         names: of all test classes.
     """
     seen = np.flatnonzero(met.diagonal())
@@ -106,19 +106,19 @@ def draw_confusion(
 
     Args:
         met: see ``meetings_of``.
-        taken: likewise.
+        taken: see ``meetings_of``.
         names: of all classes.
         classes: the numbers of those to draw, in their order.
     """
     shares = np.divide(taken, met, out=np.full(met.shape, np.nan), where=met > 0)[np.ix_(classes, classes)]
-    told = [_short(names[of]) for of in classes]
+    labels = [_short(names[of]) for of in classes]
     side = 0.24 * len(classes) + 2.6
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-        axes.set_xticks(range(len(told)), told, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(told)), told, fontsize=7)
+        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(labels)), labels, fontsize=7)
         axes.set(xlabel="answered", ylabel="class of the query")
         axes.grid(False)
         figure.colorbar(image, shrink=0.7, label="share, of the times that both were in the episode")
@@ -134,8 +134,8 @@ def _frame(axes: Axes, corner: tuple[int, int], side: int, gap: int, label: int,
         Rectangle((x, y), side + gap, side + gap, fill=False, edgecolor=colour, linewidth=3.5 if wrong else 0.8)
     )
     if wrong:
-        told = {"boxstyle": "square,pad=0.1", "facecolor": colour, "edgecolor": "none"}
-        axes.text(x, y, str(answer + 1), color="white", fontsize=9, ha="left", va="top", bbox=told)
+        box = {"boxstyle": "square,pad=0.1", "facecolor": colour, "edgecolor": "none"}
+        axes.text(x, y, str(answer + 1), color="white", fontsize=9, ha="left", va="top", bbox=box)
 
 
 def _short(name: str) -> str:

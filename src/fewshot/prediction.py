@@ -250,8 +250,8 @@ def _refuse_choices() -> None:
 
 def _find_support(place: str | None) -> dict[str, list[ImageFile]]:
     if place is None or not Path(place).expanduser().is_dir():
-        told = "no support set is named" if place is None else f"there is no folder {place}"
-        raise FewShotError(f"{told}; name one that holds a folder a class, with images in each: support=DIR")
+        why = "no support set is named" if place is None else f"there is no folder {place}"
+        raise FewShotError(f"{why}; name one that holds a folder a class, with images in each: support=DIR")
     classes = by_class(list_folder(Path(place).expanduser()))
     splits = splits_named(list(classes))
     if splits:
@@ -302,8 +302,8 @@ def _tell_right(right: Mapping[bool, Sequence[bool]]) -> None:
     """How many queries are right, and how many without the copies of support images."""
     of_all = [*right[False], *right[True]]
     if of_all:
-        told = f"{sum(of_all):,} of the {len(of_all):,} queries in folders named after a class are right"
-        say(f"{told}: {np.mean(of_all):.2%}")
+        counted = f"{sum(of_all):,} of the {len(of_all):,} queries in folders named after a class are right"
+        say(f"{counted}: {np.mean(of_all):.2%}")
     if right[True] and right[False]:
         say(f"without the {len(right[True]):,} that look the same as a support image: {np.mean(right[False]):.2%}")
 
@@ -368,7 +368,7 @@ def _read_queries(
 
 
 def _read(file: ImageFile, read: Callable[[ImageFile], Pixels]) -> tuple[bytes, Pixels]:
-    contents: list[bytes] = []  # read once, where what goes wrong with it is told
+    contents: list[bytes] = []  # read once, where what goes wrong with it is reported
 
     def once() -> bytes:
         contents.append(file.read())

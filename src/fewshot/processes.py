@@ -34,12 +34,12 @@ def as_one(trainer: pl.Trainer, resume: str) -> Iterator[None]:
         started: list[Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
         children = started.copy()
         started.clear()  # Lightning watches these, and would kill this process too
-        told = _gone(children, parent) if trainer.world_size > 1 and isinstance(error, RuntimeError) else None
+        gone = _gone(children, parent) if trainer.world_size > 1 and isinstance(error, RuntimeError) else None
         for child in children:
             child.kill()
-        if told is None:
+        if gone is None:
             raise
-        raise FewShotError(f"{told}, and the run with it; go on with: {resume}") from error
+        raise FewShotError(f"{gone}, and the run with it; go on with: {resume}") from error
     finally:
         # The threads of gloo abort a process that ends before them (PyTorch issue 190489); Lightning sees to NCCL only.
         if torch.distributed.is_initialized():

@@ -443,8 +443,8 @@ def _verdicts(lines: Sequence[Line]) -> list[str]:
             side.append(for_markdown(f"{line.method}, {line.task} on {line.dataset}"))
         if compared:
             sides = (("at or above it, within the interval", reached), ("below it", below))
-            told = ". ".join(f"{side.capitalize()}: {'; '.join(cells)}" for side, cells in sides if cells)
-            text.append(f"Beside *{name}*, where both were measured on the same split, first lines only. {told}.\n")
+            verdict = ". ".join(f"{side.capitalize()}: {'; '.join(cells)}" for side, cells in sides if cells)
+            text.append(f"Beside *{name}*, where both were measured on the same split, first lines only. {verdict}.\n")
     return text
 
 

@@ -32,7 +32,7 @@ class Sweep(Callback):
     again: ClassVar[str] = ""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Forget what failed in the sweep that is gone on with; refuse a search for the worst."""
+        """Forget what failed in the sweep that is resumed; refuse a search for the worst."""
         if str(OmegaConf.select(config, "hydra.sweeper.direction")).endswith("minimize"):
             raise SystemExit(
                 "error: hydra.sweeper.direction=minimize looks for the lowest validation accuracy; choose "

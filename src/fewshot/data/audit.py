@@ -1,4 +1,4 @@
-"""What makes an accuracy lie though every image can be read: told, and left to the user's judgement."""
+"""What makes an accuracy lie though every image can be read: reported, and left to the user's judgement."""
 
 from bisect import bisect_right
 from collections import defaultdict
@@ -86,10 +86,10 @@ class Audit:
             pairs = [pair for group in groups for pair in islice((p for p in pairwise(group) if holds(*p)), 1)]
             lines += _line(_named(pairs, " = "), f"pictures that are {where}, so that {consequence}")
         for (where, _, consequence), pairs in zip(TWINS, self._nearly_the_same(image), strict=True):
-            told = (
+            finding = (
                 f"pictures that are nearly the same (recompressed, resized or mirrored) {where}, so that {consequence}"
             )
-            lines += _line(_named(pairs, " ~ "), told, more=len(pairs) == MOST_FOUND)
+            lines += _line(_named(pairs, " ~ "), finding, more=len(pairs) == MOST_FOUND)
         lines += _line(self._blank, "classes that are blank, every image of one colour")
         lines += _line(self._alike, "classes that hold one picture over and over")
         return lines
@@ -121,6 +121,6 @@ def _named(pairs: Sequence[tuple[Place, Place]], sign: str) -> list[str]:
     return [sign.join(f"{of.name} number {of.number} ({of.split})" for of in pair) for pair in pairs]
 
 
-def _line(examples: Sequence[str], told: str, more: bool = False) -> list[str]:
+def _line(examples: Sequence[str], finding: str, more: bool = False) -> list[str]:
     shown = ", ".join(examples[:EXAMPLES]) + (", ..." if len(examples) > EXAMPLES else "")
-    return [f"{told}: {shown} ({len(examples):,}{' or more' if more else ''} in all)"] if examples else []
+    return [f"{finding}: {shown} ({len(examples):,}{' or more' if more else ''} in all)"] if examples else []

@@ -31,7 +31,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         test: ``episodes`` of the test.
         seed: draws the training episodes.
         eval_seed: draws those of validation and test: whatever the training's seed, they stay the same.
-        checkpoint_every: training episodes from one checkpoint to the next, likewise; a validation brings one too.
+        checkpoint_every: training episodes from one checkpoint to the next; a validation brings one too.
         cache_dir: where image banks are kept.
         transform: changes training images at random, see ``fewshot.data.transforms``; None: they stay as they are.
 

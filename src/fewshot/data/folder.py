@@ -29,7 +29,7 @@ def folder(data_dir: str, size: int, channels: int, val: float, test: float, spl
         size: height and width of the images, see ``read_photo``.
         channels: 1 for grey, 3 for RGB.
         val: the share of the classes to validate on, at least two of them; not used where the folders say.
-        test: the share of the classes to test on, likewise.
+        test: the share of the classes to test on.
         split_seed: draws them.
 
     Raises:

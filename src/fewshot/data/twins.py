@@ -91,7 +91,7 @@ def are_twins(one: Pixels, other: Pixels, mirror: bool) -> bool:
 
     Args:
         one: uint8 ``[height, width, channels]``.
-        other: likewise.
+        other: uint8, of the same shape.
         mirror: it is the mirror image of ``other`` whose thumbnail correlates.
     """
     if not (_is_flat(one) or _is_flat(other)):

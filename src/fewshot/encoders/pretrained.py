@@ -21,7 +21,7 @@ class Pretrained(Backbone):
         weights: torchvision's name of the weights, "DEFAULT" for its best. They are downloaded where absent. None:
             random weights.
         file: a file with weights of the same model to load in their place, see ``load_weights``.
-        rename: what the names in the file are called here, likewise.
+        rename: what the names in the file are called here, see ``load_weights``.
         frozen: keep the weights, and the statistics of batch norm, as they are.
         load: False leaves the weights random, for a checkpoint to fill in.
         settings: further arguments of the model.

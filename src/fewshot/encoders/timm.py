@@ -24,7 +24,7 @@ class TimmEncoder(Backbone):
             "vit_small_patch14_dinov2.lvd142m".
         pretrained: with timm's weights, downloaded where absent; False: random ones.
         file: a file with weights of the same model to load in their place, see ``load_weights``.
-        rename: what the names in the file are called in timm, likewise.
+        rename: what the names in the file are called in timm, see ``load_weights``.
         frozen: keep the weights, and the statistics of batch norm, as they are.
         size: height and width that images are resized to; None: those of the images that its weights were learnt on.
         settings: further arguments of the model: ``drop_path_rate``, ``in_chans``, ``img_size``, ...
