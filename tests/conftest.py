@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -44,6 +44,8 @@ settings.register_profile(
     max_examples=-(-FUZZ // FUZZ_TESTS),
     derandomize="FEWSHOT_FUZZ" not in os.environ,
     deadline=None,
+    # Explaining a failure traces every line: ten times slower, a hang where an example takes a second.
+    phases=[phase for phase in Phase if phase is not Phase.explain],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("fuzz")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from omegaconf.basecontainer import BaseContainer
 
 import fewshot.trust
-from conftest import nothing_touched
+from conftest import FUZZ, FUZZ_TESTS, nothing_touched
 from fewshot.callbacks import _move
 from fewshot.checkpoints import load_checkpoint, without_initial_weights
 from fewshot.cli import _explain
@@ -102,7 +102,7 @@ def read(run_dir, tmp_path_factory):
         patch.setenv("FEWSHOT_CANARY", SECRET)
         known, places = KnownTargets(), own_places()  # read once, since the files stay the same
         patch.setattr(fewshot.trust, "own_places", lambda: places)
-        patch.setattr(fewshot.trust, "KnownTargets", lambda own: known_to(known, own))
+        patch.setattr(fewshot.trust, "KnownTargets", lambda own=None: known_to(known, own))
         yield ask
 
 
@@ -170,7 +170,7 @@ def harmless(said):
         assert SECRET not in repr(content), reader
 
 
-@settings(max_examples=200)
+@settings(max_examples=max(FUZZ // FUZZ_TESTS, 60))
 @given(data=st.data())
 def test_no_hostile_configuration_runs_code_or_reads_the_environment(good, read, data):
     config = good["hyper_parameters"]
@@ -217,7 +217,7 @@ def test_text_is_never_read_as_a_mapping(good, read, text, path):
         ),
         (("method", "_args_"), [1], "its method has the key _args_"),
         (("method", "encoder", "_recursive_"), False, "its encoder has the key _recursive_"),
-        (("train", "_convert_"), "all", "the key _convert_ where no object is made"),
+        (("dataset", "_convert_"), "all", "the key _convert_ where no object is made"),
         (("dataset", "size"), 60_000, "its dataset.size is 60000, more than 1,024"),
         (("dataset", "source", "samples"), 10**9, "its dataset.source.samples is 1000000000"),
         (("test", "episodes"), 10**12, "its test.episodes is 1000000000000"),

@@ -13,9 +13,10 @@ from typing import Any
 
 from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from fewshot.config import ONE_OF, compose_unresolved, import_target, options, outdated, search_path
-from fewshot.errors import FewShotError
+from fewshot.config import ONE_OF, TrainConfig, compose_unresolved, import_target, options, outdated, search_path
+from fewshot.errors import FewShotError, reason
 
 MOST_NODES = 10_000  # mappings, lists and values of a configuration; ours have about 100
 MOST_CHARACTERS = 100_000  # of all its texts
@@ -101,7 +102,9 @@ def read_config(
         FewShotError: it names code that the reader has not chosen, or that cannot be imported.
     """
     config = plain(untrusted)
-    if isinstance(config, dict) and (old := outdated(config)) is not None:
+    if not isinstance(config, dict):
+        raise ValueError("its configuration is no mapping")
+    if (old := outdated(config)) is not None:
         raise FewShotError(
             f"{path} is of an earlier version of fewshot, which knew {old}: train anew, or use it with that version"
         )
@@ -109,6 +112,10 @@ def read_config(
         node = _select(config, key)
         if not isinstance(node, dict) or "_target_" not in node:
             raise ValueError(f"its configuration has no {key}")
+    try:
+        OmegaConf.merge(OmegaConf.structured(TrainConfig), config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"its {error.full_key or 'configuration'} is wrong: {reason(error)}") from error
     places = own_places() if places is None else places
     _check_targets(config, path, _packages(trust), own, places)
     _check_values(config)
