@@ -3,12 +3,18 @@ PYTHON ?= $(or $(shell for version in 3.13 3.12 3.11; do python$$version -c 'imp
     echo python$$version && break; done),python3)
 VENV ?= .venv
 
-.PHONY: train test lint bench reproduce report dashboard notebooks demo
+.PHONY: train test test-all lint bench reproduce report dashboard notebooks demo
 train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
 	$(VENV)/bin/python src/train.py
 
-test: $(VENV)/installed-dev  ## run the tests
-	$(VENV)/bin/python -m pytest
+# One test process for each core, and one thread in each: more threads than cores slow each other down.
+TEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test: $(VENV)/installed-dev  ## run the tests, without those that take long
+	$(TEST) -m 'not slow'
+
+test-all: $(VENV)/installed-dev  ## run all tests, as CI does
+	$(TEST)
 
 lint: $(VENV)/installed-dev  ## check style and types
 	$(VENV)/bin/ruff check .

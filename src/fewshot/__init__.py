@@ -1,3 +1,3 @@
 """Learn from a handful of examples: episodic few-shot training on PyTorch Lightning, configured by Hydra."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
