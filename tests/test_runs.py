@@ -14,6 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from filelock import FileLock
+from omegaconf import OmegaConf
 from pytorch_lightning.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -244,6 +245,34 @@ def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
         done = cli(*overrides)
         assert done.returncode == 1
         assert done.stderr.startswith("error: ") and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_command_that_is_refused_leaves_the_record_of_a_run_as_it_is(cli, run, tmp_path):
+    here = tmp_path / "run"
+    train(compose(*run("run", "train.episodes=4", "test.episodes=2")))
+    record = here / ".hydra" / "overrides.yaml"
+    record.parent.mkdir()
+    record.write_text("- train.episodes=4\n")
+    done = cli(*SHORT, "train.way=9", f"hydra.run.dir={here}")
+    assert done.returncode == 1 and "holds a run already" in done.stderr, done.stderr
+    assert record.read_text() == "- train.episodes=4\n" and list(record.parent.iterdir()) == [record]
+
+
+def test_a_directory_is_taken_by_a_run_that_saved_something_or_is_at_work(tmp_path):
+    resolve = OmegaConf.create({"subdir": f"${{fewshot_output_subdir:${{resume}},{tmp_path}}}", "resume": None})
+    assert resolve.subdir == ".hydra"
+    with FileLock(tmp_path / ".lock"):
+        assert resolve.subdir is None
+    assert resolve.subdir == ".hydra"  # that run ended before it had saved anything
+    for name in ("results.json", "checkpoints/last.ckpt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        for resolve.resume in (None, "auto", str(tmp_path)):
+            assert resolve.subdir is None
+        path.unlink()
+    for resolve.resume, subdir in (("auto", ".hydra"), (str(tmp_path), None)):
+        assert resolve.subdir == subdir
 
 
 def spoil(monkeypatch, at, value):

@@ -377,6 +377,13 @@ def _experiment() -> str | None:
     return None
 
 
+def _output_subdir(resume: str | None, output_dir: str) -> str | None:
+    """Where Hydra writes how a run was started; nowhere if there is a run, whose own record stays as it is."""
+    from fewshot.runs import is_taken  # noqa: PLC0415
+
+    return None if resume not in (None, "auto") or is_taken(Path(output_dir)) else ".hydra"
+
+
 ConfigStore.instance().store("train_schema", TrainConfig)
 OmegaConf.register_new_resolver("fewshot_steps", training_steps, replace=True)
 OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
@@ -384,5 +391,4 @@ OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
 OmegaConf.register_new_resolver("by_budget", lambda values, *, _root_: values[_root_.choices.budget], replace=True)
 OmegaConf.register_new_resolver("fewshot_root", lambda path: str(ROOT / path), replace=True)
 OmegaConf.register_new_resolver("fewshot_run_dir", lambda resume, new: new if resume in (None, "auto") else resume)
-# A resumed run keeps the record of how it was started.
-OmegaConf.register_new_resolver("fewshot_output_subdir", lambda resume: ".hydra" if resume in (None, "auto") else None)
+OmegaConf.register_new_resolver("fewshot_output_subdir", _output_subdir, replace=True)

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from fewshot.callbacks import Answers
 from fewshot.config import TrainConfig, check
-from fewshot.data.bank import SPLITS, ImageBank
+from fewshot.data.bank import SPLITS, ImageBank, ImageClass
 from fewshot.data.contents import contents_of, differences, known_to
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
+from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, check_task
 from fewshot.errors import FewShotError, shortened
 from fewshot.files import output_directory
 from fewshot.hardware import check_hardware, keep_freed_memory, memory_in_a_line
@@ -50,6 +50,13 @@ class OneSplit(EpisodeDataModule):
     def bank(self) -> ImageBank:
         """The images of the data set, without the classes that are left out."""
         return super().bank.without(self.left_out)
+
+    def check_classes(self, classes: Sequence[ImageClass]) -> None:
+        """Refuse what no choice of classes to leave out would allow, see ``EpisodeDataModule``."""
+        way, shot, query = (self.episode[key] for key in ("way", "shot", "query"))
+        counts = {one.name: one.count for one in classes if one.split == self.split}
+        if len(counts) < way or max(counts.values()) < shot + query:
+            check_task(self.split, list(counts), list(counts.values()), way, shot, query)
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Check the split against what is asked of it."""

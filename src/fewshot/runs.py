@@ -103,6 +103,26 @@ def only_run_in(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run has saved something in a directory."""
+    return last_checkpoint(run_dir).exists() or results_file(run_dir).exists()
+
+
+def is_taken(run_dir: Path) -> bool:
+    """Whether a directory is that of another run: one that has saved something, or is at work there.
+
+    Among the processes of one run it is taken for all but the first, which may be at work there.
+    """
+    if rank_zero_only.rank != 0 or holds_run(run_dir):  # type: ignore[attr-defined]
+        return True
+    lock = run_dir / ".lock"
+    try:
+        with FileLock(lock, timeout=0) if lock.exists() else contextlib.nullcontext():
+            return False
+    except Timeout:
+        return True
+
+
 def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None]:
     """What ``resume`` asks for.
 
@@ -122,7 +142,7 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
     if config.resume is None:
         # Other ranks are started by the one that looked, and by now it may have written.
         first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-        if first and (path.exists() or results_file(run_dir).exists()):
+        if first and holds_run(run_dir):
             raise FewShotError(
                 f"{run_dir} holds a run already: go on with it by resume={run_dir}, or choose another directory with "
                 "hydra.run.dir=PATH"

@@ -1,7 +1,9 @@
 from dataclasses import replace
-from itertools import zip_longest
+from functools import partial
+from itertools import product, zip_longest
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -9,10 +11,12 @@ from omegaconf import OmegaConf
 from conftest import make_bank
 from fewshot.config import compose
 from fewshot.data import datamodule
+from fewshot.data.bank import SPLITS, ImageClass, Source
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import Episode, EpisodeIndex
 from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
+from fewshot.evaluation import OneSplit
 
 BANK = make_bank({"train": [12] * 8, "val": [12] * 5, "test": [12] * 6}, channels=3)
 KEYS = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "checkpoint_every")
@@ -200,7 +204,7 @@ def test_the_bank_depends_on_the_settings_of_its_source_resolved_or_not(monkeypa
     config = OmegaConf.merge(compose("run_dir=x"), {"dataset": {"size": 14, "source": source}})
     module = EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="somewhere")
     assert module.bank is BANK
-    ((name, _, settings, cache_dir),) = asked
+    ((name, _, settings, cache_dir, _),) = asked
     assert (name, settings, cache_dir) == ("glyphs", source | {"size": 14}, "somewhere")
 
 
@@ -225,3 +229,36 @@ def test_every_split_is_checked_before_training():
         make("train.way=9")
     with pytest.raises(FewShotError, match=r"shot=2 and query=11 need 13 images .* of the val split has 12"):
         make("query=11", "train.query=4")
+
+
+@pytest.mark.parametrize("kind", [EpisodeDataModule, partial(OneSplit, "val"), partial(OneSplit, "test")])
+@pytest.mark.parametrize(("override", "message"), [("way=6", "way=6 is more than the"), ("query=9", "query=9 need 10")])
+def test_a_task_that_the_classes_are_too_small_for_is_refused_before_an_image_is_read(
+    tmp_path, monkeypatch, kind, override, message
+):
+    listed = [
+        ImageClass(f"{split} {number}", split, count, lambda: pytest.fail("an image was read"))
+        for split, number, count in product(SPLITS, range(5), [9])
+    ]
+    monkeypatch.setattr(datamodule, "instantiate", lambda _: Source([], lambda: listed))
+    config = compose("run_dir=x", "train.way=5", "shot=1", "query=1", override)
+    module = kind(config.dataset, **{key: config[key] for key in KEYS}, cache_dir=str(tmp_path))
+    with pytest.raises(FewShotError, match=message):
+        module.prepare_data()
+    assert [path.suffix for path in tmp_path.iterdir()] in ([], [".lock"])
+
+
+def test_a_small_class_that_may_be_left_out_of_an_evaluation_is_refused_only_if_it_is_not(tmp_path, monkeypatch):
+    images = np.zeros((9, 4, 4, 1), np.uint8)
+    listed = [
+        ImageClass(f"{number}", "test", count, partial(images.__getitem__, slice(count)))
+        for number, count in enumerate((9, 9, 2))
+    ]
+    monkeypatch.setattr(datamodule, "instantiate", lambda _: Source([], lambda: listed))
+    config = compose("run_dir=x", "way=2", "shot=1", "query=2")
+    module = OneSplit("test", config.dataset, **{key: config[key] for key in KEYS}, cache_dir=str(tmp_path))
+    module.prepare_data()
+    with pytest.raises(FewShotError, match="need 3 images of each class, but 2 of the test split has 2"):
+        module.setup()
+    module.left_out = ["2"]
+    module.setup()

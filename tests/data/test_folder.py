@@ -102,8 +102,12 @@ def test_it_is_trained_and_tested_on(tmp_path, cache_dir):
     run_dir = tmp_path / "run"
     train(compose(*make, *task, f"run_dir={run_dir}", f"cache_dir={cache_dir}"))
     assert json.loads((run_dir / "results.json").read_text())["dataset"] == "folder"
+    other = [f"run_dir={tmp_path / 'other'}", f"cache_dir={tmp_path / 'cache'}"]
     with pytest.raises(FewShotError, match=r"way=5 is more than the 2 classes of the val split; choose way=2"):
-        train(compose(*make, *task, "way=5", f"run_dir={tmp_path / 'other'}", f"cache_dir={cache_dir}"))
+        train(compose(*make, *task, "way=5", *other))
+    next((tmp_path / "mine").rglob("*.png")).write_bytes(b"no image")  # nobody has looked at it yet
+    with pytest.raises(FewShotError, match="shot=1 and query=99 need 100 images of each class"):
+        train(compose(*make, *task, "query=99", *other))
 
 
 @pytest.mark.parametrize(

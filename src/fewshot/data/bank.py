@@ -143,7 +143,13 @@ class ImageBank:
         }
 
 
-def open_bank(name: str, source: Source, settings: Any, cache_dir: str | Path) -> ImageBank:
+def open_bank(
+    name: str,
+    source: Source,
+    settings: Any,
+    cache_dir: str | Path,
+    check: Callable[[Sequence[ImageClass]], None] | None = None,
+) -> ImageBank:
     """Open the bank of a data set from the cache, building it first where the cache has none for this source.
 
     A bank is built under a lock in a directory of another name and moved into place when it is whole: two
@@ -156,10 +162,11 @@ def open_bank(name: str, source: Source, settings: Any, cache_dir: str | Path) -
         source: where the images come from.
         settings: what the images depend on beside the files, as JSON can hold it; a change builds a new bank.
         cache_dir: where banks are kept; ``~`` is the home directory.
+        check: refuses classes that a bank need not be built of, before any image is read; it is called only then.
 
     Raises:
-        FewShotError: the cache directory cannot be written or has no room for the bank, an image cannot be read, or a
-            file changes under way.
+        FewShotError: ``check`` raises it, the cache directory cannot be written or has no room for the bank, an image
+            cannot be read, or a file changes under way.
     """
 
     def directory() -> Path:
@@ -174,7 +181,7 @@ def open_bank(name: str, source: Source, settings: Any, cache_dir: str | Path) -
         with _lock(found.with_name(f"{found.name}.lock"), name):
             bank = _read(found)
             if bank is None:
-                _build(name, source, directory)
+                _build(name, source, directory, check)
                 bank = _read(found)
     except OSError as error:
         raise FewShotError(
@@ -221,13 +228,17 @@ def _list_classes(name: str, source: Source) -> Sequence[ImageClass]:
     return classes
 
 
-def _build(name: str, source: Source, place: Callable[[], Path]) -> None:
+def _build(
+    name: str, source: Source, place: Callable[[], Path], check: Callable[[Sequence[ImageClass]], None] | None
+) -> None:
     directory = place()
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # a build that was killed
     partial.mkdir()
     try:
         classes = _list_classes(name, source)
+        if check is not None:
+            check(classes)
         offsets = [0, *accumulate(c.count for c in classes)]
         audit, digest, class_digests = Audit(), hashlib.sha256(), []
         # Written rather than mapped: a full disk is an error then, not the end of the process.

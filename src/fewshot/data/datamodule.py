@@ -1,5 +1,6 @@
 """The Lightning data module: from a data set's configuration to the episodes of each split."""
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -8,8 +9,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
-from fewshot.data.bank import ImageBank, open_bank
-from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, Gather, MetaBatch, Share, share_out, stack
+from fewshot.data.bank import SPLITS, ImageBank, ImageClass, open_bank
+from fewshot.data.episodes import (
+    EpisodeDataset,
+    EpisodeNumber,
+    Gather,
+    MetaBatch,
+    Share,
+    check_task,
+    share_out,
+    stack,
+)
 from fewshot.data.images import ImageTable
 from fewshot.data.loaders import EvaluationLoader, TrainingLoader
 from fewshot.data.transforms import Transform, seeded
@@ -75,10 +85,25 @@ class EpisodeDataModule(pl.LightningDataModule):
             source = self.dataset.source
             name = source._target_.rpartition(".")[2]
             settings = OmegaConf.to_container(source, resolve=True)
-            self._bank = open_bank(name, instantiate(source), settings, self.cache_dir)
+            self._bank = open_bank(name, instantiate(source), settings, self.cache_dir, self.check_classes)
             for finding in self._bank.findings:
                 rank_zero_only(say)(f"warning: {name}: {finding}")
         return self._bank
+
+    def check_classes(self, classes: Sequence[ImageClass]) -> None:
+        """Refuse episodes that a data set has too few classes or images for, before its images are read.
+
+        Raises:
+            FewShotError: see ``check_task``.
+        """
+        for split in SPLITS:
+            own = [one for one in classes if one.split == split]
+            task = {key: value for key, value in self._task(split).items() if key != "seed"}
+            check_task(split, [one.name for one in own], [one.count for one in own], **task)
+
+    def _task(self, split: str) -> dict[str, int]:
+        """The way, shot, query and seed of the episodes of a split."""
+        return self.train_episode if split == "train" else self.episode
 
     @cached_property
     def images(self) -> ImageTable:
@@ -101,10 +126,7 @@ class EpisodeDataModule(pl.LightningDataModule):
                     f"{split}.episodes={episodes} cannot be shared out to {self.processes} processes; ask for at least "
                     "as many, or for fewer processes by hardware.devices"
                 )
-        self.datasets = {
-            split: EpisodeDataset(self.bank, split, **(self.train_episode if split == "train" else self.episode))
-            for split in ("train", "val", "test")
-        }
+        self.datasets = {split: EpisodeDataset(self.bank, split, **self._task(split)) for split in SPLITS}
 
     @property
     def processes(self) -> int:

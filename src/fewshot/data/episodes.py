@@ -139,6 +139,39 @@ def draw_episode(
     return classes, np.argsort(keys, axis=1)[:, : shot + query], random.permutation(way * shot)
 
 
+def check_task(split: str, names: Sequence[str], counts: Sequence[int], way: int, shot: int, query: int) -> None:
+    """Refuse episodes that a split has too few classes or images for.
+
+    Args:
+        split: "train", "val" or "test".
+        names: of its classes.
+        counts: the images of each of them.
+        way: classes in an episode.
+        shot: support samples a class.
+        query: queries a class.
+
+    Raises:
+        FewShotError: names what there is too little of, and the key to lower.
+    """
+    prefix = "train." if split == "train" else ""
+    if len(names) < 2:
+        raise FewShotError(
+            f"the {split} split has {f'only the class {names[0]}' if names else 'no class'}, and there is nothing to "
+            "tell apart; correct the labels or the splits of the data set"
+        )
+    if way > len(names):
+        raise FewShotError(
+            f"{prefix}way={way} is more than the {len(names)} classes of the {split} split; choose "
+            f"{prefix}way={len(names)} or less"
+        )
+    fewest = min(counts)
+    if shot + query > fewest:
+        raise FewShotError(
+            f"{prefix}shot={shot} and {prefix}query={query} need {shot + query} images of each class, but "
+            f"{names[counts.index(fewest)]} of the {split} split has {fewest}; lower {prefix}shot or {prefix}query"
+        )
+
+
 class EpisodeDataset(Dataset[EpisodeIndex]):
     """The episodes of one split of an image bank.
 
@@ -158,32 +191,12 @@ class EpisodeDataset(Dataset[EpisodeIndex]):
         self.bank, self.split, self.way, self.shot, self.query, self.seed = bank, split, way, shot, query, seed
         classes = bank.classes(split)
         self.first, self.counts = bank.offsets[classes], np.diff(bank.offsets)[classes]
-        self._check(bank.class_names(split))
+        check_task(split, bank.class_names(split), self.counts.tolist(), way, shot, query)
         labels = torch.arange(way)
         self.support_labels, self.query_labels = (
             labels.repeat_interleave(shot),
             labels.repeat_interleave(query),
         )
-
-    def _check(self, names: list[str]) -> None:
-        prefix = "train." if self.split == "train" else ""
-        if len(names) < 2:
-            raise FewShotError(
-                f"the {self.split} split has {f'only the class {names[0]}' if names else 'no class'}, and there is "
-                "nothing to tell apart; correct the labels or the splits of the data set"
-            )
-        if self.way > len(self.counts):
-            raise FewShotError(
-                f"{prefix}way={self.way} is more than the {len(self.counts)} classes of the {self.split} split; "
-                f"choose {prefix}way={len(self.counts)} or less"
-            )
-        smallest = int(self.counts.argmin())
-        if self.shot + self.query > self.counts[smallest]:
-            raise FewShotError(
-                f"{prefix}shot={self.shot} and {prefix}query={self.query} need {self.shot + self.query} images of "
-                f"each class, but {names[smallest]} of the {self.split} split has {self.counts[smallest]}; "
-                f"lower {prefix}shot or {prefix}query"
-            )
 
     def __getitem__(self, episode: EpisodeNumber) -> EpisodeIndex:
         make = self.way, self.shot, self.query
