@@ -241,7 +241,7 @@ def test_it_is_downloaded_where_it_is_absent(server, tmp_path):
     assert len(read(tmp_path / "data").classes()) == 40
     server.shutdown()
     assert len(read(tmp_path / "data").classes()) == 40
-    assert {p.name for p in (tmp_path / "data" / "omniglot").glob("[!.]*")} == {f"{part}.zip" for part in PARTS}
+    assert {p.name for p in (tmp_path / "data" / "omniglot").iterdir()} == {f"{part}.zip" for part in PARTS}
 
 
 @pytest.mark.parametrize("fault", ["half way", "in a chunk", "silence"])
@@ -251,7 +251,7 @@ def test_a_download_that_breaks_off_is_tried_again(server, tmp_path, monkeypatch
     server.cut, server.cut_first = fault, 2
     assert len(read(tmp_path / "data").classes()) == 40
     assert capsys.readouterr().out.count("trying again in") == (2 if fault == "silence" else 1)
-    assert {p.name for p in (tmp_path / "data" / "omniglot").glob("[!.]*")} == {f"{part}.zip" for part in PARTS}
+    assert {p.name for p in (tmp_path / "data" / "omniglot").iterdir()} == {f"{part}.zip" for part in PARTS}
 
 
 @pytest.mark.parametrize("fault", ["wrong checksum", "half way", "in a chunk", "silence", "no server"])
@@ -271,7 +271,11 @@ def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(
     assert "<urlopen" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert capsys.readouterr().out.count("trying again in") == 2
     assert socket.getdefaulttimeout() is None
-    assert not list((tmp_path / "data" / "omniglot").glob("[!.]*"))
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "data").mkdir()  # one that was there stays, and nothing is in it
+    with pytest.raises(FewShotError, match=told):
+        read(tmp_path / "data")
+    assert list(tmp_path.joinpath("data").iterdir()) == []
 
 
 @pytest.mark.real_data

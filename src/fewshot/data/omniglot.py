@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from http.client import HTTPException
 from pathlib import Path
@@ -230,9 +231,11 @@ def _download(folder: Path, part: str) -> Path:
     """Fetch one of the official zips; it appears under its name only when its checksum is right."""
     archive = folder / f"{part}.zip"
     url = f"{Omniglot.download_url_prefix}/{archive.name}"
+    lock = folder / f".{part}.lock"
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{part}.lock"):
+        with FileLock(lock):
             if not archive.exists():
                 _fetch(url, archive, Omniglot.zips_md5[part])
     except (OSError, RuntimeError, HTTPException) as error:
@@ -241,6 +244,11 @@ def _download(folder: Path, part: str) -> Path:
             f"Omniglot is not in {folder} and cannot be downloaded from {url}: {reason}; "
             f"put {archive.name} there, or name the folder that holds omniglot/ with data_dir=PATH"
         ) from error
+    finally:
+        with suppress(OSError):  # the first that is not empty is as far as this goes
+            lock.unlink(missing_ok=True)
+            for one in made:
+                one.rmdir()
     return archive
 
 
