@@ -181,7 +181,12 @@ def test_a_complete_run_is_told_again_and_not_run_again(run, tmp_path, capsys):
     assert f"{accuracy:.2%}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.*")} == before
     train(compose(*run("run", "resume=auto", "test.episodes=9")))  # asks for more
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["episodes"] == 9
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text())
+    assert results["episodes"] == 9
+    path.write_text(json.dumps(results | {"checkpoint": "run/checkpoints/last.ckpt"}))
+    with pytest.raises(FewShotError, match=r"is broken \(it is that of an evaluation\); delete it"):
+        train(compose(*run("run", "resume=auto")))
 
 
 def test_a_directory_holds_one_run_and_one_at_a_time(run, tmp_path):

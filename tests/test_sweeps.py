@@ -63,6 +63,13 @@ def test_jobs_are_told_in_their_order_by_what_was_swept(tmp_path):
     assert Image.open(draw(jobs, tmp_path / "sweep.png")).height > 700
 
 
+def test_an_evaluation_of_a_job_is_no_job_unless_nothing_was_trained(tmp_path):
+    write_job(tmp_path / "0", ["optimizer.lr=0"], 0.5)
+    write_job(tmp_path / "0" / "again", ["optimizer.lr=0"], 0.9, checkpoint="0/checkpoints/last.ckpt", weights="last")
+    assert [job.name for job in read_jobs(tmp_path)] == ["0"]
+    assert [job.name for job in read_jobs(tmp_path / "0" / "again")] == ["."]
+
+
 def test_names_of_jobs_and_settings_are_shown_as_text(tmp_path, capsys):
     odd = "x=[red]$_{[/lab]}$ \x1b[2J\n| y"
     write_job(tmp_path / "[bold]0", ["method.learning_rate=1", odd], 0.5)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from fewshot.files import output_directory
 from fewshot.hardware import check_hardware, keep_freed_memory, memory_in_a_line
 from fewshot.metrics import Estimate, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
-from fewshot.runs import check_same_data, overrides, places_of, trained_on, write_json
+from fewshot.runs import check_same_data, last_checkpoint, overrides, places_of, trained_on, write_json
 from fewshot.text import make_table, say
 from fewshot.trained import Trained, load_trained
 from fewshot.training import make_data, make_trainer, outcome
@@ -111,6 +112,8 @@ def evaluate(config: DictConfig) -> float:
         raise FewShotError(f"split={config.split} must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
     if not isinstance(config.pictured, int) or config.pictured < 1:
         raise FewShotError(f"pictured={config.pictured} must be a whole number of at least 1")
+    if config.out is not None and last_checkpoint(Path(config.out).expanduser()).exists():
+        raise FewShotError(f"out={config.out} holds a run, whose results would be lost; choose another directory")
     named = [place for place in (config.checkpoint, config.against) if place is not None]
     trained = [load_trained(place, trust=config.trust, places=places_of(config)) for place in named]
     asked = [_asked(of.config, config) for of in trained]

@@ -74,10 +74,12 @@ NOT_DECISIVE = (
 def read_results(runs: str | Sequence[str], *, known_data: bool = False) -> list[Result]:
     """Read every ``results.json`` anywhere below some folders; what is broken or foreign is named, and left out.
 
+    The same holds for evaluations of other weights than the best, or on other classes than the test's: they are never
+    taken for the test of a run.
+
     Args:
         runs: the folders, or such files themselves; a file that is reached twice counts once.
-        known_data: leave out, and name, what does not belong into a table: results that do not record the data they
-            were measured on, and evaluations of other weights than the best or on other classes than the test's.
+        known_data: leave out, and name, results that do not record the data they were measured on as well.
 
     Returns:
         The results, in the order of ``runs`` and of the paths below each.
@@ -90,17 +92,16 @@ def read_results(runs: str | Sequence[str], *, known_data: bool = False) -> list
     below = ", ".join(map(str, places))
     if not found:
         raise FewShotError(f"no results.json of a run lies below {below}; run it first, or name its folder: runs=PATH")
-    if known_data:
-        reasons = {path: _not_counted(result) for path, result in found.items()}
-        for path, reason in reasons.items():
-            if reason:
-                _skip(path, reason)
-        found = {path: result for path, result in found.items() if not reasons[path]}
-        if not found:
-            raise FewShotError(
-                f"none of the {len(reasons)} results below {below} can be reported, see the lines above; train again, "
-                "or name another folder: runs=PATH"
-            )
+    reasons = {path: _not_counted(result, known_data) for path, result in found.items()}
+    for path, reason in reasons.items():
+        if reason:
+            _skip(path, reason)
+    found = {path: result for path, result in found.items() if not reasons[path]}
+    if not found:
+        raise FewShotError(
+            f"none of the {len(reasons)} results below {below} can be reported, see the lines above; train again, or "
+            "name another folder: runs=PATH"
+        )
     return list(found.values())
 
 
@@ -222,16 +223,18 @@ def _is_below(key: str, parents: Sequence[str]) -> bool:
     return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
-def _not_counted(result: Result) -> str | None:
+def _not_counted(result: Result, known_data: bool) -> str | None:
     """Why a sound result has no place in a table; None if it has."""
-    if is_evaluation(result):
-        if result.get("split") != "test":
-            return f"an evaluation on {result.get('split')} classes, and not on those of the test"
-        if result.get("data") is not None and not isinstance(result.get("run_config"), dict):
-            return "an evaluation that does not record the configuration of its run"
-        if result.get("data") is not None and result.get("weights") != "best":
-            return f"an evaluation of {result.get('weights')}.ckpt; only the weights best on validation classes count"
-    return None if result.get("data") is not None else "older format: split unknown; run it again"
+    if known_data and result.get("data") is None:
+        return "older format: split unknown; run it again"
+    if not is_evaluation(result):
+        return None
+    if result.get("split") != "test":
+        return f"an evaluation on {result.get('split')} classes, and not on those of the test"
+    if result.get("data") is not None and not isinstance(result.get("run_config"), dict):
+        return "an evaluation that does not record the configuration of its run"
+    weights = result.get("weights") or Path(str(result["checkpoint"])).stem  # of an older format
+    return None if weights == "best" else f"an evaluation of {weights}.ckpt; only the best weights count"
 
 
 def wrong(result: Any) -> str | None:

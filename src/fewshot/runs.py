@@ -20,7 +20,7 @@ from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, differences, read_contents, read_names
 from fewshot.errors import FewShotError, reason
 from fewshot.files import read_json, read_text, write_whole
-from fewshot.results import wrong
+from fewshot.results import is_evaluation, wrong
 from fewshot.text import say
 from fewshot.trust import place_keys, plain
 
@@ -201,6 +201,8 @@ def results_so_far(config: DictConfig) -> dict[str, Any] | None:
         why = wrong(results)
         if why is not None:
             raise ValueError(why)
+        if is_evaluation(results):
+            raise ValueError("it is that of an evaluation")
         theirs = OmegaConf.create({**plain(results["config"])})
         free = (MAY_DIFFER | _places_in(config)) - {"train.episodes", "train.steps"}
         as_asked = all(key in free for key, _ in _differences(config, theirs, [*DECISIVE, "test"]))

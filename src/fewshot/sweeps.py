@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from fewshot.results import Result, find_results
+from fewshot.results import Result, find_results, is_evaluation
 from fewshot.style import COLOURS, STYLE
 from fewshot.text import for_figure, make_table, say
 
@@ -74,8 +74,10 @@ class Job:
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """The jobs of a sweep that left results, in their order."""
+    """The jobs of a sweep that left results, in their order; evaluations of its runs are none."""
     found = find_results([folder])
+    if not all(map(is_evaluation, found.values())):  # else it is a sweep of evaluations
+        found = {path: result for path, result in found.items() if not is_evaluation(result)}
     paths = sorted(found, key=_natural)
     settings = [_settings(found[path]) for path in paths]
     keys = [

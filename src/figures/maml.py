@@ -20,7 +20,7 @@ from fewshot.data.episodes import Episode
 from fewshot.errors import FewShotError
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.maml import MAML, total_cross_entropy
-from fewshot.results import find_results
+from fewshot.results import find_results, is_evaluation
 from fewshot.style import COLOURS, LINES, MARKERS, STYLE
 from fewshot.text import for_figure
 from fewshot.training import make_method
@@ -86,7 +86,7 @@ def adaptation(runs: str, steps: int, episodes: int, out: Path) -> list[Path]:
     found = {
         path.parent: result
         for path, result in find_results([Path(runs).expanduser()]).items()
-        if result["method"] == "maml"
+        if result["method"] == "maml" and not is_evaluation(result)
     }
     if not found:
         raise FewShotError(f"no run of method=maml lies below {runs}; name the folder of one: runs=PATH")

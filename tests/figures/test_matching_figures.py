@@ -12,7 +12,7 @@ from fewshot.errors import FewShotError
 from figures.matching import attention_bound, distance_study
 
 
-def write_run(folder, way, distance, seed, accuracy, scale=10.0, learn=False):
+def write_run(folder, way, distance, seed, accuracy, scale=10.0, learn=False, **other):
     folder.mkdir(parents=True)
     settings = {"name": distance, "scale": scale, "learn": learn}
     results = {
@@ -22,6 +22,7 @@ def write_run(folder, way, distance, seed, accuracy, scale=10.0, learn=False):
             {"trained_episodes": step, "accuracy": accuracy - 0.1 / step, "ci95": 0.01} for step in (1, 2, 3)
         ],
         "config": {"distance": settings, "method": {"distance": settings}, "train": {"episodes": 3}},
+        **other,
     }
     (folder / "results.json").write_text(json.dumps(results))
 
@@ -38,6 +39,9 @@ def test_the_study_gathers_runs_by_way_and_distance_with_the_seeds_side_by_side(
     ):
         write_run(tmp_path / "runs" / "deep" / str(number), *run)
     write_run(tmp_path / "runs" / "maml", 5, None, 0, 0.96)  # no distance to compare
+    for name in ("last", "best"):  # found before the run, and of other weights, or of the same task as its own test
+        marks = {"split": "test", "checkpoint": f"0/checkpoints/{name}.ckpt", "weights": name}
+        write_run(tmp_path / "runs" / "again" / name, 5, "l2", 0, 0.5, **marks)
     (tmp_path / "runs" / "results.json").write_text('{"accuracy": 1}')  # of another program
     picture, table = distance_study(str(tmp_path / "runs"), tmp_path)
     assert table.read_text().splitlines()[2:] == [
