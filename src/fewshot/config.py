@@ -74,6 +74,8 @@ class TrainConfig(Task):
     schedule: Any = None
     transform: Any = None
     hardware: Any = MISSING
+    logger: Any = None
+    callbacks: Any = None
     train: Training = field(default_factory=Training)
     val: Validation = field(default_factory=Validation)
     test: Test = field(default_factory=Test)
@@ -198,14 +200,17 @@ def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[...,
     function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
     parameters = signature(function).parameters
     open_ended = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
-    hints = get_type_hints(function)
+    try:
+        hints = get_type_hints(function)
+    except NameError:  # its module imports a type for type checkers alone
+        hints = {}
     for key, value in settings.items():
         if str(key).startswith("_") or OmegaConf.is_dict(value):
             continue
         if key not in parameters:
             if not open_ended:
                 yield f"{prefix}.{key} is not a setting of {target.__name__}"
-        elif not _fits(value, hints.get(key, Any)):
+        elif key in hints and not _fits(value, hints[key]):
             yield f"{prefix}.{key}={value} must be {_or(_in_words(hints[key]))}"
 
 

@@ -1,48 +1,58 @@
-"""What TensorBoard shows of a run beside losses and accuracies; ``make dashboard`` opens it."""
+"""What the loggers of a run get beside losses and accuracies: configuration, learning rate, pictures."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from PIL import Image
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from fewshot.callbacks import Answers
 from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.loggers import run_ids
 from fewshot.methods.base import FewShotMethod, MetricMethod
 from fewshot.metrics import meetings_of
 from fewshot.pictures import draw_classes, draw_episode
 from fewshot.results import Result
-from fewshot.text import for_terminal
+from fewshot.text import for_terminal, say
 
 EMBEDDED = 20, 10  # classes, and images of each, in the projector
 COLUMNS = ("dataset", "method", "distance", "way", "shot")  # of the table of hyperparameters, before one asks for more
 
 
-class Log(TensorBoardLogger):
-    """TensorBoard's log of a run, without Lightning's epochs: ours are the stretches between two checkpoints."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # noqa: D102
-        super().log_metrics({key: value for key, value in metrics.items() if key != "epoch"}, step)
-
-
 class Dashboard(Answers):
-    """Logs the learning rate while a run trains, and draws a few pictures when it is tested.
+    """Logs the configuration and the learning rate of a run, and draws a few pictures when it is tested.
 
     Args:
-        pictures: whether to draw: an episode with its answers, how the test classes were told apart, and, where the
+        pictures: whether to draw: an episode with its answers, the confusion of test classes, and, where the
             method embeds every image by itself, embeddings of test classes for TensorBoard's projector.
+
+    Attributes:
+        run_ids: the name by which each logger's server knows the resumed run; see ``fewshot.loggers``.
     """
 
     def __init__(self, pictures: bool) -> None:
         super().__init__()
         self.pictures = pictures
+        self.run_ids: dict[str, str] = {}
+        self._loggers: Sequence[Logger] = ()
+
+    def on_fit_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: D102
+        self._loggers = trainer.loggers
+        for logger in trainer.loggers:
+            # MLflow refuses to change what it was given, such as the number of episodes.
+            if not (isinstance(logger, MLFlowLogger) and type(logger).__name__ in self.run_ids):
+                logger.log_hyperparams(dict(method.hparams))
 
     def on_before_optimizer_step(  # noqa: D102
         self,
@@ -50,11 +60,12 @@ class Dashboard(Answers):
         method: pl.LightningModule,  # noqa: ARG002
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        if trainer.logger is not None and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            trainer.logger.log_metrics({"train/learning_rate": optimizer.param_groups[0]["lr"]}, trainer.global_step)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/learning_rate": optimizer.param_groups[0]["lr"]}, trainer.global_step)
 
     def on_test_end(self, trainer: pl.Trainer, method: FewShotMethod) -> None:  # type: ignore[override]  # noqa: D102
-        if not self.pictures:
+        if not self.pictures or not any(map(_takes_pictures, trainer.loggers)):
             return
         data: EpisodeDataModule = trainer.datamodule  # type: ignore[attr-defined]
         answers = self.answers
@@ -62,26 +73,75 @@ class Dashboard(Answers):
             torch.from_numpy(meetings_of(data.datasets["test"], answers)).float().to(trainer.strategy.root_device)
         )
         met, taken = trainer.strategy.reduce(meetings, reduce_op="sum").cpu().numpy()
-        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
-            number = min(answers)
-            episode = data.datasets["test"][number]
-            board, step, names = trainer.logger.experiment, trainer.global_step, data.bank.class_names("test")
-            board.add_figure("test/episode", draw_episode(data.bank, episode, answers[number].argmax(1)), step)
-            board.add_figure("test/classes", draw_classes(met, taken, names), step)
-            if isinstance(method, MetricMethod):
+        if not trainer.is_global_zero:
+            return
+        number = min(answers)
+        episode = data.datasets["test"][number]
+        pictures = {
+            "test/episode": draw_episode(data.bank, episode, answers[number].argmax(1)),
+            "test/classes": draw_classes(met, taken, data.bank.class_names("test")),
+        }
+        for logger in filter(_takes_pictures, trainer.loggers):
+            for tag, figure in pictures.items():
+                _log_picture(logger, tag, figure, trainer)
+            if isinstance(logger, TensorBoardLogger) and isinstance(method, MetricMethod):
                 with torch.no_grad(), trainer.precision_plugin.forward_context():
-                    _add_embeddings(trainer.logger, data, method.encoder)
+                    _add_embeddings(logger, data, method.encoder)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        ids = run_ids(self._loggers)
+        return {"run_ids": ids} if ids else {}
+
+    def load_run_ids(self, checkpoint: Mapping[str, Any] | None) -> None:
+        """Take the names of the run from the checkpoint that it resumes, before any logger is made."""
+        callbacks = checkpoint.get("callbacks") if checkpoint is not None else None
+        state = callbacks.get(type(self).__name__) if isinstance(callbacks, Mapping) else None
+        ids = state.get("run_ids") if isinstance(state, Mapping) else None
+        self.run_ids = dict(ids) if isinstance(ids, Mapping) else {}
 
 
 @rank_zero_only
-def log_hyperparameters(logger: TensorBoardLogger, result: Result, step: int) -> None:
-    """Let TensorBoard sort and plot runs by what they were, beside the accuracy they came to.
+def log_result(loggers: Sequence[Logger], result: Result, step: int) -> None:
+    """Log the accuracy of the weights that were chosen; in TensorBoard, beside what the run was, to sort and plot by.
 
     Args:
-        logger: of the run.
+        loggers: of the run.
         result: see ``fewshot.training``.
         step: the last one of the training.
     """
+    for logger in loggers:
+        logger.log_metrics({"val/best_accuracy": result["val_accuracy"]}, step)
+        if isinstance(logger, TensorBoardLogger):
+            _log_hyperparameters(logger, result)
+
+
+def _takes_pictures(logger: Logger) -> bool:
+    return isinstance(logger, TensorBoardLogger | MLFlowLogger) or hasattr(logger, "log_image")
+
+
+def _log_picture(logger: Logger, tag: str, figure: Figure, trainer: pl.Trainer) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_figure(tag, figure, trainer.global_step)
+    elif isinstance(logger, MLFlowLogger):
+        place = _path_of(logger.experiment.get_run(logger.run_id).info.artifact_uri)
+        # A store in the run's directory says itself where its files lie: before it was moved, or as a stranger likes.
+        if place is not None and not place.is_relative_to(Path(trainer.default_root_dir).resolve()):
+            say(f"no pictures for MLflow: its store puts them into {place}, outside of the run's directory", error=True)
+        else:
+            logger.experiment.log_figure(logger.run_id, figure, f"{tag}.png")
+    else:
+        content = BytesIO()
+        figure.savefig(content, format="png")
+        logger.log_image(tag, [Image.open(content)], trainer.global_step)  # type: ignore[attr-defined]
+
+
+def _path_of(uri: str) -> Path | None:
+    """The folder that an address names; None for that of a server."""
+    address = urlparse(uri)
+    return Path(unquote(address.path)).resolve() if address.scheme in ("", "file") else None
+
+
+def _log_hyperparameters(logger: TensorBoardLogger, result: Result) -> None:
     settings: dict[str, Any] = {
         **{key: result[key] or "none" for key in ("method", "distance", "encoder", "dataset", "optimizer", "schedule")},
         **{key: result[key] for key in ("way", "shot", "seed")},
@@ -89,8 +149,9 @@ def log_hyperparameters(logger: TensorBoardLogger, result: Result, step: int) ->
     }
     # The same keys in every run: TensorBoard takes its columns from one of them.
     shown = (*settings, "optimizer.lr", "resume")
-    others = [of for of in result["overrides"] if of.lstrip("+~").partition("=")[0] not in shown]
-    settings["other"] = " ".join(others)
+    settings["other"] = " ".join(
+        override for override in result["overrides"] if override.lstrip("+~").partition("=")[0] not in shown
+    )
     metrics = {"val/best_accuracy": result["val_accuracy"], "test/accuracy": result["accuracy"]}
     experiment, *session = hparams(settings, metrics)
     content = experiment.value[0].metadata.plugin_data
@@ -98,11 +159,9 @@ def log_hyperparameters(logger: TensorBoardLogger, result: Result, step: int) ->
     for column in columns.experiment.hparam_infos:
         column.differs = column.name in COLUMNS  # TensorBoard shows those first
     content.content = columns.SerializeToString()
-    board = logger.experiment
-    board.add_scalar("val/best_accuracy", result["val_accuracy"], step)  # of the weights that are tested
     for summary in (experiment, *session):
-        board._get_file_writer().add_summary(summary, step)
-    board.flush()
+        logger.experiment._get_file_writer().add_summary(summary)
+    logger.experiment.flush()
 
 
 def _add_embeddings(logger: TensorBoardLogger, data: EpisodeDataModule, encoder: torch.nn.Module) -> None:
@@ -111,13 +170,13 @@ def _add_embeddings(logger: TensorBoardLogger, data: EpisodeDataModule, encoder:
     classes, images = EMBEDDED
     shown = np.linspace(0, len(dataset.first) - 1, min(classes, len(dataset.first))).astype(int)
     positions = torch.from_numpy(
-        np.concatenate([dataset.first[of] + np.arange(min(images, dataset.counts[of])) for of in shown])
+        np.concatenate([dataset.first[label] + np.arange(min(images, dataset.counts[label])) for label in shown])
     )
     embeddings = encoder(data.images(positions.to(device))).float().cpu()
     if embeddings.shape[1] > len(embeddings):  # as many dimensions as there are points hold all distances
         embeddings = torch.linalg.qr(embeddings.T).R.T
     names = data.bank.class_names("test")
-    labels = [for_terminal(names[of]) for of in shown for _ in range(min(images, dataset.counts[of]))]
+    labels = [for_terminal(names[label]) for label in shown for _ in range(min(images, dataset.counts[label]))]
     pixels = data.bank.images[positions].movedim(-1, 1).expand(-1, 3, -1, -1) / 255
     # SummaryWriter adds to what an interrupted test has left.
     (Path(logger.log_dir) / "projector_config.pbtxt").unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fewshot.errors import FewShotError, reason
 from fewshot.files import read_json, read_text, write_whole
 from fewshot.results import is_evaluation, wrong
 from fewshot.text import say
-from fewshot.trust import place_keys, plain
+from fewshot.trust import READERS_OWN, place_keys, plain
 
 # What PyTorch's schedules call the number of steps that they are made for; and what ours and others' should.
 HORIZONS = ("T_max", "total_steps", "total_iters", "steps")
@@ -160,6 +161,7 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
             )
         return config, None
     _refuse_links(run_dir)
+    _name_other_logs(run_dir)
     own = OmegaConf.to_container(config)
     checkpoint = load_checkpoint(path, trust=config.trust, places=places_of(config), own=own)
     saved = OmegaConf.create(checkpoint["hyper_parameters"])
@@ -331,10 +333,40 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _refuse_links(run_dir: Path) -> None:
-    """What is written to a run that is resumed is to stay in its directory, whoever made that."""
-    for path in (last_checkpoint(run_dir).parent, run_dir / "tensorboard"):
-        if path.is_symlink():
-            raise FewShotError(f"{path} is a link, and a run writes to its own directory only: move the folder there")
+    """What is written to a run that is resumed, by its logger too, stays in its directory, whoever made that."""
+    inside = run_dir.resolve()
+    for path in run_dir.rglob("*"):
+        # Weights & Biases links to its own cache from there, and writes each attempt to a new folder.
+        if path.relative_to(run_dir).parts[:-1][:1] == ("wandb",):
+            continue
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise FewShotError(
+                f"{path} is a link to {path.resolve()}, and a run writes to its own directory only: put there what the "
+                "link names"
+            )
+
+
+def readers_own(given: Iterable[str]) -> list[str]:
+    """Those overrides that choose what a checkpoint does not: a resumed run takes them from its command line."""
+    return [override for override in given if _is_readers_own(override.partition("=")[0])]
+
+
+def _is_readers_own(key: str) -> bool:
+    return key.lstrip("+~").partition(".")[0].partition("@")[0] in READERS_OWN
+
+
+def _name_other_logs(run_dir: Path) -> None:
+    """Say which logger and callbacks the run was started with, where this command has not chosen any."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    chosen = {override.partition("=")[0] for override in readers_own(given)}
+    started = [
+        override
+        for override in readers_own(overrides(run_dir))
+        # The file may be anyone's: what a reader is asked to type is a choice and nothing else.
+        if re.fullmatch(r"(logger|callbacks)=[\w/]+", override) and override.partition("=")[0] not in chosen
+    ]
+    if started:
+        say(f"the run was started with {' '.join(started)}, and this command is not: add it to keep that log")
 
 
 def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
@@ -342,6 +374,8 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
     changed = saved.copy()
     for override in OverridesParser.create().parse_overrides(list(given)):
         key = override.key_or_group
+        if _is_readers_own(key):
+            continue
         if is_group(key) and key != "hardware":
             raise FewShotError(f"{override.input_line}: a run that is resumed keeps its {key}; leave it out")
         try:
@@ -350,7 +384,7 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
             raise FewShotError(
                 f"{override.input_line}: the run has nothing of that name to change: {reason(error)}"
             ) from error
-    for key in ("run_dir", "resume", "trust"):
+    for key in ("run_dir", "resume", "trust", *READERS_OWN):
         changed[key] = config[key]
     changed.train.steps = training_steps(changed.train.episodes, changed.train.meta_batch)
     return changed

@@ -1,9 +1,10 @@
 """The training story: data, method, trainer; fit, choose on validation classes, test once, write down the result."""
 
 import logging
+import shlex
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -16,17 +17,18 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
 from fewshot.checkpoints import WholeCheckpoints, shapes, without_initial_weights
 from fewshot.config import CHECKOUT, ROOT, check, command
-from fewshot.dashboard import Dashboard, Log, log_hyperparameters
+from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, memory_in_a_line, precision_of
+from fewshot.loggers import open_loggers, parts
 from fewshot.methods.base import FewShotMethod
 from fewshot.processes import as_one
 from fewshot.runs import (
@@ -37,6 +39,7 @@ from fewshot.runs import (
     last_checkpoint,
     only_run_in,
     overrides,
+    readers_own,
     results_file,
     results_so_far,
     to_go_on_with,
@@ -44,7 +47,7 @@ from fewshot.runs import (
     write_json,
 )
 from fewshot.text import make_table, say
-from fewshot.trust import own_places
+from fewshot.trust import READERS_OWN, own_places
 
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # in the state of PyTorch's optimizers
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "pillow")
@@ -65,7 +68,7 @@ def train(config: DictConfig) -> float:
     OmegaConf.resolve(config)
     run_dir = Path(config.run_dir)
     place = "" if config.data_dir == own_places()["data_dir"] else f" data_dir={config.data_dir}"
-    interruption = Interruption(f"{command('train')} resume={run_dir}{place}")
+    interruption = Interruption(f"{command('train')} resume={run_dir}{place}{_own_choices()}")
     with interruption, only_run_in(run_dir):
         config, checkpoint = to_go_on_with(config)
         check(config)
@@ -96,15 +99,30 @@ def _less_memory(config: DictConfig) -> str:
 def _train(
     config: DictConfig, checkpoint: dict[str, Any] | None, data: EpisodeDataModule, interruption: Interruption
 ) -> float:
+    step = checkpoint["global_step"] if checkpoint is not None else 0
+    dashboard = Dashboard(config.get("pictures", True))
+    dashboard.load_run_ids(checkpoint)
+    with open_loggers(config, step, dashboard.run_ids) as loggers:
+        return _train_and_log(config, checkpoint, data, interruption, dashboard, loggers)
+
+
+def _train_and_log(
+    config: DictConfig,
+    checkpoint: dict[str, Any] | None,
+    data: EpisodeDataModule,
+    interruption: Interruption,
+    dashboard: Dashboard,
+    loggers: Sequence[Logger],
+) -> float:
     keep_freed_memory()
     run_dir = Path(config.run_dir)
     method = make_method(config, initial_weights=checkpoint is None)
-    record, finite, dashboard = Record(), FiniteGradients(config.train.on_nan), Dashboard(config.get("pictures", True))
+    record, finite = Record(), FiniteGradients(config.train.on_nan)
     keep: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False, **keep)
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **keep)
-    step = checkpoint["global_step"] if checkpoint is not None else 0
-    trainer = make_trainer(config, record, finite, interruption, dashboard, best, last, step=step)
+    own = [instantiate(node) for _, node in parts("callbacks", config.get("callbacks"))]
+    trainer = make_trainer(config, record, finite, interruption, dashboard, *own, best, last, loggers=loggers)
     _check_hardware(config, method, trainer)
     data.trainer = trainer
     data.prepare_data()
@@ -145,14 +163,13 @@ def _train(
         "val_accuracy": validation,
         "meta_batch": data.meta_batch,
         "train_seconds": seconds,
-        "train_episodes_per_second": config.train.episodes / seconds,
+        "train_episodes_per_second": data.trained / seconds,
         "skipped_steps": skipped,
         "precisions": precisions,
         "overrides": overrides(run_dir),
         "validations": validations,
     }
-    assert isinstance(trainer.logger, TensorBoardLogger)
-    log_hyperparameters(trainer.logger, results, trainer.global_step)
+    log_result(trainer.loggers, results, trainer.global_step)
     _report(results, run_dir)
     return validation
 
@@ -202,7 +219,8 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     method: FewShotMethod = instantiate(make if initial_weights else without_initial_weights(make))
     method.make_optimizer = instantiate(config.optimizer)
     method.make_schedule = instantiate(config.schedule)
-    method.save_hyperparameters(OmegaConf.to_container(config), logger=False)
+    saved = {key: value for key, value in config.items() if key not in READERS_OWN}
+    method.save_hyperparameters(OmegaConf.to_container(OmegaConf.create(saved)), logger=False)
     if config.hardware.compile and not method.compilable:
         _say(
             f"warning: hardware.compile=true: method={config.choices.method} differentiates its gradients, which "
@@ -214,13 +232,13 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     return method
 
 
-def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> pl.Trainer:
+def make_trainer(config: DictConfig, *callbacks: pl.Callback, loggers: Sequence[Logger] = ()) -> pl.Trainer:
     """Lightning's trainer, as the configuration says.
 
     Args:
         config: the composed ``conf/train.yaml``.
         callbacks: beside those that every run has.
-        step: that training begins with; what an earlier attempt has logged of it and later ones is void.
+        loggers: where it logs.
     """
     # Lightning advises worker processes for every loader without them; ours gathers from memory.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -242,7 +260,7 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, step: int = 0) -> 
         use_distributed_sampler=False,  # ours knows its rank
         callbacks=[*callbacks, ProgressBar(refresh_rate=10)],
         plugins=[WholeCheckpoints()],
-        logger=Log(config.run_dir, name="", version="tensorboard", purge_step=step),
+        logger=list(loggers),
         log_every_n_steps=config.log_every,
         default_root_dir=config.run_dir,
         enable_model_summary=False,
@@ -295,6 +313,12 @@ def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
         raise ValueError("the schedule of the learning rate is another one")
 
 
+def _own_choices() -> str:
+    """The overrides that a resumed run takes from its command line, as the end of one."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return "".join(f" {shlex.quote(override)}" for override in readers_own(given))
+
+
 @rank_zero_only
 def _list_classes(bank: ImageBank, run_dir: Path) -> None:
     """Write down which classes each split holds, since seeds and data decide it."""
@@ -323,7 +347,7 @@ def _tell(results: dict[str, Any], run_dir: Path) -> None:
     }
     say(
         make_table(title, shown, [list(shown.values())], numbers=("accuracy", "episodes")),
-        f"Trained in {results['train_seconds']:.0f} s. Results, checkpoints, TensorBoard log: {run_dir}",
+        f"Trained in {results['train_seconds']:.0f} s. Results, checkpoints, log: {run_dir}",
     )
 
 

@@ -33,7 +33,8 @@ LARGEST = {
     "transform.padding": 1024,
     "transform.crop.padding": 1024,
 }
-NO_SLOTS = ("hydra", "figure", "experiment", "budget")  # groups that are no part of a run's configuration
+READERS_OWN = ("logger", "callbacks")  # groups that whoever resumes a run chooses anew
+NO_SLOTS = ("hydra", "figure", "experiment", "budget", *READERS_OWN)  # no part of what a checkpoint may choose
 ENCODER_PLACES = ("file", "init")  # what an encoder began with; its weights are in the checkpoint
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 
@@ -104,6 +105,7 @@ def read_config(
     config = plain(untrusted)
     if not isinstance(config, dict):
         raise ValueError("its configuration is no mapping")
+    config |= dict.fromkeys(READERS_OWN)
     if (old := outdated(config)) is not None:
         raise FewShotError(
             f"{path} is of an earlier version of fewshot, which knew {old}: train anew, or use it with that version"

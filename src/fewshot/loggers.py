@@ -1,0 +1,171 @@
+"""Where a run logs: any of Lightning's loggers, continued when the run is resumed."""
+
+import csv
+import io
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.utilities import rank_zero_only
+
+from fewshot.errors import FewShotError, mistake, reason
+from fewshot.files import write_whole
+
+RUN_IDS = ("id", "run_id", "experiment_key")  # what loggers call the name by which their server knows a run
+EXTRAS = ("wandb", "mlflow")  # loggers that are packages of their own, and extras of this one
+
+
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard's log of a run, without Lightning's epochs: ours are the stretches between two checkpoints.
+
+    Args:
+        purge_step: what an earlier attempt logged of this training step and later ones is ignored.
+        settings: see ``TensorBoardLogger``.
+    """
+
+    def __init__(self, purge_step: int = 0, **settings: Any) -> None:
+        super().__init__(purge_step=purge_step, **settings)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # noqa: D102
+        super().log_metrics(_without_epoch(metrics), step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any], *_: Any, **__: Any) -> None:  # type: ignore[override]
+        """Keep the configuration for ``hparams.yaml``; ``fewshot.dashboard`` writes the table of hyperparameters."""
+        self.hparams = params
+
+
+class CSV(CSVLogger):
+    """A table of scalars that a resumed run appends to; Lightning's own logger deletes it.
+
+    Args:
+        purge_step: rows of this training step and later ones, of an earlier attempt, are left out.
+        settings: see ``CSVLogger``.
+    """
+
+    def __init__(self, purge_step: int = 0, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._purge_step = purge_step
+
+    @property
+    @rank_zero_only
+    def experiment(self) -> Any:
+        """The writer of the table."""
+        if self._experiment is None:
+            self._experiment = _Appended(self.log_dir, self._purge_step)
+        return self._experiment
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]  # noqa: D102
+        super().log_metrics(_without_epoch(metrics), step)
+
+
+class _Appended(ExperimentWriter):
+    def __init__(self, log_dir: str, purge_step: int) -> None:
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            self.metrics_keys = list(reader.fieldnames or [])
+            rows = [row for row in reader if row["step"] and int(row["step"]) < purge_step]
+        content = io.StringIO(newline="")
+        writer = csv.DictWriter(content, fieldnames=self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(path, content.getvalue().encode())
+
+    def _check_log_dir_exists(self) -> None:
+        """Keep what is there; Lightning removes it."""
+
+
+@contextmanager
+def open_loggers(config: DictConfig, step: int = 0, ids: Mapping[str, str] | None = None) -> Iterator[list[Logger]]:
+    """The loggers that a configuration asks for, closed in the end.
+
+    Args:
+        config: the composed ``conf/train.yaml``; ``logger`` is one, or a mapping of several, or null.
+        step: the training step that the run begins with.
+        ids: of a run that is resumed, see ``run_ids``.
+
+    Raises:
+        FewShotError: a logger cannot be made, because its package is missing for example.
+    """
+    loggers = [_make(key, node, step, ids or {}) for key, node in parts("logger", config.get("logger"))]
+    try:
+        yield loggers
+    except BaseException:
+        _close(loggers, failed=True)
+        raise
+    _close(loggers, failed=False)
+
+
+def parts(key: str, node: DictConfig | None) -> list[tuple[str, DictConfig]]:
+    """The nodes of a group that holds one object or, in a mapping, several: each with its key.
+
+    Raises:
+        FewShotError: something in it is no object for Hydra to make.
+    """
+    if node is None:
+        return []
+    found = {key: node} if "_target_" in node else {f"{key}.{name!s}": part for name, part in node.items()}
+    for name, part in found.items():
+        if part is not None and not (isinstance(part, DictConfig) and "_target_" in part):
+            raise FewShotError(f"{name} has no _target_: name the class to make, or take {name} away with ~{name}")
+    return [(name, part) for name, part in found.items() if part is not None]
+
+
+def run_ids(loggers: Sequence[Logger]) -> dict[str, str]:
+    """The name by which each logger's server knows this run, for a checkpoint; loggers without one have none."""
+    return {
+        type(logger).__name__: str(logger.version)
+        for logger in loggers
+        if _run_id(type(logger)) is not None and logger.version is not None
+    }
+
+
+def _make(key: str, node: DictConfig, step: int, ids: Mapping[str, str]) -> Logger:
+    target = str(node["_target_"])
+    kind = get_class(target)
+    resumed: dict[str, Any] = {"purge_step": step} if "purge_step" in signature(kind).parameters else {}
+    known, run_id = ids.get(kind.__name__), _run_id(kind)
+    # The checkpoint may be anyone's.
+    if run_id is not None and isinstance(known, str) and re.fullmatch(r"[\w-]{1,64}", known):
+        resumed[run_id] = known
+    try:
+        logger = instantiate(node, **resumed)
+    except Exception as error:
+        if mistake(error) is not None:
+            raise
+        cause = error.__cause__ or error
+        extra = kind.__name__.removesuffix("Logger").lower()
+        if isinstance(cause, ModuleNotFoundError) and extra in EXTRAS:
+            raise FewShotError(f"logger={extra} needs the package {extra}: pip install 'fewshot[{extra}]'") from error
+        raise FewShotError(f"{key}={target} cannot be made: {reason(cause)}") from error  # type: ignore[arg-type]
+    if not isinstance(logger, Logger):
+        raise FewShotError(f"{key}._target_={target} makes no logger of Lightning")
+    return logger
+
+
+def _run_id(kind: type) -> str | None:
+    return next((name for name in RUN_IDS if name in signature(kind).parameters), None)
+
+
+def _close(loggers: Sequence[Logger], failed: bool) -> None:
+    for logger in loggers:
+        logger.save()
+    if "wandb" in sys.modules and any(isinstance(logger, WandbLogger) for logger in loggers):
+        # The next run of a sweep in this process would continue this one.
+        sys.modules["wandb"].finish(exit_code=int(failed))
+
+
+def _without_epoch(metrics: Mapping[str, float]) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if key != "epoch"}

@@ -1,0 +1,184 @@
+"""Each logger gets the same scalars, the configuration and, where it takes them, the pictures; and keeps its log."""
+
+import csv
+import json
+import sqlite3
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from omegaconf import OmegaConf
+from pytorch_lightning.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fewshot.config import compose
+from fewshot.errors import FewShotError
+from fewshot.loggers import CSV, open_loggers, parts
+from fewshot.runs import to_go_on_with
+from fewshot.training import train
+
+TINY = [
+    *("train.episodes=4", "train.way=5", "train.query=1", "query=3", "val.every=2", "val.episodes=3"),
+    *("test.episodes=5", "encoder.filters=8", "hardware=cpu", "log_every=1", "checkpoint_every=2"),
+    *("dataset.source.samples=4", "pictures=false"),  # quick to draw
+]
+MEASURED = {
+    *("train/loss", "train/accuracy", "train/learning_rate", "val/accuracy", "val/ci95", "val/best_accuracy"),
+    *("test/accuracy", "test/ci95"),
+}
+
+
+class Counting(pl.Callback):
+    """A user's own."""
+
+    steps = 0
+
+    def on_train_batch_end(self, *_):
+        type(self).steps += 1
+
+
+@pytest.fixture
+def run(tmp_path, cache_dir):
+    def train_with(name, *overrides):
+        return train(compose(*TINY, f"run_dir={tmp_path / name}", f"cache_dir={cache_dir}", *overrides))
+
+    return train_with
+
+
+def table(run_dir):
+    """The values of each tag in the order of their steps, from metrics.csv."""
+    found = {}
+    with (run_dir / "csv" / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            step = int(row.pop("step"))
+            for tag, value in row.items():
+                if value:
+                    found.setdefault(tag, []).append((step, pytest.approx(float(value), rel=1e-5)))
+    return found
+
+
+def test_every_logger_gets_the_same_scalars_and_the_configuration(run, tmp_path):
+    run("board"), run("table", "logger=csv"), run("none", "logger=none", "train.episodes=2")
+    log = EventAccumulator(str(tmp_path / "board" / "tensorboard"))
+    log.Reload()
+    board = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    assert set(board) == MEASURED
+    assert table(tmp_path / "table") == board
+    for place in ("board/tensorboard", "table/csv"):
+        settings = yaml.safe_load((tmp_path / place / "hparams.yaml").read_text())
+        assert settings["encoder"]["filters"] == 8 and "logger" not in settings
+    assert {path.name for path in (tmp_path / "none").iterdir()} == {
+        *(".lock", "checkpoints", "classes.json", "results.json")
+    }
+
+
+def test_a_resumed_run_adds_to_its_table(run, tmp_path):
+    run("whole", "logger=csv"), run("resumed", "logger=csv", "train.episodes=2")
+    run("resumed", "logger=csv", "resume=auto")
+    assert table(tmp_path / "resumed") == table(tmp_path / "whole")
+    header, *rows = (tmp_path / "resumed" / "csv" / "metrics.csv").read_text().splitlines()
+    assert "step" in header and len(rows) == len((tmp_path / "whole/csv/metrics.csv").read_text().splitlines()) - 1
+
+
+def test_a_checkpoint_chooses_neither_logger_nor_callbacks(run, tmp_path, capsys):
+    run("run", "logger=csv")
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert not {"logger", "callbacks"} & set(checkpoint["hyper_parameters"])
+    checkpoint["hyper_parameters"] |= {
+        "logger": {"_target_": "os.system", "command": "touch canary"},
+        "callbacks": {"_target_": "pytorch_lightning.loggers.CSVLogger", "save_dir": str(tmp_path / "elsewhere")},
+    }
+    torch.save(checkpoint, path)
+    (tmp_path / "run" / ".hydra").mkdir()
+    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text("- logger=csv\n- logger=$(reboot)\n- seed=0\n")
+    config, _ = to_go_on_with(compose(*TINY, f"run_dir={tmp_path / 'run'}", f"resume={tmp_path / 'run'}"))
+    assert config.logger._target_ == "fewshot.loggers.TensorBoard" and config.callbacks is None
+    assert config.logger.save_dir == str(tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert "started with logger=csv, and this command is not" in shown and "reboot" not in shown
+    config, _ = to_go_on_with(compose(*TINY, f"run_dir={tmp_path / 'run'}", f"resume={tmp_path / 'run'}", "logger=csv"))
+    assert config.logger._target_ == "fewshot.loggers.CSV" and not capsys.readouterr().out
+
+
+def test_own_callbacks_take_part_and_several_loggers_go_together(tmp_path, cache_dir):
+    config = compose(*TINY, f"run_dir={tmp_path}", f"cache_dir={cache_dir}")
+    config.callbacks = {"mine": {"_target_": "test_loggers.Counting"}}
+    config.logger = {
+        "table": OmegaConf.to_container(compose("run_dir=x", "logger=csv").logger) | {"save_dir": str(tmp_path)},
+        "another": {"_target_": "pytorch_lightning.loggers.CSVLogger", "save_dir": str(tmp_path), "version": "plain"},
+    }
+    Counting.steps = 0
+    train(config)
+    assert Counting.steps == 4
+    assert (tmp_path / "csv/metrics.csv").exists() and (tmp_path / "lightning_logs/plain/metrics.csv").exists()
+
+
+def test_a_training_that_a_callback_ends_is_counted_as_far_as_it_came(tmp_path, cache_dir):
+    config = compose(*TINY, f"run_dir={tmp_path}", f"cache_dir={cache_dir}", "logger=none")
+    config.callbacks = {
+        "_target_": "pytorch_lightning.callbacks.EarlyStopping",
+        **{"monitor": "val/accuracy", "mode": "max", "stopping_threshold": 0.0},
+    }
+    train(config)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["train_episodes_per_second"] == pytest.approx(2 / results["train_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("node", "line"),
+    [
+        ({"_target_": "pytorch_lightning.Callback"}, "makes no logger of Lightning"),
+        ({"_target_": "fewshot.loggers.CSV"}, "logger=fewshot.loggers.CSV cannot be made: .*save_dir"),
+        ({"one": 3}, r"logger\.one has no _target_"),
+        ({"save_dir": "x"}, r"logger\.save_dir has no _target_"),
+    ],
+)
+def test_what_is_no_logger_is_named(node, line):
+    with pytest.raises(FewShotError, match=line), open_loggers(OmegaConf.create({"logger": node})):
+        pass
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setattr(f"pytorch_lightning.loggers.{name}._{name.upper()}_AVAILABLE", False)
+        config = compose("run_dir=x", f"logger={name}")
+        with pytest.raises(FewShotError, match=rf"needs the package {name}: pip install 'fewshot\[{name}\]'"):
+            open_loggers(config).__enter__()
+
+
+def test_parts():
+    assert parts("logger", None) == []
+    two = OmegaConf.create({"a": {"_target_": "x"}, "b": None, "c": {"_target_": "y"}})
+    assert [name for name, _ in parts("callbacks", two)] == ["callbacks.a", "callbacks.c"]
+    assert issubclass(CSV, CSVLogger)
+
+
+def test_weights_and_biases_offline(run, tmp_path):
+    pytest.importorskip("wandb", reason="pip install 'fewshot[wandb]'")
+    run("run", "logger=wandb", "train.episodes=2", "pictures=true")
+    folder = tmp_path / "run" / "wandb"
+    (first,) = folder.glob("offline-run-*")
+    run_id = first.name.rpartition("-")[2]
+    pictures = {path.name.partition("_")[0] for path in first.rglob("*.png")}
+    assert pictures == {"episode", "classes"}
+    run("run", "logger=wandb", "resume=auto")
+    ids = {path.name.rpartition("-")[2] for path in folder.glob("offline-run-*")}
+    assert ids == {run_id}  # wandb sync puts both attempts into one run
+    run("other", "logger=wandb")  # in the same process, as a sweep has it
+    (other,) = (tmp_path / "other" / "wandb").glob("offline-run-*")
+    assert not other.name.endswith(run_id)
+
+
+def test_mlflow_in_the_directory_of_the_run(run, tmp_path):
+    pytest.importorskip("mlflow", reason="pip install 'fewshot[mlflow]'")
+    run("run", "logger=mlflow", "train.episodes=2", "pictures=true")
+    run("run", "logger=mlflow", "resume=auto", "pictures=true")
+    with sqlite3.connect(tmp_path / "run" / "mlflow.db") as store:
+        runs = {row[0] for row in store.execute("select run_uuid from runs")}
+        tags = {row[0] for row in store.execute("select key from metrics")}
+        settings = dict(store.execute("select key, value from params"))
+    assert len(runs) == 1 and tags - {"epoch"} == MEASURED
+    assert settings["encoder/filters"] == "8"
+    assert {path.name for path in (tmp_path / "run" / "mlflow").rglob("*.png")} == {"episode.png", "classes.png"}
