@@ -1,5 +1,6 @@
 """The page: what it does, how it is served, and the whole in a browser."""
 
+import asyncio
 import contextlib
 import html
 import json
@@ -9,9 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
 import zlib
+from base64 import b64encode
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +28,7 @@ import fewshot.cli  # noqa: F401  for the help
 from conftest import METHODS, free_port, wait_for
 from fewshot.config import ROOT, compose
 from fewshot.data.files import ImageFile
-from fewshot.demo import FORM, Demo, Visit, _hosts, page_of, serve
+from fewshot.demo import FORGOTTEN, FORM, IDLE, VISITORS, Demo, Gate, Visit, Visits, _hosts, _sent, page_of, serve
 from fewshot.errors import FewShotError
 from fewshot.prediction import make_predictor
 from fewshot.trained import load_trained
@@ -203,6 +206,57 @@ def test_without_gradio_the_extra_is_named(run, monkeypatch):
         pass
 
 
+def test_a_huge_request_takes_no_memory_and_is_answered_in_one_line():
+    chunk, left, answers = bytes(2**20), 280, []
+
+    async def receive():
+        nonlocal left
+        left -= 1
+        return {"type": "http.request", "body": chunk, "more_body": left > 0}
+
+    async def send(message):
+        answers.append(message)
+
+    async def app(*_):
+        pytest.fail("it was let through")
+
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/queue/join", "headers": []}
+    tracemalloc.start()
+    asyncio.run(Gate(app, largest=2**21)(scope, receive, send))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**23 and left == 0
+    assert answers[0]["status"] == 413
+    assert answers[1]["body"] == b"a request may have 2,097,152 bytes; send fewer images at once"
+
+
+def test_images_that_are_too_much_at_once_are_named(demo, letters):
+    sent = [["0.png", f"data:image/png;base64,{b64encode(letters[0][0]).decode()}"], ["1.png", None]]
+    visit, told = demo().add(Visit(), "a", _sent(json.dumps(sent)))
+    assert len(visit.support["a"]) == 1
+    assert told == ["1.png is left out: it is too much at once with those before it; add it by itself"]
+
+
+def test_visits_are_kept_by_last_use_and_who_loses_one_is_told_once():
+    now = 0.0
+    visits, shown = Visits(lambda: now), Visit({"a": ()})
+    visits.put("active", shown)
+    for number in range(3 * VISITORS):
+        assert visits.take(f"looks {number}") == (Visit(), [])  # who shows nothing takes no place
+        visits.put(f"looks {number}", Visit())
+    for number in range(VISITORS + 2):
+        visits.put(f"new {number}", shown)
+        visit, told = visits.take("active")
+        assert visit is shown and told == []
+        visits.put("active", visit)
+    for number in range(3):
+        assert visits.take(f"new {number}") == (Visit(), [FORGOTTEN])
+        assert visits.take(f"new {number}") == (Visit(), [])
+    assert visits.take("new 3") == (shown, [])
+    now = IDLE + 1
+    assert visits.take("active") == (Visit(), [FORGOTTEN]) and visits.take("new 9") == (Visit(), [FORGOTTEN])
+
+
 def gradio_or_skip():
     pytest.importorskip("gradio", reason="no gradio: pip install 'fewshot[demo]'")
 
@@ -212,7 +266,7 @@ def address(run):
     """Of the page, served by this process."""
     gradio_or_skip()
     config = compose(
-        f"checkpoint={run('protonet')}", f"port={free_port()}", "max_images=1", "max_megabytes=1", name="demo"
+        f"checkpoint={run('protonet')}", f"port={free_port()}", "max_megabytes=1", "max_together=1", name="demo"
     )
     with page_of(config):
         yield f"http://127.0.0.1:{config.port}"
@@ -254,7 +308,7 @@ def test_the_server_takes_nothing_but_text_and_no_more_than_its_limits(address):
     assert status(join, json.dumps({"data": [None, "a", [fetch]]}).encode()) == 400
     for body in (b"", b"no json", b"[]", b'{"data": 1}', b"[" * 99999):
         assert status(join, body) == 400
-    assert status(join, b" " * (FORM + 2 * (2**20 + 1) * 4 // 3 + 1)) == 413
+    assert status(join, b" " * (FORM + (2**20 + 1) * 4 // 3 + 1)) == 413
     assert status(f"{address}/gradio_api/upload", b"--x") == 404
 
 

@@ -4,7 +4,9 @@ import io
 import json
 import logging
 import re
+import time
 from base64 import b64decode, b64encode
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -30,8 +32,12 @@ from fewshot.text import for_html, say
 
 LONGEST = 40  # characters of a class's name
 THUMBNAIL = 64  # pixels, the most that a picture in the page has on a side
-VISITORS = 20  # whose images are kept: those who came last
-IDLE = 3600  # seconds after which those of a visitor who went are forgotten
+VISITORS = 20  # whose images are kept: those who were active last
+IDLE = 3600  # seconds without activity after which a visitor's images are forgotten
+FORGOTTEN = (
+    f"your images are no longer here: the page keeps those of the {VISITORS} visitors who were active last, for up to "
+    f"{IDLE // 60} minutes; add them again"
+)
 # What the page asks for. Gradio would also take files, give them out, and fetch what it is told to.
 ASKED = re.compile(
     r"/(|config|theme\.css|favicon\.ico|manifest\.json|(assets|static)/.*"
@@ -71,7 +77,14 @@ const sendFiles = async files => {
         reader.onerror = () => done([file.name, ""]);
         reader.readAsDataURL(file.slice(0, props.bytes + 1));
     });
-    const images = await Promise.all([...files].slice(0, props.query ? 1 : props.images + 1).map(read));
+    const chosen = [...files].slice(0, props.query ? 1 : props.images + 1);
+    const images = [];
+    let room = props.together;
+    for (const file of chosen) {
+        const size = Math.min(file.size, props.bytes + 1);
+        room -= size;
+        images.push(room < 0 && images.length ? [file.name, null] : await read(file));
+    }
     if (!images.length) return;
     clear();
     send(images);
@@ -142,6 +155,41 @@ class Visit:
 
     support: Mapping[str, tuple[Pixels, ...]] = field(default_factory=dict)
     query: Pixels | None = None
+
+
+class Visits:
+    """The visits of those who were active last; those that are forgotten are remembered as such.
+
+    Args:
+        clock: the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._kept: OrderedDict[str, tuple[Visit, float]] = OrderedDict()  # by session, with the time of its last use
+        self._forgotten: deque[str] = deque(maxlen=500 * VISITORS)
+
+    def take(self, session: str) -> tuple[Visit, list[str]]:
+        """The visit of a session, a new one where there is none; and what to tell its visitor, if it was forgotten."""
+        self._forget()
+        if session in self._kept:
+            return self._kept[session][0], []
+        if session in self._forgotten:
+            self._forgotten.remove(session)
+            return Visit(), [FORGOTTEN]
+        return Visit(), []
+
+    def put(self, session: str, visit: Visit) -> None:
+        """Keep a visit; an empty one takes no place."""
+        self._kept.pop(session, None)
+        if visit.support or visit.query is not None:
+            self._kept[session] = visit, self._clock()
+        self._forget()
+
+    def _forget(self) -> None:
+        oldest = self._clock() - IDLE
+        while self._kept and (len(self._kept) > VISITORS or next(iter(self._kept.values()))[1] < oldest):
+            self._forgotten.append(self._kept.popitem(last=False)[0])
 
 
 class Demo:
@@ -251,7 +299,7 @@ def serve(config: DictConfig) -> None:
         FewShotError: a number is no positive whole one; gradio is not there; there is no complete run, or nothing to
             classify with (see ``make_predictor``); or the address cannot be had.
     """
-    for key in ("port", "max_megabytes", "max_images", "max_classes"):
+    for key in ("port", "max_megabytes", "max_together", "max_images", "max_classes"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise FewShotError(f"{key}={config[key]} must be a whole number of at least 1")
     if config.checkpoint == "newest":
@@ -270,7 +318,7 @@ def page_of(config: DictConfig) -> Iterator[Any]:
         raise FewShotError("gradio is not installed; install the extra: pip install -e '.[demo]'") from error
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is there
     page = make_page(Demo(make_predictor(config), config), config)
-    largest = FORM + (config.max_images + 1) * (config.max_megabytes * 2**20 + 1) * 4 // 3
+    largest = FORM + _together(config) * 4 // 3  # in base64
     try:
         page.launch(
             server_name=config.host,
@@ -297,6 +345,11 @@ def page_of(config: DictConfig) -> Iterator[Any]:
         page.close(verbose=False)
 
 
+def _together(config: DictConfig) -> int:
+    """Bytes of the images that are sent at once: those of one image at least."""
+    return int(max(config.max_together, config.max_megabytes) * 2**20 + 1)
+
+
 def _hosts(host: str) -> frozenset[str] | None:
     """The names that a page for this machine alone is asked by; None where the user opened it to others."""
     plain = host.strip("[]").lower()
@@ -310,27 +363,35 @@ def make_page(demo: Demo, config: DictConfig) -> Any:
     """The page, a ``gradio.Blocks``; what it does is in ``Demo``."""
     import gradio as gr  # noqa: PLC0415
 
-    def shown(visit: Visit, told: Sequence[str]) -> list[Any]:
+    visits = Visits()
+
+    def shown(request: gr.Request, act: Callable[[Visit], tuple[Visit, Sequence[str]]]) -> list[Any]:
+        session = str(request.session_hash)
+        visit, forgotten = visits.take(session)
+        visit, left_out = act(visit)
+        visits.put(session, visit)
         answer, notes = demo.answer(visit)
-        return [visit, _gallery(visit), answer, _told([*told, *notes]), "", ""]
+        return [_gallery(visit), answer, _told([*forgotten, *left_out, *notes]), "", ""]
 
-    def add(visit: Visit, name: str, sent: str) -> list[Any]:
-        return shown(*demo.add(visit, name, _sent(sent)))
+    def add(name: str, sent: str, request: gr.Request) -> list[Any]:
+        return shown(request, lambda visit: demo.add(visit, name, _sent(sent)))
 
-    def ask(visit: Visit, sent: str) -> list[Any]:
-        return shown(*demo.ask(visit, _sent(sent)))
+    def ask(sent: str, request: gr.Request) -> list[Any]:
+        return shown(request, lambda visit: demo.ask(visit, _sent(sent)))
 
-    def remove(visit: Visit, event: gr.EventData) -> list[Any]:
-        return shown(demo.remove(visit, str(event.name)), [])
+    def remove(event: gr.EventData, request: gr.Request) -> list[Any]:
+        return shown(request, lambda visit: (demo.remove(visit, str(event.name)), []))
+
+    def start_anew(request: gr.Request) -> list[Any]:
+        return shown(request, lambda _: (Visit(), []))
 
     def choose(event: gr.EventData) -> str:
         return str(event.name)
 
     pad: dict[str, Any] = {"html_template": PAD, "js_on_load": PEN, "elem_classes": "pad", "apply_default_css": False}
-    pad |= {"bytes": config.max_megabytes * 2**20, "images": config.max_images}
+    pad |= {"bytes": config.max_megabytes * 2**20, "images": config.max_images, "together": _together(config)}
     network = str(config.checkpoint or config.encoder.name).removeprefix(f"{ROOT}/")
     with gr.Blocks(title="fewshot", analytics_enabled=False) as page:
-        visit = gr.State(Visit(), time_to_live=IDLE)
         gr.HTML(f"<h2>A few examples of each class, and an answer</h2><code>{for_html(network)}</code>")
         told = gr.HTML(elem_classes="told")
         with gr.Row():
@@ -348,12 +409,12 @@ def make_page(demo: Demo, config: DictConfig) -> Any:
         # One at a time: what MAML does to its network, and Python to its warnings, is seen by other threads.
         how: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "trigger_mode": "multiple"}
         how |= {"api_visibility": "private", "show_progress": "hidden"}
-        how |= {"outputs": [visit, support, answer, told, examples, query]}
-        examples.submit(add, [visit, name, examples], **how)
-        query.submit(ask, [visit, query], **how)
-        support.remove(remove, [visit], **how)
+        how |= {"outputs": [support, answer, told, examples, query]}
+        examples.submit(add, [name, examples], **how)
+        query.submit(ask, [query], **how)
+        support.remove(remove, [], **how)
         support.choose(choose, [], **how | {"outputs": [name]})
-        anew.click(lambda: shown(Visit(), []), [], **how)
+        anew.click(start_anew, [], **how)
     return page
 
 
@@ -395,14 +456,19 @@ class Gate:
             return await _refuse(send, 404, "the page has no use for this")
         if scope.get("method") != "POST":
             return await self.app(scope, receive, send)
-        body, more = bytearray(), True
+        body, size, more = bytearray(), 0, True
         while more:
             message = await receive()
-            body += message.get("body", b"")
+            size += len(message.get("body", b""))
             more = message.get("more_body", False)
-            if len(body) > self.largest:
-                return await _refuse(send, 413, "more than is allowed")
+            if size > self.largest:
+                body.clear()  # the rest is read, since a client that still sends sees no answer, but not kept
+            else:
+                body += message.get("body", b"")
+        if size > self.largest:
+            return await _refuse(send, 413, f"a request may have {self.largest:,} bytes; send fewer images at once")
         text = _text_alone(body)
+        body.clear()
         if text is None:
             return await _refuse(send, 400, "the page sends text alone")
         read: Iterator[Message] = iter([{"type": "http.request", "body": text}])
@@ -435,9 +501,18 @@ def _text_alone(body: bytearray) -> bytes | None:
 
 
 def _sent(text: str) -> list[ImageFile]:
-    """What a pad sends: the name of each image, and its content as ``data:KIND;base64,CONTENT``."""
+    """What a pad sends: the name of each image, and its content as ``data:KIND;base64,CONTENT``.
+
+    Null in place of the content: there was no room for it beside the others.
+    """
     images = json.loads(text or "[]")
-    return [ImageFile(str(name), partial(b64decode, str(url).partition(",")[2])) for name, url in images]
+    return [ImageFile(str(name), partial(_content, str(name), url)) for name, url in images]
+
+
+def _content(name: str, url: Any) -> bytes:
+    if url is None:
+        raise FewShotError(f"{name} is left out: it is too much at once with those before it; add it by itself")
+    return b64decode(str(url).partition(",")[2])
 
 
 def _gallery(visit: Visit) -> str:
