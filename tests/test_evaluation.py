@@ -128,6 +128,15 @@ def test_a_mistake_is_told_in_one_line(run, evaluate, overrides, told):
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_it_does_not_write_over_a_run(tmp_path):
+    for path in (tmp_path / "results.json", tmp_path / "checkpoints" / "last.ckpt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    with pytest.raises(FewShotError, match=f"out={tmp_path} holds a run, whose results would be lost"):
+        run_evaluation(compose(f"checkpoint={tmp_path}", f"out={tmp_path}", name="evaluate"))
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
 def test_runs_on_other_classes_are_not_compared(run, evaluate):
     other = run("protonet", "dataset.source.seed=3")
     with pytest.raises(FewShotError, match=r"cannot be compared: .*\(dataset\.source\.seed\)"):
