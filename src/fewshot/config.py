@@ -347,13 +347,37 @@ def compose(*overrides: str, name: str = "train") -> DictConfig:
     """The configuration that the command line would run with, for notebooks, tests and other programs.
 
     Args:
-        overrides: as on the command line: "dataset=omniglot", "way=20". ``run_dir`` has no default here.
+        overrides: as on the command line: "dataset=omniglot", "way=20". ``run_dir`` is null unless given.
         name: the file in ``conf``.
     """
     config = compose_unresolved(*overrides, name=name)
-    HydraConfig.instance().set_config(config)  # for the interpolations that name it
-    keys = [str(key) for key in config if key != "hydra"]
-    return DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
+    hydra_config = HydraConfig.instance()
+    outer = hydra_config.cfg  # of a program that runs under Hydra itself
+    try:
+        hydra_config.set_config(config)  # for the interpolations that name it
+        keys = [str(key) for key in config if key != "hydra"]
+        return DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
+    finally:
+        hydra_config.cfg = outer
+
+
+def as_overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings as the command line has them: ``{"way": 5, "train": {"episodes": 9}}`` is way=5 and train.episodes=9."""
+    overrides = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            overrides += as_overrides(value, f"{prefix}{key}.")
+        else:
+            overrides.append(f"{prefix}{key}={_as_value(value)}")
+    return overrides
+
+
+def _as_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_as_value, value))}]"
+    if isinstance(value, str | os.PathLike):
+        return QuotedString(os.fspath(value), Quote.single).with_quotes()
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def compose_unresolved(*overrides: str, name: str = "train", places: Sequence[str] = ()) -> DictConfig:
@@ -395,5 +419,7 @@ OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
 # What a key of an experiment is at each budget: ${by_budget:{paper:1000,cpu:10}}.
 OmegaConf.register_new_resolver("by_budget", lambda values, *, _root_: values[_root_.choices.budget], replace=True)
 OmegaConf.register_new_resolver("fewshot_root", lambda path: str(ROOT / path), replace=True)
-OmegaConf.register_new_resolver("fewshot_run_dir", lambda resume, new: new if resume in (None, "auto") else resume)
+OmegaConf.register_new_resolver(
+    "fewshot_run_dir", lambda resume, new: new if resume in (None, "auto") else resume, replace=True
+)
 OmegaConf.register_new_resolver("fewshot_output_subdir", _output_subdir, replace=True)

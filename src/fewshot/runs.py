@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors, shapes
-from fewshot.config import is_group, training_steps
+from fewshot.config import ROOT, is_group, training_steps
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, differences, read_contents, read_names
 from fewshot.errors import FewShotError, reason
@@ -55,6 +56,12 @@ MAY_DIFFER = {
 def last_checkpoint(run_dir: Path) -> Path:
     """Where the checkpoint to go on from lies."""
     return run_dir / "checkpoints" / "last.ckpt"
+
+
+def new_run_dir(name: str) -> Path:
+    """A directory for a run that names none: ``outputs/DATE/TIME_NAME``, as on the command line."""
+    now = datetime.now()  # the user's own clock
+    return ROOT / "outputs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}_{name}"
 
 
 def best_checkpoint(run_dir: Path) -> Path:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -49,18 +50,33 @@ def load_trained(
     path = Path(place).expanduser()
     path = best_checkpoint(path) if path.is_dir() else path
     checkpoint = load_checkpoint(path, trust=trust, places=places)
-    make = without_initial_weights(checkpoint["hyper_parameters"]["method"])
+    method = restore(path, checkpoint["hyper_parameters"], checkpoint["state_dict"])
+    return Trained(path, method, OmegaConf.create(checkpoint["hyper_parameters"]), checkpoint)
+
+
+def restore(path: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> FewShotMethod:
+    """Make a method again from what was saved of it; it is in evaluation, on the CPU.
+
+    Args:
+        path: of the file, for messages.
+        config: of its run, as ``fewshot.trust.read_config`` lets it pass.
+        weights: its state dictionary.
+
+    Raises:
+        FewShotError: the weights do not fit the configuration, or are not finite.
+    """
+    make = without_initial_weights(config["method"])
     kind = import_target(f"{path}: method", make["_target_"])
     try:
         if not isinstance(kind, type) or not issubclass(kind, FewShotMethod):
             raise TypeError(f"{make['_target_']} is no method")
-        check_weights(make, checkpoint["state_dict"])
-        method = instantiate(make)
-        method.load_state_dict(checkpoint["state_dict"])
+        check_weights(make, weights)
+        method: FewShotMethod = instantiate(make)
+        method.load_state_dict(weights)
     except Exception as error:  # of what kind depends on what is in the file
         raise FewShotError(
             f"the weights in {path} do not fit the method that its configuration describes: "
             f"{mistake(error) or reason(error)}; it may be of another version: train anew"
         ) from error
     require_finite(method, path)
-    return Trained(path, method.eval(), OmegaConf.create(checkpoint["hyper_parameters"]), checkpoint)
+    return method.eval()

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
 from fewshot.checkpoints import WholeCheckpoints, shapes, without_initial_weights
-from fewshot.config import CHECKOUT, ROOT, check, command
+from fewshot.config import CHECKOUT, ROOT, as_overrides, check, command, compose
 from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
@@ -37,6 +37,7 @@ from fewshot.runs import (
     check_best,
     check_same_data,
     last_checkpoint,
+    new_run_dir,
     only_run_in,
     overrides,
     readers_own,
@@ -53,11 +54,29 @@ MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # in t
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "pillow")
 
 
+def compose_and_train(*overrides: str, **settings: Any) -> Path:
+    """Train from a program: ``fewshot.train(method="maml", way=5, train={"episodes": 1000})``.
+
+    Args:
+        overrides: as on the command line: "method.order=1".
+        settings: the same as keywords; a mapping holds the keys of a node or a group.
+
+    Returns:
+        The directory of the run.
+
+    Raises:
+        FewShotError: a mistake in the configuration or the data.
+    """
+    config = compose(*overrides, *as_overrides(settings))
+    train(config)
+    return Path(config.run_dir)
+
+
 def train(config: DictConfig) -> float:
     """Train, validate and test as ``config`` says; everything written goes to ``config.run_dir``.
 
     Args:
-        config: the composed ``conf/train.yaml``.
+        config: the composed ``conf/train.yaml``. Without a ``run_dir``, a new directory below ``outputs`` becomes it.
 
     Returns:
         The validation accuracy of the chosen weights, a fraction.
@@ -66,6 +85,8 @@ def train(config: DictConfig) -> float:
         FewShotError: a mistake in the configuration or the data.
     """
     OmegaConf.resolve(config)
+    if config.run_dir is None:
+        config.run_dir = str(new_run_dir(f"{config.choices.method}_{config.choices.dataset}"))
     run_dir = Path(config.run_dir)
     place = "" if config.data_dir == own_places()["data_dir"] else f" data_dir={config.data_dir}"
     interruption = Interruption(f"{command('train')} resume={run_dir}{place}{_own_choices()}")

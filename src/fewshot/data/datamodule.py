@@ -1,6 +1,6 @@
 """The Lightning data module: from a data set's configuration to the episodes of each split."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from fewshot.config import as_overrides, compose
 from fewshot.data.bank import SPLITS, ImageBank, ImageClass, open_bank
 from fewshot.data.episodes import (
     EpisodeDataset,
@@ -31,7 +32,8 @@ class EpisodeDataModule(pl.LightningDataModule):
     """Serves n-way k-shot episodes of the three splits of a data set, by the meta-batch.
 
     Args:
-        dataset: the configuration group ``dataset``.
+        dataset: an option of the configuration group ``dataset``, by its name or composed. What the other arguments
+            leave out is as in ``conf/train.yaml``, with training episodes like those of validation and test.
         way: classes in an episode of validation and test.
         shot: support samples a class there.
         query: queries a class there.
@@ -53,29 +55,34 @@ class EpisodeDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        dataset: DictConfig,
+        dataset: DictConfig | str,
         *,
-        way: int,
-        shot: int,
-        query: int,
-        train: DictConfig,
-        val: DictConfig,
-        test: DictConfig,
-        seed: int,
-        eval_seed: int,
-        checkpoint_every: int,
-        cache_dir: str,
+        way: int = 5,
+        shot: int = 1,
+        query: int = 15,
+        train: Mapping[str, int] | None = None,
+        val: Mapping[str, int] | None = None,
+        test: Mapping[str, int] | None = None,
+        seed: int = 0,
+        eval_seed: int = 0,
+        checkpoint_every: int | None = None,
+        cache_dir: str | None = None,
         transform: Transform | None = None,
     ) -> None:
         super().__init__()
-        self.dataset, self.cache_dir, self.transform = dataset, cache_dir, transform
-        self.episode = {"way": way, "shot": shot, "query": query, "seed": eval_seed}
-        self.train_episode = {"way": train.way, "shot": train.shot, "query": train.query, "seed": seed}
-        self.train_episodes, self._meta_batch = train.episodes, train.meta_batch
-        self._every, self._checkpoint_every = val.every, checkpoint_every
+        task = {"way": way, "shot": shot, "query": query}
+        given: dict[str, Any] = {"dataset": dataset, "train": train, "val": val, "test": test}
+        given |= {"checkpoint_every": checkpoint_every, "cache_dir": cache_dir}
+        if not all(OmegaConf.is_config(given[node]) for node in ("dataset", "train", "val", "test")):
+            given = _complete(given, task)
+        self.dataset, self.cache_dir, self.transform = given["dataset"], given["cache_dir"], transform
+        self.episode = {**task, "seed": eval_seed}
+        self.train_episode = {**{key: given["train"][key] for key in task}, "seed": seed}
+        self.train_episodes, self._meta_batch = given["train"]["episodes"], given["train"]["meta_batch"]
+        self._every, self._checkpoint_every = given["val"]["every"], given["checkpoint_every"]
+        self.episodes = {split: given[split]["episodes"] for split in ("val", "test")}
         self.trained = 0
         self.stage = self.step = range(0)
-        self.episodes = {"val": val.episodes, "test": test.episodes}
         self._bank: ImageBank | None = None
 
     @property
@@ -226,3 +233,11 @@ class EpisodeDataModule(pl.LightningDataModule):
     @property
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer is not None else 0
+
+
+def _complete(given: Mapping[str, Any], task: Mapping[str, int]) -> dict[str, Any]:
+    """The arguments of a data module, what is left out as in ``conf/train.yaml``."""
+    chosen = {key: value for key, value in given.items() if value is not None and not OmegaConf.is_config(value)}
+    config = compose(*as_overrides({**task, **chosen, "train": {**task, **(given["train"] or {})}}))
+    composed = {"dataset": given["dataset"]} if OmegaConf.is_config(given["dataset"]) else {}
+    return {key: config[key] for key in given} | composed

@@ -9,14 +9,24 @@ from fewshot.data.images import MODES, opened, to_pixels
 
 
 def read_photo(file: ImageFile, size: int, channels: int, ink: bool = False) -> NDArray[np.uint8]:
-    """Read an image file as an encoder is to see it.
+    """Read an image file as an encoder is to see it; see ``prepare``.
+
+    Raises:
+        FewShotError: see ``opened``.
+    """
+    with opened(file) as image:
+        return prepare(image, size, channels, ink)
+
+
+def prepare(image: Image.Image, size: int, channels: int, ink: bool = False) -> NDArray[np.uint8]:
+    """Bring an image of any shape and mode to what an encoder takes.
 
     It is turned upright as its EXIF data says. What is transparent becomes white; grey of more than 8 bits is stretched
     from its darkest to its brightest; of an animation the first picture counts. Of a photo that is not square the
     middle is taken, at its full height or width, since to squeeze it would change every shape in it.
 
     Args:
-        file: where the image lies.
+        image: as decoded.
         size: height and width of the result.
         channels: 1 for grey, 3 for RGB.
         ink: it is a letter or a drawing, for a network that knows such as bright on black: what has a bright background
@@ -24,13 +34,9 @@ def read_photo(file: ImageFile, size: int, channels: int, ink: bool = False) -> 
 
     Returns:
         uint8 ``[size, size, channels]``.
-
-    Raises:
-        FewShotError: see ``opened``.
     """
-    with opened(file) as image:
-        upright = _opaque(_eight_bits(ImageOps.exif_transpose(image)))
-        return _bright_ink(upright, size, channels) if ink else to_pixels(_middle(upright), size, channels)
+    upright = _opaque(_eight_bits(ImageOps.exif_transpose(image)))
+    return _bright_ink(upright, size, channels) if ink else to_pixels(_middle(upright), size, channels)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

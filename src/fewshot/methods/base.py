@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from fewshot import optimization
 from fewshot.data.episodes import EmbeddedEpisode, Episode, MetaBatch
 from fewshot.data.loaders import EvaluationLoader
-from fewshot.distances import Distance
+from fewshot.distances import Distance, l2
 from fewshot.embeddings import EmbeddingTable, LabelledEmbeddings, embed
 from fewshot.errors import FewShotError
 from fewshot.metrics import EpisodeAccuracy, Estimate, credit
@@ -126,7 +126,7 @@ class MetricMethod(FewShotMethod):
         distance: between embeddings, see ``fewshot.distances``.
     """
 
-    def __init__(self, encoder: nn.Module, distance: Distance) -> None:
+    def __init__(self, encoder: nn.Module, distance: Distance = l2) -> None:
         super().__init__(encoder)
         self.distance = distance
         self._embeddings: EmbeddingTable | None = None  # of the images of a validation or test, while it lasts

@@ -1,0 +1,246 @@
+"""A few-shot classifier with scikit-learn's interface."""
+
+import json
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import get_object
+from numpy.typing import ArrayLike, NDArray
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+import fewshot
+from fewshot.config import compose
+from fewshot.data.bank import has_bright_ink
+from fewshot.data.files import ImageFile, plain, read_file
+from fewshot.data.photos import prepare, read_photo
+from fewshot.errors import FewShotError, reason
+from fewshot.files import check_file, write_whole
+from fewshot.methods.base import FewShotMethod
+from fewshot.methods.protonet import PrototypicalNetwork
+from fewshot.prediction import Pixels, Predictor
+from fewshot.trained import load_trained, restore
+from fewshot.trust import read_config
+
+FORMAT = 1  # of the files that ``save`` writes
+WEIGHTS = "weights."  # what the names of the method's tensors begin with in them
+LARGEST = 10**7  # characters of the text in such a file
+
+
+class FewShotClassifier(ClassifierMixin, BaseEstimator):
+    """Classifies images by a few labelled examples of each class; ``fit`` takes them, and trains nothing else.
+
+    An image is a path, a PIL image, or an array: uint8 ``[height, width]`` or ``[height, width, channels]``. Images may
+    differ in size, and are brought to that of the model as ``fewshot.data.photos.prepare`` does.
+
+    Args:
+        model: a run directory or one of its checkpoints; a file that ``save`` wrote; a method; or any encoder, a module
+            of images ``[images, channels, height, width]`` to embeddings ``[images, features]``, which classifies by
+            the nearest prototype.
+        size: height and width of the images that a method or an encoder takes; a file says it itself, as it does the
+            next three.
+        channels: theirs: 1 for grey, 3 for RGB.
+        normalise: how they are normalised, see ``fewshot.data.images.normalise``.
+        ink: whether they are letters or drawings, bright on black.
+        hardware: an option of the group of that name.
+        batch: images that are embedded at once.
+        trust: packages whose code the file may name.
+
+    Attributes:
+        classes_: the labels, sorted, ``[way]``; in the order of ``predict_proba``.
+        support_: the examples as the model sees them, uint8 ``[examples, size, size, channels]``.
+        labels_: the class of each, int64 ``[examples]``, by its place in ``classes_``.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | nn.Module,
+        *,
+        size: int = 224,
+        channels: int = 3,
+        normalise: str = "standardise",
+        ink: bool = False,
+        hardware: str = "auto",
+        batch: int = 64,
+        trust: str | Iterable[str] | None = None,
+    ) -> None:
+        self.model = model
+        self.size = size
+        self.channels = channels
+        self.normalise = normalise
+        self.ink = ink
+        self.hardware = hardware
+        self.batch = batch
+        self.trust = trust
+
+    def fit(self, images: Iterable[Any], labels: ArrayLike) -> "FewShotClassifier":
+        """Learn the classes from examples of them; those of an earlier call are forgotten.
+
+        Args:
+            images: at least one of each class.
+            labels: the class of each image, text or numbers.
+
+        Raises:
+            FewShotError: there is no such model; an image cannot be read; images and labels differ in number; or there
+                are fewer than two classes.
+        """
+        predictor = self._make_predictor()
+        support = [_prepare(image, predictor) for image in images]
+        given = np.asarray(labels)
+        if given.shape != (len(support),):
+            raise FewShotError(f"labels of the shape {list(given.shape)} for {len(support)} images; give one for each")
+        classes, numbers = np.unique(given, return_inverse=True)
+        return self._learn(predictor, classes, np.array(support), numbers)
+
+    def decision_function(self, images: Iterable[Any]) -> NDArray[np.float32]:
+        """Logits ``[images, way]``.
+
+        Raises:
+            FewShotError: an image cannot be read.
+            sklearn.exceptions.NotFittedError: ``fit`` was not called.
+        """
+        check_is_fitted(self, "classes_")
+        logits = [np.empty((0, len(self.classes_)), np.float32)]
+        batch: list[Pixels] = []
+        for image in images:
+            batch.append(_prepare(image, self._predictor))
+            if len(batch) == self.batch:
+                logits.append(self._classify(batch).numpy())
+                batch = []
+        return np.concatenate([*logits, self._classify(batch).numpy()] if batch else logits)
+
+    def predict_proba(self, images: Iterable[Any]) -> NDArray[np.float32]:
+        """The softmax of the logits, ``[images, way]``: how likely each class is beside the others."""
+        return torch.from_numpy(self.decision_function(images)).softmax(dim=1).numpy()
+
+    def predict(self, images: Iterable[Any]) -> NDArray[Any]:
+        """The most probable label of each image."""
+        best = self.decision_function(images).argmax(axis=1)
+        return np.asarray(self.classes_[best])
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the classifier to one file of safetensors: weights, configuration and examples, no code.
+
+        Raises:
+            FewShotError: it was made from a method or an encoder, which no configuration describes.
+            sklearn.exceptions.NotFittedError: ``fit`` was not called.
+        """
+        check_is_fitted(self, "classes_")
+        if isinstance(self.model, nn.Module):
+            raise FewShotError("only a classifier made from a run can be saved: its configuration says how to make it")
+        content = {"format": FORMAT, "version": fewshot.__version__, "classes": self.classes_.tolist()}
+        _, config = self._open(places={"data_dir": "", "cache_dir": ""})  # no one else's business
+        weights = self._predictor.method.state_dict().items()
+        tensors = {f"{WEIGHTS}{name}": one.clone(memory_format=torch.contiguous_format) for name, one in weights}
+        tensors |= {"support": torch.from_numpy(self.support_), "labels": torch.from_numpy(self.labels_)}
+        text = json.dumps({**content, "config": {**config, "run_dir": None}})
+        write_whole(Path(path), save({name: value.cpu() for name, value in tensors.items()}, {"fewshot": text}))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], **settings: Any) -> "FewShotClassifier":
+        """Read a classifier that ``save`` wrote. The file may come from anyone: it runs no code.
+
+        Args:
+            path: of the file.
+            settings: ``hardware``, ``batch`` and ``trust``, see the class.
+
+        Raises:
+            FewShotError: it is no such file, is broken, or names code that is not trusted.
+        """
+        loaded = cls(path, **settings)
+        content, tensors = _read(Path(path))
+        classes, support, labels = content.get("classes"), tensors.get("support"), tensors.get("labels")
+        predictor = loaded._make_predictor()
+        shape = (predictor.size, predictor.size, predictor.channels)
+        fits = (
+            isinstance(classes, list)
+            and len({type(name) for name in classes} & {str, int, float}) == 1 == len({type(name) for name in classes})
+            and len(set(classes)) == len(classes)
+            and support is not None
+            and labels is not None
+            and (support.dtype, labels.dtype) == (torch.uint8, torch.int64)
+            and support.shape[1:] == shape
+            and labels.shape == support.shape[:1]
+            and labels.unique().tolist() == list(range(len(classes)))
+        )
+        if not fits:
+            raise FewShotError(f"{path} is broken: its examples do not fit its classes; save the classifier again")
+        return loaded._learn(predictor, np.array(classes), support.numpy(), labels.numpy())  # type: ignore[union-attr]
+
+    def _learn(
+        self, predictor: Predictor, classes: NDArray[Any], support: NDArray[np.uint8], labels: NDArray[np.int64]
+    ) -> "FewShotClassifier":
+        examples = {str(number): list(support[labels == number]) for number in range(len(classes))}
+        self._classify, self._predictor = predictor.learn(examples), predictor
+        self.classes_, self.support_, self.labels_ = classes, support, labels.astype(np.int64)
+        return self
+
+    def _make_predictor(self) -> Predictor:
+        hardware = compose(f"hardware={self.hardware}", name="predict").hardware
+        if isinstance(self.model, nn.Module):
+            method = self.model if isinstance(self.model, FewShotMethod) else PrototypicalNetwork(self.model)
+            dataset = {"size": self.size, "channels": self.channels, "normalise": self.normalise}
+            return Predictor(method, OmegaConf.create(dataset), self.ink, hardware)
+        method, config = self._open()
+        ink = has_bright_ink(get_object(config["dataset"]["source"]["_target_"]))
+        return Predictor(method, OmegaConf.create(config["dataset"]), ink, hardware)
+
+    def _open(self, places: dict[str, str] | None = None) -> tuple[FewShotMethod, dict[str, Any]]:
+        """The method in a file, and the configuration of its run."""
+        assert not isinstance(self.model, nn.Module)
+        path = Path(self.model).expanduser()
+        if not path.is_file() or path.suffix == ".ckpt":
+            trained = load_trained(str(path), trust=self.trust, places=places)
+            return trained.method, trained.checkpoint["hyper_parameters"]
+        content, tensors = _read(path)
+        try:
+            config = read_config(content.get("config"), path, trust=self.trust, places=places)
+        except ValueError as error:
+            raise FewShotError(f"{path} is broken: {error}; save the classifier again") from error
+        weights = {name.removeprefix(WEIGHTS): one for name, one in tensors.items() if name.startswith(WEIGHTS)}
+        return restore(path, config, weights), config
+
+
+def _prepare(image: Any, predictor: Predictor) -> Pixels:
+    size, channels, ink = predictor.size, predictor.channels, predictor.ink
+    if isinstance(image, str | PathLike):
+        path = Path(image).expanduser()
+        return read_photo(ImageFile(str(path), lambda: read_file(plain(path))), size, channels, ink)
+    if not isinstance(image, Image.Image):
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
+            raise FewShotError(
+                f"an image is an array of {pixels.dtype} {list(pixels.shape)}; give uint8 [height, width] or "
+                "[height, width, channels] with 1, 3 or 4 channels, a PIL image, or a path"
+            )
+        if not pixels.size:
+            raise FewShotError(f"an image has no pixels: {list(pixels.shape)}")
+        image = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+    return prepare(image, size, channels, ink)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The text and the tensors in a file that ``save`` wrote."""
+    try:
+        check_file(path)
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("fewshot", "")
+            if len(text) > LARGEST:
+                raise ValueError("its text is too long")
+            content = json.loads(text)
+            if not isinstance(content, dict) or "format" not in content:
+                raise ValueError("it holds no classifier")
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is {content['format']}, and this version reads {FORMAT}")
+            return content, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, RecursionError, SafetensorError, ValueError) as error:
+        raise FewShotError(f"{path} is no classifier that this program saved: {reason(error)}") from error

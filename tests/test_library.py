@@ -1,0 +1,194 @@
+"""The project as a library: from ``import fewshot`` alone."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from torch import nn
+
+import fewshot
+from conftest import nothing_touched
+from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.encoders.conv4 import Conv4
+from fewshot.errors import FewShotError
+from fewshot.prediction import make_predictor
+
+rng = np.random.default_rng(0)
+
+
+@pytest.fixture
+def examples():
+    """Bright and dark images of several sizes and kinds."""
+    dark = rng.integers(0, 60, (40, 30), dtype=np.uint8)
+    bright = rng.integers(180, 255, (28, 28, 1), dtype=np.uint8)
+    return [dark, Image.fromarray(dark), bright, bright], ["dark", "dark", "bright", "bright"]
+
+
+def test_import_is_quick_and_names_are_there():
+    look = "import sys, fewshot; assert 'torch' not in sys.modules; print(*dir(fewshot))"
+    names = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout.split()
+    assert set(fewshot.__all__) <= set(names)
+    assert all(getattr(fewshot, name) is not None for name in fewshot.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'tain'"):
+        _ = fewshot.tain
+
+
+def test_train_and_load(tmp_path, monkeypatch, cache_dir):
+    monkeypatch.setattr("fewshot.runs.ROOT", tmp_path)
+    small = {"train": {"episodes": 2, "way": 3}, "val": {"episodes": 2}, "test": {"episodes": 2}}
+    run = fewshot.train("query=2", method="protonet", encoder={"filters": 4}, cache_dir=cache_dir, **small)
+    assert run.parents[1] == tmp_path / "outputs" and run.name.endswith("_protonet_glyphs")
+    assert json.loads((run / "results.json").read_text())["query"] == 2
+    assert isinstance(fewshot.load(run).method, fewshot.PrototypicalNetwork)
+
+
+def test_composing_leaves_the_hydra_of_the_program_around_as_it_is(monkeypatch):
+    around = object()
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", around)
+    assert fewshot.compose("way=3").way == 3
+    assert HydraConfig.instance().cfg is around
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides"),
+    [
+        ({"way": 5, "train": {"episodes": 9}}, ["way=5", "train.episodes=9"]),
+        (
+            {"data_dir": "a b,{=}'", "resume": None, "pictures": False},
+            ["data_dir='a b,{=}\\''", "resume=null", "pictures=false"],
+        ),
+        ({"trust": ["a", "b"]}, ["trust=['a','b']"]),
+    ],
+)
+def test_settings_are_overrides(settings, overrides):
+    assert fewshot.config.as_overrides(settings) == overrides
+    config = fewshot.compose(*overrides)
+    for key, value in settings.items():
+        assert config[key]["episodes"] == 9 if isinstance(value, dict) else config[key] == value
+
+
+def test_the_data_module_needs_a_name_alone(cache_dir):
+    data = fewshot.EpisodeDataModule("glyphs", way=3, query=2, train={"episodes": 2}, cache_dir=str(cache_dir))
+    assert data.train_episode == {"way": 3, "shot": 1, "query": 2, "seed": 0} and data.train_episodes == 2
+    method = fewshot.PrototypicalNetwork(Conv4(channels=1, size=28, filters=4))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    pl.Trainer(max_epochs=1, enable_checkpointing=False, limit_val_batches=1, **quiet).fit(method, data)
+    assert data.trained == 2
+    with pytest.raises(Exception, match="nowhere"):
+        EpisodeDataModule("nowhere")
+
+
+# MAML's batch norm sees the queries of a batch together.
+@pytest.mark.parametrize(("name", "batch"), [("protonet", 3), ("maml", 64)])
+def test_the_classifier_answers_as_predict_does(run, examples, name, batch, tmp_path):
+    images, labels = examples
+    classifier = fewshot.FewShotClassifier(run(name), hardware="cpu", batch=batch).fit(images, labels)
+    assert classifier.classes_.tolist() == ["bright", "dark"]
+    predictor = make_predictor(fewshot.compose(f"checkpoint={run(name)}", "hardware=cpu", name="predict"))
+    pixels = list(classifier.support_)
+    logits = predictor.learn({"bright": pixels[2:], "dark": pixels[:2]})(pixels)
+    np.testing.assert_allclose(classifier.decision_function(images), logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(classifier.predict_proba(images).sum(axis=1), 1, rtol=1e-5)
+    assert classifier.score(images, labels) == np.mean(classifier.predict(images) == labels)
+    assert classifier.predict([]).shape == (0,)
+
+    Image.fromarray(images[0]).save(tmp_path / "dark.png")
+    np.testing.assert_allclose(
+        classifier.decision_function([tmp_path / "dark.png"]), classifier.decision_function(images[:1]), rtol=1e-5
+    )
+
+
+def test_a_saved_classifier_gives_the_same_answers_and_holds_no_place(run, examples, tmp_path):
+    images, labels = examples
+    classifier = fewshot.FewShotClassifier(run("protonet"), hardware="cpu").fit(images, labels)
+    file = tmp_path / "mine.safetensors"
+    classifier.save(file)
+    assert str(run("protonet")).encode() not in file.read_bytes()
+    with nothing_touched():
+        loaded = fewshot.FewShotClassifier.load(file, hardware="cpu")
+    assert loaded.classes_.tolist() == classifier.classes_.tolist()
+    np.testing.assert_array_equal(loaded.decision_function(images), classifier.decision_function(images))
+    again = fewshot.FewShotClassifier(file, hardware="cpu").fit(images, [3, 3, 1, 1])
+    again.save(tmp_path / "numbers.safetensors")
+    numbers = fewshot.FewShotClassifier.load(tmp_path / "numbers.safetensors").predict(images)
+    assert numbers.dtype.kind == "i" and set(numbers) <= {1, 3}
+
+
+def test_any_encoder_classifies(examples):
+    images, labels = examples
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    classifier = fewshot.FewShotClassifier(encoder, size=28, channels=1, normalise="range", hardware="cpu")
+    assert clone(classifier).size == 28  # scikit-learn's way to try settings
+    assert classifier.fit(images, labels).predict(images).tolist() == labels
+    with pytest.raises(FewShotError, match="only a classifier made from a run can be saved"):
+        classifier.save("x")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ([np.zeros((4, 4))], ["a"], r"array of float64 \[4, 4\]; give uint8"),
+        ([np.zeros((4, 4, 2), np.uint8)], ["a"], r"uint8 \[4, 4, 2\]"),
+        ([np.zeros((0, 4), np.uint8)], ["a"], r"no pixels: \[0, 4\]"),
+        ([np.zeros((4, 4), np.uint8)] * 2, ["a", "a"], "two classes or more"),
+        ([np.zeros((4, 4), np.uint8)] * 2, ["a"], r"labels of the shape \[1\] for 2 images"),
+        ([], [], "two classes or more"),
+        (["nowhere.png"], ["a"], "cannot read the image nowhere.png"),
+    ],
+)
+def test_bad_examples_are_named(run, images, labels, message):
+    with pytest.raises(FewShotError, match=message):
+        fewshot.FewShotClassifier(run("protonet"), hardware="cpu").fit(images, labels)
+
+
+def test_what_is_not_fitted_or_not_there_is_named(run, tmp_path):
+    with pytest.raises(NotFittedError):
+        fewshot.FewShotClassifier(run("protonet")).predict([])
+    with pytest.raises(NotFittedError):
+        fewshot.FewShotClassifier(run("protonet")).save(tmp_path / "x")
+    with pytest.raises(FewShotError, match="nowhere"):
+        fewshot.FewShotClassifier(tmp_path / "nowhere").fit([], [])
+
+
+def test_a_broken_or_hostile_file_is_refused(run, examples, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    fewshot.FewShotClassifier(run("protonet"), hardware="cpu").fit(*examples).save(file)
+    tensors = load_file(file)
+    with fewshot.estimator.safe_open(file, framework="pt") as opened:
+        content = json.loads(opened.metadata()["fewshot"])
+
+    def refused(message, tensors=tensors, **changes):
+        save_file(tensors, file, {"fewshot": json.dumps(content | changes)})
+        with nothing_touched(), pytest.raises(FewShotError, match=message):
+            fewshot.FewShotClassifier.load(file, hardware="cpu")
+
+    refused("its format is 2", format=2)
+    refused("do not fit its classes", classes=["a"])
+    refused("do not fit its classes", classes=["a", "a"])
+    refused("do not fit its classes", classes=["a", [1]])
+    refused("do not fit its classes", tensors | {"labels": tensors["labels"] + 1})
+    refused("do not fit its classes", tensors | {"support": tensors["support"][:, 1:].contiguous()})
+    refused("is broken: its configuration is no mapping", config="${oc.env:HOME}")
+    method = content["config"]["method"]
+    refused("its method is os.system", config=content["config"] | {"method": {**method, "_target_": "os.system"}})
+    refused(
+        "its method is mine.Net, .*trust=mine",
+        config=content["config"] | {"method": {**method, "_target_": "mine.Net"}},
+    )
+    weight = next(name for name in tensors if name.startswith("weights."))
+    refused("do not fit the method", {name: value for name, value in tensors.items() if name != weight})
+    refused("is not finite", tensors | {weight: torch.full_like(tensors[weight], torch.nan)})
+    for contents in (b"", b"\x80\x04.", pickle.dumps([1]), file.read_bytes()[:-9]):
+        file.write_bytes(contents)
+        with pytest.raises(FewShotError, match="no classifier that this program saved"):
+            fewshot.FewShotClassifier.load(file)
