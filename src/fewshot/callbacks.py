@@ -23,6 +23,7 @@ from fewshot.hardware import asynchronous
 from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.metrics import largest
 from fewshot.text import say
+from fewshot.trust import plain
 
 
 class ProgressBar(RichProgressBar):
@@ -50,10 +51,12 @@ class Record(pl.Callback):
         seconds: spent in training steps, validations left out.
         validations: each one's estimate, and the ``trained_episodes`` before it.
         precisions: those that the run was trained with, as "PRECISION from EPISODE", one after the other.
+        encoder_init: the checkpoint that the encoder began with, and its digest; None: there was none.
         began: whether all is set up, and what a checkpoint holds is in its place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, encoder_init: dict[str, str] | None = None) -> None:
+        self.encoder_init = encoder_init
         self.seconds = 0.0
         self.validations: list[dict[str, float]] = []
         self.began = False
@@ -145,7 +148,8 @@ class Record(pl.Callback):
             del loops[key]
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        state = {"seconds": self.seconds, "validations": self.validations, "precisions": self.precisions}
+        names = ("seconds", "validations", "precisions", "encoder_init")
+        state = {name: getattr(self, name) for name in names}
         random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
         if not torch.distributed.is_initialized():
             return state | {"random": random}
@@ -156,6 +160,7 @@ class Record(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         self.seconds, self.validations = state["seconds"], state["validations"]
         self.precisions = list(state.get("precisions", []))
+        self.encoder_init = plain(state.get("encoder_init"))
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         of_all = dict(enumerate([state["random"], *state.get("random_elsewhere", [])]))
         self._random = of_all.get(rank)  # none where there were fewer processes

@@ -43,6 +43,7 @@ class Training(Task):
 
     episodes: int = MISSING
     meta_batch: int = MISSING
+    batch_size: int | None = None
     steps: int = MISSING
     on_nan: str = MISSING
 
@@ -138,11 +139,14 @@ def check(config: DictConfig) -> None:
         FewShotError: names every such key, and what it must be.
     """
     absent = [key for key in NODES if not OmegaConf.is_dict(OmegaConf.select(config, key))]
+    absent += ["encoder"] if "encoder" not in absent and "_target_" not in config.encoder else []
     if absent:
         raise FewShotError(f"the configuration has no {', '.join(absent)}; leave out the override that takes it away")
     wrong = [
         line for key, node in _targets(config) for line in _wrong_types(key, node, import_target(key, node._target_))
     ]
+    if not isinstance(config.encoder.get("init"), str | None):
+        wrong.append(f"encoder.init={config.encoder.init} must be the directory of a run, or a checkpoint, or null")
     hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
     if hardware.get("precision") == "auto":  # ours; see fewshot.hardware
         del hardware["precision"]
@@ -205,7 +209,7 @@ def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[...,
     except NameError:  # its module imports a type for type checkers alone
         hints = {}
     for key, value in settings.items():
-        if str(key).startswith("_") or OmegaConf.is_dict(value):
+        if str(key).startswith("_") or OmegaConf.is_dict(value) or (prefix, key) == ("encoder", "init"):
             continue
         if key not in parameters:
             if not open_ended:

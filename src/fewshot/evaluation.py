@@ -241,6 +241,7 @@ def _results(trained: Trained, asked: DictConfig, config: DictConfig, tested: Ev
         "checkpoint": str(trained.path),
         "left_out_classes": tested.data.left_out,
         "precisions": record.get("precisions"),
+        "encoder_init": record.get("encoder_init"),
         "weights": trained.path.stem,  # the report counts those that were best on validation classes
         "run_config": OmegaConf.to_container(trained.config),  # of the training; config is that of this test
         "val_accuracy": max((of["accuracy"] for of in validations), default=None),

@@ -41,6 +41,7 @@ OPTIONAL = {
     "precision": str,
     "precisions": list,
     "encoder_parameters": int,
+    "encoder_init": dict,
     "split": str,
     "weights": str,
     "run_config": dict,
@@ -65,6 +66,7 @@ NOT_DECISIVE = (
     "log_every",
     "logger",
     "pictures",
+    "method.encoder.init",  # a place; the digest of what lay there is in the result
     "method.task_batching",
     "method.vmap_tasks",
     "method.recompute",
@@ -160,6 +162,7 @@ def settings(result: Result) -> Settings:
     decisive = {
         **dict(_flat({key: result.get(key) for key in ("data", "precision", "encoder_parameters")})),
         **{key: value for key, value in _flat(run) if not _is_below(key, NOT_DECISIVE)},
+        "encoder_init": (result.get("encoder_init") or {}).get("sha256"),
         "test.episodes": result["episodes"],
     }
     if len(result.get("precisions") or []) > 1:  # the run was resumed with another one
@@ -301,7 +304,8 @@ def _wrong_data(result: Result) -> str | None:
     if data["classes"]["test"] < result["way"]:
         return f"its episodes have {result['way']} classes, and its data {data['classes']['test']} for the test"
     way = run_config(result)["train"].get("way")
-    if _is(way, int) and data["classes"]["train"] < way:
+    on_episodes = run_config(result)["train"].get("batch_size") is None
+    if on_episodes and _is(way, int) and data["classes"]["train"] < way:
         return f"its config says train.way={way}, and its data have {data['classes']['train']} classes for training"
     return None
 

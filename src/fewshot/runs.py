@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
-from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors, shapes
+from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors, shapes, without_initial_weights
 from fewshot.config import ROOT, is_group, training_steps
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, differences, read_contents, read_names
@@ -174,6 +174,8 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
     saved = OmegaConf.create(checkpoint["hyper_parameters"])
     if config.resume != "auto":
         config = _with_overrides(saved, config)
+    if config.method.get("classes", 0) is None:  # the data say how many, and they are compared later
+        config.method.classes = saved.method.get("classes")
     _keep_horizon(saved, config)
     free = MAY_DIFFER | _places_in(config)
     differ = [line for key, line in _differences(config, saved, DECISIVE) if key not in free]
@@ -183,7 +185,7 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
             "or choose another directory with hydra.run.dir=PATH"
         )
     try:
-        check_weights(config.method, checkpoint["state_dict"])
+        check_weights(without_initial_weights(config.method), checkpoint["state_dict"])
     except ValueError as error:
         raise cannot_go_on(path, error) from error
     return config, checkpoint

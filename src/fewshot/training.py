@@ -21,13 +21,14 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
-from fewshot.checkpoints import WholeCheckpoints, shapes, without_initial_weights
-from fewshot.config import CHECKOUT, ROOT, as_overrides, check, command, compose
+from fewshot.checkpoints import WholeCheckpoints, shapes, without_init, without_initial_weights
+from fewshot.config import CHECKOUT, ROOT, as_overrides, check, command, compose, import_target
 from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, memory_in_a_line, precision_of
+from fewshot.initial import read_encoder
 from fewshot.loggers import open_loggers, parts
 from fewshot.methods.base import FewShotMethod
 from fewshot.processes import as_one
@@ -92,11 +93,12 @@ def train(config: DictConfig) -> float:
     interruption = Interruption(f"{command('train')} resume={run_dir}{place}{_own_choices()}")
     with interruption, only_run_in(run_dir):
         config, checkpoint = to_go_on_with(config)
-        check(config)
+        check(with_classes(config))
         check_hardware(config.hardware)
         config.hardware.precision = precision_of(config.hardware)  # what a checkpoint says, and a resumed run keeps
         with memory_in_a_line(_less_memory(config)):
             data = make_data(config)
+            config = with_classes(config, len(data.bank.classes("train")))
             if checkpoint is not None:
                 anew = "train anew into another directory with hydra.run.dir=PATH"
                 check_same_data(trained_on(checkpoint, run_dir), data.bank, run_dir, anew)
@@ -110,6 +112,8 @@ def train(config: DictConfig) -> float:
 
 def _less_memory(config: DictConfig) -> str:
     """What to lower where memory does not suffice."""
+    if trains_on(config) == "classes":
+        return f"lower train.batch_size in a new run, or choose another precision by resume={config.run_dir}"
     step = "method.vmap_tasks, or set method.recompute=true," if "vmap_tasks" in config.method else "train.meta_batch"
     return (
         f"lower {step} or train.way, train.shot and train.query, in a new run; or go on with this one by "
@@ -137,8 +141,13 @@ def _train_and_log(
 ) -> float:
     keep_freed_memory()
     run_dir = Path(config.run_dir)
-    method = make_method(config, initial_weights=checkpoint is None)
-    record, finite = Record(), FiniteGradients(config.train.on_nan)
+    # On resume the weights of the checkpoint count, and what they once began with is not read again.
+    init = read_encoder(config, data.bank) if checkpoint is None and config.encoder.get("init") else None
+    method = make_method(config, initial_weights=checkpoint is None and init is None)
+    if init is not None:
+        init.copy_to(method.encoder)
+    record = Record(None if init is None else init.record)
+    finite = FiniteGradients(config.train.on_nan)
     keep: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False, **keep)
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **keep)
@@ -176,7 +185,7 @@ def _train_and_log(
         interruption.check(trainer)
         # The test restores the older state that the callbacks had at the best weights.
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
-        precisions = record.precisions
+        precisions, encoder_init = record.precisions, record.encoder_init
         trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
 
     validation = max(estimate["accuracy"] for estimate in validations)
@@ -187,6 +196,7 @@ def _train_and_log(
         "train_episodes_per_second": data.trained / seconds,
         "skipped_steps": skipped,
         "precisions": precisions,
+        "encoder_init": encoder_init,
         "overrides": overrides(run_dir),
         "validations": validations,
     }
@@ -223,8 +233,44 @@ def outcome(config: DictConfig, method: FewShotMethod, bank: ImageBank, trainer:
 def make_data(config: DictConfig, kind: Callable[..., EpisodeDataModule] = EpisodeDataModule) -> EpisodeDataModule:
     """The data module, of a given kind, its images not read yet."""
     keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "checkpoint_every", "cache_dir")
-    # A checkpoint of an earlier version has no transform.
-    return kind(config.dataset, transform=instantiate(config.get("transform")), **{key: config[key] for key in keys})
+    transform = instantiate(config.get("transform"))  # a checkpoint of an earlier version has none
+    settings = {key: config[key] for key in keys}
+    return kind(config.dataset, transform=transform, trains_on=trains_on(config), **settings)
+
+
+def trains_on(config: DictConfig) -> str:
+    """What the method of a configuration trains on, "episodes" or "classes"; see ``FewShotMethod``.
+
+    Raises:
+        FewShotError: it cannot be imported, or trains on something else.
+    """
+    name = OmegaConf.select(config, "method._target_")
+    found = "episodes" if name is None else getattr(import_target("method", name), "trains_on", "episodes")
+    if found not in ("episodes", "classes"):
+        raise FewShotError(f"{name}.trains_on is {found!r}, and must be 'episodes' or 'classes'")
+    return str(found)
+
+
+def with_classes(config: DictConfig, classes: int | None = None) -> DictConfig:
+    """The configuration with the number of training classes in it, if its method trains on these.
+
+    Args:
+        config: the composed ``conf/train.yaml``.
+        classes: as many as the data have; None: they were not read yet, and any number does to check the rest.
+
+    Raises:
+        FewShotError: the configuration has another number already.
+    """
+    if trains_on(config) != "classes":
+        return config
+    given = config.method.get("classes")
+    if classes is None:
+        classes = 2 if given is None else given
+    if given not in (None, classes):
+        raise FewShotError(f"method.classes={given}: the data have {classes} training classes; leave it out")
+    config = config.copy()
+    OmegaConf.update(config, "method.classes", classes, force_add=True)
+    return config
 
 
 def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMethod:
@@ -237,7 +283,7 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     """
     pl.seed_everything(config.seed, workers=True, verbose=False)
     make: Any = OmegaConf.to_container(config.method)
-    method: FewShotMethod = instantiate(make if initial_weights else without_initial_weights(make))
+    method: FewShotMethod = instantiate(without_init(make) if initial_weights else without_initial_weights(make))
     method.make_optimizer = instantiate(config.optimizer)
     method.make_schedule = instantiate(config.schedule)
     saved = {key: value for key, value in config.items() if key not in READERS_OWN}

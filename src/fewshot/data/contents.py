@@ -95,7 +95,7 @@ def differences(then: Contents, now: Contents) -> list[str]:
     return lines
 
 
-def known_to(then: Contents, now: Contents, split: str) -> list[str]:
+def known_to(then: Contents, now: Contents, split: str, by_name: bool = True) -> list[str]:
     """The classes that a split has now and that the run has seen: by their names, or by their images.
 
     Args:
@@ -103,9 +103,10 @@ def known_to(then: Contents, now: Contents, split: str) -> list[str]:
         now: the data at hand.
         split: "test": training and validation, which chose the weights, count as seen; "val": training does; "train":
             nothing does.
+        by_name: False: names mean nothing, since the run was trained on another data set.
     """
     seen = [then.splits[of] for of in SPLITS[: SPLITS.index(split)]]
-    names = {name for classes in seen for name in classes}
+    names = {name for classes in seen for name in classes if by_name}
     digests = {digest for classes in seen for digest in classes.values() if digest is not None}
     return [name for name, digest in now.splits[split].items() if name in names or digest in digests]
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.config import as_overrides, compose
-from fewshot.data.bank import SPLITS, ImageBank, ImageClass, open_bank
+from fewshot.data.bank import ImageBank, ImageClass, open_bank
+from fewshot.data.classes import ClassBatch, ClassBatches
 from fewshot.data.episodes import (
     EpisodeDataset,
     EpisodeNumber,
@@ -27,9 +29,13 @@ from fewshot.data.transforms import Transform, seeded
 from fewshot.errors import FewShotError
 from fewshot.text import say
 
+AnyBatch = TypeVar("AnyBatch", MetaBatch, ClassBatch)
+
 
 class EpisodeDataModule(pl.LightningDataModule):
     """Serves n-way k-shot episodes of the three splits of a data set, by the meta-batch.
+
+    For a method that trains on classes, a training episode is a batch of images of all training classes instead.
 
     Args:
         dataset: an option of the configuration group ``dataset``, by its name or composed. What the other arguments
@@ -37,7 +43,8 @@ class EpisodeDataModule(pl.LightningDataModule):
         way: classes in an episode of validation and test.
         shot: support samples a class there.
         query: queries a class there.
-        train: the same for training, with ``episodes`` in all and in a ``meta_batch``.
+        train: the same for training, with ``episodes`` in all and in a ``meta_batch``; and ``batch_size``, the images
+            in a batch for methods that train on classes, None for others.
         val: ``episodes`` of one validation, and how many training episodes lie between two (``every``, rounded up to
             whole meta-batches).
         test: ``episodes`` of the test.
@@ -46,6 +53,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         checkpoint_every: training episodes from one checkpoint to the next; a validation brings one too.
         cache_dir: where image banks are kept.
         transform: changes training images at random, see ``fewshot.data.transforms``; None: they stay as they are.
+        trains_on: "episodes" or "classes", see ``FewShotMethod``.
 
     Attributes:
         trained: how many training episodes are done, over all processes.
@@ -68,6 +76,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         checkpoint_every: int | None = None,
         cache_dir: str | None = None,
         transform: Transform | None = None,
+        trains_on: str = "episodes",
     ) -> None:
         super().__init__()
         task = {"way": way, "shot": shot, "query": query}
@@ -80,6 +89,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         self.train_episode = {**{key: given["train"][key] for key in task}, "seed": seed}
         self.train_episodes, self._meta_batch = given["train"]["episodes"], given["train"]["meta_batch"]
         self._every, self._checkpoint_every = given["val"]["every"], given["checkpoint_every"]
+        self.trains_on, self._batch_size = trains_on, given["train"].get("batch_size")
         self.episodes = {split: given[split]["episodes"] for split in ("val", "test")}
         self.trained = 0
         self.stage = self.step = range(0)
@@ -103,14 +113,15 @@ class EpisodeDataModule(pl.LightningDataModule):
         Raises:
             FewShotError: see ``check_task``.
         """
-        for split in SPLITS:
+        for split, task in self._tasks().items():
             own = [one for one in classes if one.split == split]
-            task = {key: value for key, value in self._task(split).items() if key != "seed"}
-            check_task(split, [one.name for one in own], [one.count for one in own], **task)
+            shape = {key: value for key, value in task.items() if key != "seed"}
+            check_task(split, [one.name for one in own], [one.count for one in own], **shape)
 
-    def _task(self, split: str) -> dict[str, int]:
-        """The way, shot, query and seed of the episodes of a split."""
-        return self.train_episode if split == "train" else self.episode
+    def _tasks(self) -> dict[str, dict[str, int]]:
+        """The way, shot, query and seed of the episodes of each split that episodes are drawn from."""
+        tasks = {"train": self.train_episode, "val": self.episode, "test": self.episode}
+        return {split: task for split, task in tasks.items() if split != "train" or self.trains_on == "episodes"}
 
     @cached_property
     def images(self) -> ImageTable:
@@ -125,7 +136,8 @@ class EpisodeDataModule(pl.LightningDataModule):
         """Check all three splits against what is asked of them before anything slow begins.
 
         Raises:
-            FewShotError: there are too few classes, images of a class, or episodes for all processes.
+            FewShotError: there are too few classes, images of a class, or episodes for all processes; or
+                ``train.batch_size`` does not go with what the method trains on.
         """
         for split, episodes in self.episodes.items():
             if episodes < self.processes:
@@ -133,7 +145,14 @@ class EpisodeDataModule(pl.LightningDataModule):
                     f"{split}.episodes={episodes} cannot be shared out to {self.processes} processes; ask for at least "
                     "as many, or for fewer processes by hardware.devices"
                 )
-        self.datasets = {split: EpisodeDataset(self.bank, split, **self._task(split)) for split in SPLITS}
+        if self.trains_on == "classes":
+            self.batches = ClassBatches(self.bank, self._batch_size, self.train_episode["seed"])
+        elif self._batch_size is not None:
+            raise FewShotError(
+                f"train.batch_size={self._batch_size}: this method trains on episodes, of train.way, train.shot and "
+                "train.query; leave it out"
+            )
+        self.datasets = {split: EpisodeDataset(self.bank, split, **task) for split, task in self._tasks().items()}
 
     @property
     def processes(self) -> int:
@@ -160,13 +179,16 @@ class EpisodeDataModule(pl.LightningDataModule):
         """Whether a validation follows the current stage."""
         return self.stage.stop % self.every == 0 or self.stage.stop == self.train_episodes
 
-    def train_dataloader(self) -> TrainingLoader[MetaBatch]:
+    def train_dataloader(self) -> TrainingLoader[MetaBatch] | TrainingLoader[ClassBatch]:
         """The meta-batches from the episodes trained so far to the next checkpoint or validation."""
         if self.trainer is not None:
             # Every epoch of the trainer is another stage; it would go on with the first one's length.
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         self.stage = self._stage(self.trained)
-        return TrainingLoader(self.trained, self._stage, self._shares, self._meta_batch_of)
+        plan = self.trained, self._stage, self._shares
+        if self.trains_on == "classes":
+            return TrainingLoader(*plan, self._class_batch_of)
+        return TrainingLoader(*plan, self._meta_batch_of)
 
     def _stage(self, trained: int) -> range:
         """The training episodes from a number of them on to the next checkpoint or validation."""
@@ -192,6 +214,11 @@ class EpisodeDataModule(pl.LightningDataModule):
         dataset = self.datasets["train"]
         return MetaBatch(stack([dataset[number] for number in share.numbers]), share, self._training_images(share))
 
+    def _class_batch_of(self, share: Share) -> ClassBatch:
+        drawn = [self.batches[epoch * self.every + number] for epoch, number in share.numbers]
+        positions, labels = (torch.stack(tensors) for tensors in zip(*drawn, strict=True))
+        return ClassBatch(positions, labels, share, self._training_images(share))
+
     def _training_images(self, share: Share) -> Gather:
         """The images of the episodes of a share, transformed by random numbers of each episode's own."""
         if self.transform is None:
@@ -215,7 +242,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         """The test episodes."""
         return self._evaluation_loader("test")
 
-    def on_after_batch_transfer(self, batch: MetaBatch, dataloader_idx: int) -> MetaBatch:  # noqa: ARG002
+    def on_after_batch_transfer(self, batch: AnyBatch, dataloader_idx: int) -> AnyBatch:  # noqa: ARG002
         """Count the episodes that a trainer takes to train on."""
         if self.trainer is not None and self.trainer.training:
             self.step = range(batch.share.start, batch.share.stop)

@@ -32,9 +32,12 @@ class FewShotMethod(pl.LightningModule, ABC):
         make_optimizer: from the parameters; set it, as the group ``optimizer`` does, before training starts.
         make_schedule: from the optimizer, counting training steps; None: the learning rate stays.
         estimates: the accuracy last measured on "val" and on "test".
+        trains_on: "episodes": ``training_step`` takes a ``MetaBatch``; "classes": a ``ClassBatch``, and the method is
+            made with the number of training classes, ``classes``. It is validated and tested on episodes either way.
         compilable: whether ``torch.compile`` can be used for the encoder: it does not differentiate twice.
     """
 
+    trains_on = "episodes"
     compilable = True
 
     def __init__(self, encoder: nn.Module) -> None:

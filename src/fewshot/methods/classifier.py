@@ -1,0 +1,70 @@
+"""A classifier of all training classes: Baseline and Baseline++ of Chen et al., 2019, arXiv 1904.04232.
+
+Trained so, the encoder alone is used for new classes, by nearest class mean as in SimpleShot (Wang et al., 2019, arXiv
+1911.04623, section 3.1); Chen et al. train another linear layer on every support set.
+"""
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fewshot.data.classes import ClassBatch
+from fewshot.distances import Distance, cosine
+from fewshot.errors import FewShotError
+from fewshot.methods.protonet import PrototypicalNetwork
+
+
+class Baseline(PrototypicalNetwork):
+    """Learn all training classes at once by a layer on the embeddings; classify episodes by the nearest prototype.
+
+    Args:
+        encoder: the feature extractor f of the paper, with its number of ``features``.
+        distance: from queries to prototypes, in validation and test.
+        classes: the number of training classes.
+        head: "linear": Baseline, the logits W f(x) + b; "cosine": Baseline++, the cosines of f(x) and each class's
+            weight vector, times ``scale``.
+        scale: of the cosines, positive: without one, the softmax over numbers in [-1, 1] would be almost uniform.
+        label_smoothing: the share of the target that all classes get alike (Szegedy et al., 2016, arXiv 1512.00567,
+            section 7), at least 0 and below 1.
+
+    Raises:
+        FewShotError: a setting is out of range.
+    """
+
+    trains_on = "classes"
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        distance: Distance,
+        classes: int,
+        head: Literal["linear", "cosine"] = "linear",
+        scale: float = 10.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(encoder, distance)
+        if head not in ("linear", "cosine"):
+            raise FewShotError(f"method.head={head} must be linear or cosine")
+        if not scale > 0:
+            raise FewShotError(f"method.scale={scale} must be positive")
+        if not 0 <= label_smoothing < 1:
+            raise FewShotError(f"method.label_smoothing={label_smoothing} must be at least 0 and below 1")
+        self.scale, self.label_smoothing, self.by_cosine = scale, label_smoothing, head == "cosine"
+        self.head = nn.Linear(int(encoder.features), classes, bias=not self.by_cosine)  # type: ignore[arg-type]
+
+    def class_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The logits of the training classes, ``[images, classes]``, of embeddings ``[images, features]``."""
+        if self.by_cosine:
+            return self.scale * (1 - cosine(embeddings, self.head.weight))
+        logits: torch.Tensor = self.head(embeddings)
+        return logits
+
+    def training_step(self, batch: ClassBatch, batch_idx: int) -> torch.Tensor:  # type: ignore[override]  # noqa: ARG002
+        """The mean cross-entropy of a batch of images, equation 1 of the paper's training stage."""
+        images, labels = batch.load()
+        logits = self.class_logits(self.encoder(images))
+        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.log_training(loss, logits[None], labels[None])
+        return loss * batch.share.weight

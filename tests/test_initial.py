@@ -1,0 +1,147 @@
+"""An encoder that begins with the weights of another run's."""
+
+import hashlib
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from fewshot.config import compose
+from fewshot.errors import FewShotError
+from fewshot.evaluation import evaluate
+from fewshot.initial import read_encoder
+from fewshot.results import read_results, settings
+from fewshot.training import make_data, train
+
+TINY = ["train.episodes=2", "way=3", "train.way=3", "train.query=2", "query=2", "val.episodes=2", "test.episodes=2"]
+TINY += ["encoder.filters=4", "hardware=cpu", "pictures=false", "train.meta_batch=1", "val.every=2"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, cache_dir):
+    """A run that is complete."""
+    place = tmp_path_factory.mktemp("source")
+    train(compose(*TINY, f"run_dir={place}", f"cache_dir={cache_dir}"))
+    return place
+
+
+@pytest.fixture
+def configure(tmp_path, cache_dir):
+    return lambda *more, run="run": compose(*TINY, f"run_dir={tmp_path / run}", f"cache_dir={cache_dir}", *more)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("method", ["matching_fce", "maml"])
+def test_any_method_begins_with_the_encoder_of_another_run(method, source, configure, tmp_path):
+    # A step so short that it moves nothing.
+    train(configure(f"method={method}", *TINY, f"encoder.init={source}", "optimizer.lr=1e-30"))
+    begun = weights(source / "checkpoints" / "best.ckpt")
+    trained = weights(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    parameters = [name for name in trained if name.startswith("encoder.") and name.endswith(("weight", "bias"))]
+    assert parameters and all(torch.equal(trained[name], begun[name]) for name in parameters)
+
+
+def test_the_results_name_the_checkpoint_by_its_digest_resumed_or_not(source, configure, tmp_path):
+    init = f"encoder.init={source}"
+    path = source / "checkpoints" / "best.ckpt"
+    begun = {"checkpoint": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    train(configure(init))
+    whole = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert whole["encoder_init"] == begun
+    train(configure(init, "train.episodes=4", run="longer"))
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "run", moved)
+    (moved / "results.json").unlink()
+    # What the encoder began with is not read again, and need not be there any more.
+    train(configure("encoder.init=nowhere", "resume=auto", "train.episodes=4", run="moved"))
+    resumed, longer = (tmp_path / run / "checkpoints" / "last.ckpt" for run in ("moved", "longer"))
+    assert all(torch.equal(tensor, weights(longer)[name]) for name, tensor in weights(resumed).items())
+    (one,), (other,) = (read_results(str(tmp_path / run)) for run in ("moved", "longer"))
+    assert one["encoder_init"] == begun and settings(one) == settings(other)
+    evaluated = compose(f"checkpoint={moved}", f"out={tmp_path / 'out'}", "hardware=cpu", name="evaluate")
+    evaluate(evaluated)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["encoder_init"] == begun
+
+
+def test_runs_that_began_otherwise_share_no_line_of_the_report(source, configure, tmp_path):
+    train(configure())
+    train(configure(f"encoder.init={source}", run="begun"))
+    (one,), (other,) = (read_results(str(tmp_path / run)) for run in ("run", "begun"))
+    assert one["encoder_init"] is None and settings(one) != settings(other)
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("encoder.filters=5", r"\S+ is \[4, 1, 3, 3\], and must be \[5, 1, 3, 3\]"),
+        ("encoder=resnet12", "it is a Conv4, and must be a ResNet12"),
+    ],
+)
+def test_another_architecture_is_refused_by_its_first_difference(override, difference, source, configure):
+    tiny = [key for key in TINY if not key.startswith("encoder.")] if "resnet12" in override else []
+    config = configure(override, f"encoder.init={source}") if not tiny else None
+    if config is None:
+        config = compose(*tiny, override, f"encoder.init={source}", f"run_dir={source}-other")
+    with pytest.raises(FewShotError, match=f"encoder.init=.*another architecture: {difference}") as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_is_not_complete_is_refused(source, configure, tmp_path):
+    place = tmp_path / "incomplete"
+    shutil.copytree(source, place)
+    (place / "results.json").unlink()
+    for init in (place, place / "checkpoints" / "last.ckpt"):
+        with pytest.raises(FewShotError, match=re.escape(f"encoder.init={init}: the run is not complete")):
+            train(configure(f"encoder.init={init}"))
+
+
+@pytest.mark.parametrize(
+    ("init", "why"),
+    [("nowhere", "there is no checkpoint nowhere"), ("3", "encoder.init=3 must be the directory of a run")],
+)
+def test_what_is_no_run_is_refused_in_a_line(init, why, configure):
+    with pytest.raises(FewShotError, match=why):
+        train(configure(f"encoder.init={init}"))
+
+
+@pytest.mark.parametrize(("held_out", "renamed"), [("test", False), ("val", False), ("test", True)])
+def test_a_run_that_knows_a_class_of_validation_or_test_is_refused(held_out, renamed, source, configure):
+    config = configure(f"encoder.init={source}")
+    bank = make_data(config).bank
+    read_encoder(config, bank)
+    splits, names = list(bank.splits), list(bank.names)
+    moved = splits.index("train")
+    splits[moved] = held_out
+    names[moved] = "other" if renamed else names[moved]
+    bank.__dict__.update(splits=tuple(splits), names=tuple(names))
+    with pytest.raises(FewShotError, match=f"1 of the {held_out} classes: {names[moved]}; .*same split") as caught:
+        read_encoder(config, bank)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_mean_nothing_in_another_data_set(source, configure):
+    config = configure(f"encoder.init={source}")
+    bank = make_data(config).bank
+    splits = list(bank.splits)
+    splits[splits.index("train")] = "test"
+    digests = tuple(f"other {number}" for number in range(len(splits)))
+    bank.__dict__.update(splits=tuple(splits), class_digests=digests)
+    config.dataset.source._target_ = "fewshot.data.folder.folder"
+    read_encoder(config, bank)
+
+
+def test_an_encoder_of_one_s_own_needs_nothing(source, configure):
+    """The key is one for all encoders, and none of them is given it."""
+    config = configure(f"encoder.init={source}", "encoder._target_=test_initial.own", "method.encoder.filters=4")
+    with pytest.raises(FewShotError, match="it is a Conv4, and must be a Linear"):
+        train(config)
+
+
+def own(filters: int, channels: int, size: int) -> torch.nn.Module:
+    return torch.nn.Linear(channels * size, filters)
