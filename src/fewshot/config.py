@@ -142,6 +142,7 @@ def check(config: DictConfig) -> None:
     absent += ["encoder"] if "encoder" not in absent and "_target_" not in config.encoder else []
     if absent:
         raise FewShotError(f"the configuration has no {', '.join(absent)}; leave out the override that takes it away")
+    config = with_classes(config)
     wrong = [
         line for key, node in _targets(config) for line in _wrong_types(key, node, import_target(key, node._target_))
     ]
@@ -178,6 +179,41 @@ def outdated(config: Mapping[Any, Any]) -> str | None:
         if isinstance(section, dict) and name in section:
             return key
     return None
+
+
+def trains_on(config: DictConfig) -> str:
+    """What the method of a configuration trains on, "episodes" or "classes"; see ``FewShotMethod``.
+
+    Raises:
+        FewShotError: it cannot be imported, or trains on something else.
+    """
+    name = OmegaConf.select(config, "method._target_")
+    found = "episodes" if name is None else getattr(import_target("method", name), "trains_on", "episodes")
+    if found not in ("episodes", "classes"):
+        raise FewShotError(f"{name}.trains_on is {found!r}, and must be 'episodes' or 'classes'")
+    return str(found)
+
+
+def with_classes(config: DictConfig, classes: int | None = None) -> DictConfig:
+    """The configuration with the number of training classes in it, if its method trains on these.
+
+    Args:
+        config: the composed ``conf/train.yaml``.
+        classes: as many as the data have; None: they were not read yet, and any number does to check the rest.
+
+    Raises:
+        FewShotError: the configuration has another number already.
+    """
+    if trains_on(config) != "classes":
+        return config
+    given = config.method.get("classes")
+    if classes is None:
+        classes = 2 if given is None else given
+    if given not in (None, classes):
+        raise FewShotError(f"method.classes={given}: the data have {classes} training classes; leave it out")
+    config = config.copy()
+    OmegaConf.update(config, "method.classes", classes, force_add=True)
+    return config
 
 
 def check_types(key: str, node: DictConfig) -> None:

@@ -141,7 +141,9 @@ class Line:
     def train(self) -> Mapping[str, Any]:
         """The settings of the training."""
         run = self.runs[0]
-        return {key: run.get(key) for key in ("way", "shot")} | dict(run_config(run)["train"])
+        train = {key: run.get(key) for key in ("way", "shot")} | dict(run_config(run)["train"])
+        # A method that trains on classes has batches of images in place of tasks.
+        return train if train.get("batch_size") is None else train | {"way": None, "shot": None}
 
     @property
     def train_seconds(self) -> float:
@@ -459,7 +461,12 @@ def _ours(line: Line, machines: Sequence[str]) -> list[str]:
     spread = ""
     if line.seeds_sd is not None:
         spread = f"{line.seeds_sd:.2f} ({min(line.accuracies):.2f} to {max(line.accuracies):.2f})"
-    trained = [f"{line.train['way']}-way {line.train['shot']}-shot", f"{line.train['episodes']:,} episodes"]
+    images, episodes = line.train.get("batch_size"), f"{line.train['episodes']:,}"
+    trained = (
+        [f"{line.train['way']}-way {line.train['shot']}-shot", f"{episodes} episodes"]
+        if images is None
+        else [f"{episodes} batches of {images} images"]
+    )
     trained += [f"chosen at {line.chosen_at}"] if line.chosen_at else []
     return [
         f"{line.ours:.2f} ± {line.ci95:.2f}" + (f" ({line.split})" if line.split else ""),

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
 from fewshot.checkpoints import WholeCheckpoints, shapes, without_init, without_initial_weights
-from fewshot.config import CHECKOUT, ROOT, as_overrides, check, command, compose, import_target
+from fewshot.config import CHECKOUT, ROOT, as_overrides, check, command, compose, trains_on, with_classes
 from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
@@ -93,7 +93,7 @@ def train(config: DictConfig) -> float:
     interruption = Interruption(f"{command('train')} resume={run_dir}{place}{_own_choices()}")
     with interruption, only_run_in(run_dir):
         config, checkpoint = to_go_on_with(config)
-        check(with_classes(config))
+        check(config)
         check_hardware(config.hardware)
         config.hardware.precision = precision_of(config.hardware)  # what a checkpoint says, and a resumed run keeps
         with memory_in_a_line(_less_memory(config)):
@@ -236,41 +236,6 @@ def make_data(config: DictConfig, kind: Callable[..., EpisodeDataModule] = Episo
     transform = instantiate(config.get("transform"))  # a checkpoint of an earlier version has none
     settings = {key: config[key] for key in keys}
     return kind(config.dataset, transform=transform, trains_on=trains_on(config), **settings)
-
-
-def trains_on(config: DictConfig) -> str:
-    """What the method of a configuration trains on, "episodes" or "classes"; see ``FewShotMethod``.
-
-    Raises:
-        FewShotError: it cannot be imported, or trains on something else.
-    """
-    name = OmegaConf.select(config, "method._target_")
-    found = "episodes" if name is None else getattr(import_target("method", name), "trains_on", "episodes")
-    if found not in ("episodes", "classes"):
-        raise FewShotError(f"{name}.trains_on is {found!r}, and must be 'episodes' or 'classes'")
-    return str(found)
-
-
-def with_classes(config: DictConfig, classes: int | None = None) -> DictConfig:
-    """The configuration with the number of training classes in it, if its method trains on these.
-
-    Args:
-        config: the composed ``conf/train.yaml``.
-        classes: as many as the data have; None: they were not read yet, and any number does to check the rest.
-
-    Raises:
-        FewShotError: the configuration has another number already.
-    """
-    if trains_on(config) != "classes":
-        return config
-    given = config.method.get("classes")
-    if classes is None:
-        classes = 2 if given is None else given
-    if given not in (None, classes):
-        raise FewShotError(f"method.classes={given}: the data have {classes} training classes; leave it out")
-    config = config.copy()
-    OmegaConf.update(config, "method.classes", classes, force_add=True)
-    return config
 
 
 def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMethod:

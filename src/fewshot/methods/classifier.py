@@ -45,6 +45,8 @@ class Baseline(PrototypicalNetwork):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(encoder, distance)
+        if classes < 1:
+            raise FewShotError(f"method.classes={classes} must be at least 1")
         if head not in ("linear", "cosine"):
             raise FewShotError(f"method.head={head} must be linear or cosine")
         if not scale > 0:
