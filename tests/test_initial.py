@@ -15,7 +15,7 @@ from fewshot.initial import read_encoder
 from fewshot.results import read_results, settings
 from fewshot.training import make_data, train
 
-TINY = ["train.episodes=2", "way=3", "train.way=3", "train.query=2", "query=2", "val.episodes=2", "test.episodes=2"]
+TINY = ["train.episodes=2", "way=3", "train.way=3", "train.query=2", "query=2", "val.episodes=2", "test.episodes=8"]
 TINY += ["encoder.filters=4", "hardware=cpu", "pictures=false", "train.meta_batch=1", "val.every=2"]
 
 
@@ -138,7 +138,7 @@ def test_names_mean_nothing_in_another_data_set(source, configure):
 
 def test_an_encoder_of_one_s_own_needs_nothing(source, configure):
     """The key is one for all encoders, and none of them is given it."""
-    config = configure(f"encoder.init={source}", "encoder._target_=test_initial.own", "method.encoder.filters=4")
+    config = configure(f"encoder.init={source}", "encoder._target_=test_initial.own")
     with pytest.raises(FewShotError, match="it is a Conv4, and must be a Linear"):
         train(config)
 
