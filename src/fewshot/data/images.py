@@ -35,6 +35,8 @@ def opened(file: ImageFile) -> Iterator[Image.Image]:
                 if image.format == "EPS":
                     raise ValueError("PostScript is a program, and is not run")
                 yield image
+    except FewShotError:
+        raise
     except Exception as error:  # each format's decoder raises what it stumbles over
         reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise FewShotError(f"cannot read the image {file.name}: {reason}; replace or remove it") from error
