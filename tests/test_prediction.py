@@ -348,11 +348,11 @@ def test_logits_that_are_not_finite_are_no_answer(run, folders, monkeypatch):
 @pytest.mark.parametrize("name", ["predict", "demo", "evaluate", "export"])
 def test_help_shows_every_key_with_a_comment(name):
     shown = compose_unresolved(name=name).hydra.help.template
-    config = OmegaConf.load(CONF / f"{name}.yaml")
+    config = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
     for key, value in config.items():
         if key not in ("defaults", "hydra"):
-            for of in value if OmegaConf.is_dict(value) else [key]:
-                assert re.search(rf"^ *{of}:.*  # \w", shown, re.MULTILINE), of
+            for documented in value if isinstance(value, dict) else [key]:
+                assert re.search(rf"^ *{documented}:.*  # \w", shown, re.MULTILINE), documented
 
 
 def test_the_command_predicts(cli, run, folders):

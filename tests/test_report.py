@@ -111,7 +111,7 @@ def test_results_are_found_at_any_depth_once_and_what_is_no_result_is_named_and_
         "optional": (result() | {"machine": "abacus"}, "it has no sound machine"),
         "over": (result(accuracy=98.0), "its accuracy is 98.0, and must be between 0 and 1"),
         "under": (result(accuracy=-0.1), "its accuracy is -0.1"),
-        "wide": (result(ci95=0.6), "its ci95 is 0.6, and must be between 0 and 0.5"),
+        "wide": (result(ci95=1.2), "its ci95 is 1.2, and must be between 0 and 1"),
         "inside out": (result(ci95=-0.01), "its ci95 is -0.01"),
         "one": (result(episodes=1), "its episodes is 1, and must be at least 2"),
         "back in time": (result(train_seconds=-3.0), "its train_seconds is -3.0"),

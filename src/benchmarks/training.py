@@ -23,7 +23,7 @@ from benchmarks.references import PngEpisodes, copy_weights, textbook_conv4, tex
 from fewshot.config import compose
 from fewshot.data.bank import ImageBank, open_bank
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber
+from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber, MetaBatch
 from fewshot.data.images import ImageTable
 from fewshot.data.miniimagenet import miniimagenet
 from fewshot.methods.base import FewShotMethod
@@ -148,7 +148,7 @@ def make_episodes(shape: dict[str, Any], episodes: int) -> Work:
     data.trainer.strategy.connect(_method(config, shape))
 
     def work() -> NDArray[Any]:
-        sums = [batch.load().query.sum() for batch in data.train_dataloader()]
+        sums = [batch.load().query.sum() for batch in data.train_dataloader() if isinstance(batch, MetaBatch)]
         return torch.stack(sums).numpy()
 
     return work

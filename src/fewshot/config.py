@@ -90,6 +90,7 @@ class TrainConfig(Task):
     checkpoint_every: int = MISSING
     log_every: int = MISSING
     pictures: bool = MISSING
+    overrides: list[str] = field(default_factory=list)
     choices: dict[str, str | None] = MISSING
 
 
@@ -396,7 +397,10 @@ def compose(*overrides: str, name: str = "train") -> DictConfig:
     try:
         hydra_config.set_config(config)  # for the interpolations that name it
         keys = [str(key) for key in config if key != "hydra"]
-        return DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
+        resolved = DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
+        if resolved.get("run_dir", "") is None:  # these may name it, and train will choose one
+            resolved.merge_with(OmegaConf.masked_copy(config, ["logger", "callbacks"]))
+        return resolved
     finally:
         hydra_config.cfg = outer
 

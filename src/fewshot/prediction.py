@@ -4,7 +4,7 @@ import csv
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from itertools import takewhile
@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
@@ -136,7 +135,7 @@ def make_predictor(config: DictConfig) -> Predictor:
             nobody has trained.
     """
     if config.checkpoint is not None:
-        _refuse_choices()
+        _refuse_choices(config.overrides)
         trained = load_trained(config.checkpoint, trust=config.trust)
         ink = has_bright_ink(get_object(trained.config.dataset.source._target_))
         return Predictor(trained.method, trained.config.dataset, ink, config.hardware)
@@ -240,10 +239,9 @@ def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, column
     return path
 
 
-def _refuse_choices() -> None:
-    """Of what a checkpoint decides; on the command line they would be passed over in silence."""
-    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    chosen = [of for of in given if of.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
+def _refuse_choices(overrides: Iterable[str]) -> None:
+    """Refuse an override of what a checkpoint decides, which would be ignored in silence."""
+    chosen = [override for override in overrides if override.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
     if chosen:
         raise FewShotError(f"{chosen[0]}: a checkpoint brings its own {', '.join(GROUPS)}; leave it out")
 

@@ -263,7 +263,7 @@ def _absurd(result: Result) -> str | None:
     """The first value that no test can give, or that contradicts the configuration."""
     for key, least, most in (
         ("accuracy", 0, 1),
-        ("ci95", 0, 0.5),
+        ("ci95", 0, 1),
         ("episodes", 2, math.inf),
         ("way", 2, math.inf),
         ("shot", 1, math.inf),

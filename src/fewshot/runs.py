@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -168,7 +167,7 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
             )
         return config, None
     _refuse_links(run_dir)
-    _name_other_logs(run_dir)
+    _name_other_logs(run_dir, config)
     own = OmegaConf.to_container(config)
     checkpoint = load_checkpoint(path, trust=config.trust, places=places_of(config), own=own)
     saved = OmegaConf.create(checkpoint["hyper_parameters"])
@@ -364,10 +363,9 @@ def _is_readers_own(key: str) -> bool:
     return key.lstrip("+~").partition(".")[0].partition("@")[0] in READERS_OWN
 
 
-def _name_other_logs(run_dir: Path) -> None:
+def _name_other_logs(run_dir: Path, config: DictConfig) -> None:
     """Say which logger and callbacks the run was started with, where this command has not chosen any."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    chosen = {override.partition("=")[0] for override in readers_own(given)}
+    chosen = {override.partition("=")[0] for override in readers_own(config.overrides)}
     started = [
         override
         for override in readers_own(overrides(run_dir))
@@ -379,9 +377,8 @@ def _name_other_logs(run_dir: Path) -> None:
 
 
 def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     changed = saved.copy()
-    for override in OverridesParser.create().parse_overrides(list(given)):
+    for override in OverridesParser.create().parse_overrides(list(config.overrides)):
         key = override.key_or_group
         if _is_readers_own(key):
             continue
@@ -393,7 +390,7 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
             raise FewShotError(
                 f"{override.input_line}: the run has nothing of that name to change: {reason(error)}"
             ) from error
-    for key in ("run_dir", "resume", "trust", *READERS_OWN):
+    for key in ("run_dir", "resume", "trust", "overrides", *READERS_OWN):
         changed[key] = config[key]
     changed.train.steps = training_steps(changed.train.episodes, changed.train.meta_batch)
     return changed

@@ -85,12 +85,12 @@ def train(config: DictConfig) -> float:
     Raises:
         FewShotError: a mistake in the configuration or the data.
     """
-    OmegaConf.resolve(config)
     if config.run_dir is None:
         config.run_dir = str(new_run_dir(f"{config.choices.method}_{config.choices.dataset}"))
+    OmegaConf.resolve(config)
     run_dir = Path(config.run_dir)
     place = "" if config.data_dir == own_places()["data_dir"] else f" data_dir={config.data_dir}"
-    interruption = Interruption(f"{command('train')} resume={run_dir}{place}{_own_choices()}")
+    interruption = Interruption(f"{command('train')} resume={run_dir}{place}{_own_choices(config)}")
     with interruption, only_run_in(run_dir):
         config, checkpoint = to_go_on_with(config)
         check(config)
@@ -251,7 +251,7 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     method: FewShotMethod = instantiate(without_init(make) if initial_weights else without_initial_weights(make))
     method.make_optimizer = instantiate(config.optimizer)
     method.make_schedule = instantiate(config.schedule)
-    saved = {key: value for key, value in config.items() if key not in READERS_OWN}
+    saved = {key: value for key, value in config.items() if key not in (*READERS_OWN, "overrides")}
     method.save_hyperparameters(OmegaConf.to_container(OmegaConf.create(saved)), logger=False)
     if config.hardware.compile and not method.compilable:
         _say(
@@ -345,10 +345,9 @@ def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
         raise ValueError("the schedule of the learning rate is another one")
 
 
-def _own_choices() -> str:
+def _own_choices(config: DictConfig) -> str:
     """The overrides that a resumed run takes from its command line, as the end of one."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return "".join(f" {shlex.quote(override)}" for override in readers_own(given))
+    return "".join(f" {shlex.quote(override)}" for override in readers_own(config.overrides))
 
 
 @rank_zero_only
