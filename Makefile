@@ -30,8 +30,9 @@ reproduce: $(VENV)/installed  ## train and test every Omniglot cell of the artic
 	    hydra.sweep.dir=outputs/reproduce 'hydra.sweep.subdir=$${choices.experiment}/$${seed}'; status=$$?; \
 	    $(VENV)/bin/python src/report.py outputs/reproduce && exit $$status
 
-report: $(VENV)/installed  ## set the committed results beside the published ones, here and in the README
-	$(VENV)/bin/python src/report.py notebooks/results/reproduction out=notebooks/results/reproduction readme=README.md
+report: $(VENV)/installed  ## compare the committed results with published ones, in notebooks/guides/reproduce.md
+	$(VENV)/bin/python src/report.py notebooks/results/reproduction out=notebooks/results/reproduction \
+	    readme=notebooks/guides/reproduce.md
 
 dashboard: $(VENV)/installed  ## show the runs below outputs in TensorBoard, on this machine only
 	$(VENV)/bin/tensorboard --logdir outputs --host localhost

@@ -1,5 +1,6 @@
-"""What the README tells to type is typed here: its commands, made small, and its examples, as they stand."""
+"""The README and the guides: commands and examples run, made small, and links lead somewhere."""
 
+import os
 import re
 import runpy
 import shlex
@@ -16,20 +17,32 @@ from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 from torchvision.models import get_model
 
+import fewshot
 from fewshot.config import ROOT, compose, compose_unresolved
 from fewshot.sweeps import Sweep
 from fewshot.training import train
 
-README = (ROOT / "README.md").read_text()
-TYPED = re.findall(r"^    (?:\$ )?((?:python|make|pip|torchrun|srun)\b(?:.*\\\n)*.*)", README, re.MULTILINE)
-INLINE = re.findall(r"`((?:python|make) [^`]+)`", README)
-COMMANDS = sorted({" ".join(shlex.split(of.replace("\\\n", ""), comments=True)) for of in [*TYPED, *INLINE]})
-EXAMPLES = {
-    path: text
-    for text in re.findall(r"^```\w+\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    for path in re.findall(r"\A# ((?:src|conf)/\S+)$", text, re.MULTILINE)
-}
-OF_EXAMPLES = "|".join(f"{Path(of).parent.name}={Path(of).stem}" for of in EXAMPLES if of.startswith("conf"))
+README = ROOT / "README.md"
+GUIDES = sorted((ROOT / "notebooks" / "guides").glob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "notebooks").rglob("*.md")), *sorted(ROOT.glob(".github/**/*.md"))]
+
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TEXT = "\n".join(page.read_text() for page in (README, *GUIDES))
+PROSE = FENCED.sub("", TEXT)
+TYPED = re.findall(
+    r"^ {4,}(?:\$ )?((?:python|fewshot|make|pip|torchrun|srun)\b(?:.*\\\n)*.*)", PROSE, re.MULTILINE
+) + re.findall(r"`((?:python|fewshot|make) [^`]+)`", PROSE)
+COMMANDS = sorted({" ".join(shlex.split(line.replace("\\\n", ""), comments=True)) for line in TYPED})
+FILES: dict[str, str] = {}  # examples that name their file, by its path
+SCRIPTS: dict[str, str] = {}  # other Python examples, by the page
+for page in (README, *GUIDES):
+    for language, code in FENCED.findall(page.read_text()):
+        named = re.match(r"# (\S+\.(?:py|yaml))\n", code)
+        if named:
+            FILES[named[1]] = code
+        elif language == "python":
+            SCRIPTS[page.stem] = code
+OWN = "--config-dir conf"  # commands that use these files
 
 TINY = [
     *("train.episodes=2", "train.meta_batch=2", "train.query=1", "val.every=2", "val.episodes=2", "test.episodes=2"),
@@ -40,133 +53,135 @@ SMALLER = {
     "seed=0,1,2": "seed=0",
     "hydra.sweeper.n_trials=30": "hydra.sweeper.n_trials=2",
     "episodes=2000": "episodes=2",
+    "episodes=10000": "episodes=2",
 }
-# Of these only the configuration is composed here.
+# Commands whose configuration is composed, and no more.
 ELSEWHERE = {
     r"torchrun|srun|hardware=ddp( |$)": "several machines or GPUs: tests/test_distributed.py has two processes",
     r"launcher=(submitit|ray)": "a cluster",
-    r"src/bench\.py": "minutes on an idle machine: tests/benchmarks",
     r"figure=(maml_graph|time_profile)": "minutes: tests/figures",
-    r"src/demo\.py": "it serves until it is stopped: tests/test_demo.py",
+    r"fewshot demo": "it serves until it is stopped: tests/test_demo.py",
 }
 SUBPROCESS = r"launcher=joblib|hardware=ddp_cpu"  # other processes look for the program of the first
+SLOW = r"matching_distance|method=protonet,matching,maml"  # many runs
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, cache_dir):
-    """What stands for the README's names of folders."""
+def stand_ins(tmp_path_factory, cache_dir):
+    """What stands for the directories that the pages name."""
     home = tmp_path_factory.mktemp("readme")
     for name, choice in (("run", "seed=0"), ("other", "seed=1"), ("maml", "method=maml")):
         train(compose(choice, *TINY, f"run_dir={home / name}", f"cache_dir={cache_dir}"))
     random = np.random.default_rng(0)
     for split, classes in (("train", 20), ("val", 5), ("test", 5)):
-        for of in range(classes):
+        for label in range(classes):
             for number in range(4):
-                file = home / "images" / split / f"{split}{of}" / f"{number}.png"
+                file = home / "images" / split / f"{split}{label}" / f"{number}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
     shutil.copytree(home / "images" / "val", home / "examples")
     shutil.copytree(home / "images" / "test", home / "pictures")
     images = random.integers(0, 256, (300, 28, 28, 1), dtype=np.uint8)
     np.savez(home / "images.npz", images=images, labels=np.arange(300) % 15)
+    for path, code in FILES.items():
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        (home / path).write_text(code)
     torch.manual_seed(0)
     torch.save(get_model("mobilenet_v3_small", weights=None).state_dict(), home / "weights.pth")
     return home
 
 
-def small(tokens: list[str], places: Path, tmp_path: Path) -> list[str]:
-    """The arguments of one of the programs in src, the README's names replaced and the work made little."""
-    script, *arguments = tokens
-    study = f"runs={ROOT / 'notebooks/results/distance_study'}"
+def program(tokens: list[str]) -> tuple[str, list[str]]:
+    """The name of the fewshot command in a command line, and its arguments."""
+    if "fewshot" in tokens:
+        name, *arguments = tokens[tokens.index("fewshot") + 1 :]
+        return name, arguments
+    position = next(position for position, token in enumerate(tokens) if token.startswith("src/"))
+    return Path(tokens[position]).stem, tokens[position + 1 :]
+
+
+def small(name: str, arguments: list[str], stand_ins: Path, tmp_path: Path) -> list[str]:
+    """The arguments with existing directories, and so that the command does little."""
     names = {
-        r"OTHER_RUN_DIR": str(places / "other"),
-        r"(?<!OTHER_)RUN_DIR|outputs/DATE/TIME_\w+": str(places / "run"),
+        r"OTHER_RUN_DIR": str(stand_ins / "other"),
+        r"(?<!OTHER_)RUN_DIR|outputs/DATE/TIME_\w+": str(stand_ins / "run"),
         r"run\.dir=PATH": f"run.dir={tmp_path / 'run'}",
-        r"data_dir=PATH": f"data_dir={places / 'images'}",
-        r"^(more/runs|outputs/reproduce)$": str(places / "run"),
-        r"^runs=outputs/distances": study,
-        r"^runs=FOLDER": f"runs={places / 'maml'}",
-        r"=(u/support|examples)$": f"={places / 'examples'}",
-        r"=(u/query|pictures)$": f"={places / 'pictures'}",
-        r"=outputs/omni$": f"={places / 'run'}",
+        r"data_dir=PATH": f"data_dir={stand_ins / 'images'}",
+        r"^(more/runs|outputs/reproduce)$": str(stand_ins / "run"),
+        r"^runs=outputs/distances": f"runs={ROOT / 'notebooks/results/distance_study'}",
+        r"^runs=FOLDER": f"runs={stand_ins / 'maml'}",
+        r"=(examples|pictures|images\.npz)$": rf"={stand_ins}/\1",
         r"out=\w+\.onnx": f"out={tmp_path / 'encoder.onnx'}",
-        r"data_dir=images\.npz": f"data_dir={places / 'images.npz'}",
     }
-    found = []
+    smaller = []
     for argument in arguments:
-        for name, value in names.items():
-            argument = re.sub(name, value.replace("\\", r"\\"), argument)  # noqa: PLW2901
-        found.append(SMALLER.get(argument, argument))
-    if "..." in found:
-        found[found.index("...")] = "seed=0,1" if "-m" in found else "seed=0"
-    if "figure=adaptation" in found:
-        found.append("figure.episodes=2")
-    if "encoder=pretrained" in found:
-        found += ["encoder.name=mobilenet_v3_small", f"encoder.file={places / 'weights.pth'}"]
-    if script == "src/train.py" and "--help" not in found:
-        given = {of.partition("=")[0] for of in found}
-        found += TINY if "resume" not in given or "resume=auto" in found else []
-        if "-m" in found and "hydra.sweep.dir" not in given:
-            found.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
-        elif "-m" not in found and "hydra.run.dir" not in given and "resume" not in given:
-            found.append(f"hydra.run.dir={tmp_path / 'run'}")
-    elif (
-        script not in {"src/train.py", "src/demo.py"}
-        and "--help" not in found
-        and not any("out=" in of for of in found)
-    ):
-        found.append(f"out={tmp_path / 'out'}")
-    return found
+        for pattern, value in names.items():
+            argument = re.sub(pattern, value, argument)  # noqa: PLW2901
+        smaller.append(SMALLER.get(argument, argument))
+    if "..." in smaller:
+        smaller[smaller.index("...")] = "seed=0,1" if "-m" in smaller else "seed=0"
+    if "figure=adaptation" in smaller:
+        smaller.append("figure.episodes=2")
+    if "encoder=pretrained" in smaller:
+        smaller += ["encoder.name=mobilenet_v3_small", f"encoder.file={stand_ins / 'weights.pth'}"]
+    keys = {argument.partition("=")[0] for argument in smaller}
+    if "--help" in smaller:
+        return smaller
+    if name == "train":
+        smaller += TINY if "resume" not in keys or "resume=auto" in smaller else []
+        if "-m" in smaller and "hydra.sweep.dir" not in keys:
+            smaller.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
+        elif "-m" not in smaller and not keys & {"hydra.run.dir", "resume"}:
+            smaller.append(f"hydra.run.dir={tmp_path / 'run'}")
+    elif name != "demo" and "out" not in keys:
+        smaller.append(f"out={tmp_path / 'out'}")
+    return smaller
 
 
-@pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    """A copy of the project with the README's examples in it."""
-    house = tmp_path_factory.mktemp("house")
-    for folder in ("src", "conf"):
-        shutil.copytree(ROOT / folder, house / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for path, text in EXAMPLES.items():
-        assert not (house / path).exists()
-        (house / path).write_text(text)
-    return house
+def test_commands_and_examples_are_found():
+    assert len(COMMANDS) > 45 and len(FILES) == 4 and set(SCRIPTS) == {"README", "extending"}
+    assert "fewshot train -m method=protonet,matching,maml shot=1,5 way=5,20" in COMMANDS
 
 
-def test_the_readme_is_read_as_it_is_written():
-    assert len(COMMANDS) > 30 and len(EXAMPLES) == 4
-    assert "python src/train.py -m method=protonet,matching,maml shot=1,5 way=5,20" in COMMANDS
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_runs(command, request, places, cache_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(line, marks=pytest.mark.slow if re.search(SLOW, line) else ()) for line in COMMANDS],
+)
+def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypatch):
     for part in command.split(" && "):
         tokens = part.split(" ")
         if tokens[0] == "make":
             subprocess.run(["make", "--dry-run", *tokens[1:]], cwd=ROOT, check=True, capture_output=True)
             continue
         if tokens[:2] == ["pip", "install"]:
-            extra = re.search(r"\[(\w+)\]", tokens[-1])
-            assert extra is None or f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text()
             continue
-        program = next(position for position, token in enumerate(tokens) if token.startswith("src/"))
-        arguments = small(tokens[program:], places, tmp_path)
+        name, arguments = program(tokens)
+        arguments = small(name, arguments, stand_ins, tmp_path)
         if re.search("dataset=(omniglot|miniimagenet)|experiment=(omniglot|miniimagenet)|matching_distance", part):
             arguments.append(f"data_dir={request.getfixturevalue('real_data')}")
-        script = ROOT / tokens[program]
-        if any(re.search(of, part) for of in ELSEWHERE):
-            chosen = [of for of in arguments if not re.match("-|hydra|seed=0,1", of)]
-            compose_unresolved(*chosen, name=script.stem)
+        if any(re.search(pattern, part) for pattern in ELSEWHERE):
+            compose_unresolved(*[item for item in arguments if not re.match("-|hydra|seed=0,1", item)], name=name)
             continue
-        if script.stem == "export" and find_spec("onnx") is None:
+        if name == "export" and find_spec("onnx") is None:
             pytest.skip("onnx is not installed: pip install -e '.[export]'")
+        script = ROOT / "src" / f"{name}.py"
         monkeypatch.setenv("FEWSHOT_CACHE_DIR", str(cache_dir))
         monkeypatch.setenv("COLUMNS", "150")
-        if re.search(OF_EXAMPLES, part):
-            script = request.getfixturevalue("house") / tokens[program]
-        if re.search(OF_EXAMPLES, part) or re.search(SUBPROCESS, part):
-            done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        if OWN in part or re.search(SUBPROCESS, part):
+            line, directory = [sys.executable, str(script)], tmp_path
+            if OWN in part:
+                line, directory = [sys.executable, "-m", "fewshot", name], stand_ins
+            path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+            done = subprocess.run(
+                [*line, *arguments],
+                capture_output=True,
+                text=True,
+                cwd=directory,
+                env=os.environ | {"PYTHONPATH": path},
+            )
             assert done.returncode == 0, done.stderr
             continue
-        # In this process, for the time that it takes to start one; what the programs set is put back.
+        # In this process, to save the start of another; what the program sets is put back.
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(Sweep, "folder", None)
         monkeypatch.setattr(HydraConfig.instance(), "cfg", HydraConfig.instance().cfg)
@@ -176,3 +191,65 @@ def test_a_command_of_the_readme_runs(command, request, places, cache_dir, tmp_p
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
             assert end.code in (None, 0)  # noqa: PT017
+
+
+@pytest.mark.parametrize("page", SCRIPTS)
+def test_python_example_runs(page, stand_ins, cache_dir, tmp_path, monkeypatch):
+    def train_little(**settings):
+        overrides = [override for override in TINY if not override.startswith("train.query")]
+        return really_train(*overrides, f"run_dir={tmp_path / 'run'}", **settings)
+
+    really_train = fewshot.train
+    monkeypatch.setitem(vars(fewshot), "train", train_little)
+    monkeypatch.setenv("FEWSHOT_CACHE_DIR", str(cache_dir))
+    monkeypatch.chdir(tmp_path)
+    for name in ("examples", "pictures"):
+        (tmp_path / name).symlink_to(stand_ins / name)
+    code = SCRIPTS[page].replace('train={"episodes": 1000}', 'train={"episodes": 2}, val={"episodes": 2}')
+    exec(compile(code, page, "exec"), {"__name__": "example"})
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"`[^`\n]*`", "", FENCED.sub("", page.read_text()))
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{target} does not exist"
+        assert linked.is_relative_to(ROOT)
+        assert not anchor or anchor in headings(linked), f"{target} names no heading"
+
+
+def test_readme_is_short_and_leads_to_every_guide():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 200
+    assert all(f"(notebooks/guides/{guide.name})" in text for guide in GUIDES)
+    assert "    make train " in text and "    make test " in text
+
+
+def test_extras_exist():
+    extras = re.findall(r"\.\[(\w+)\]", TEXT)
+    text = (ROOT / "pyproject.toml").read_text()
+    assert extras and all(f"\n{extra} = [" in text for extra in extras)
+
+
+def rows(text: str, first: str) -> list[dict[str, str]]:
+    """The rows of the table whose header begins with a column, each by the names of the columns."""
+    table = re.search(rf"^\| {first} \|.*\n(?:\|.*\n)+", text, re.MULTILINE)
+    assert table is not None
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()]
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def test_results_in_the_readme_are_those_of_the_generated_tables():
+    generated = rows((ROOT / "notebooks" / "guides" / "reproduce.md").read_text(), "method")
+    for row in rows(README.read_text(), "method"):
+        assert any(row.items() <= line.items() for line in generated), row

@@ -373,17 +373,17 @@ def test_the_readme_has_the_cells_that_ran_and_nothing_else_of_it_changes(tmp_pa
     assert page.read_text() == f"{CLOSING}\n{OPENING}\n"
 
 
-def test_the_readme_of_this_project_tells_the_committed_results(tmp_path):
-    runs, page = ROOT / "notebooks" / "results" / "reproduction", ROOT / "README.md"
+def test_the_guide_shows_the_committed_results(tmp_path):
+    runs, page = ROOT / "notebooks" / "results" / "reproduction", ROOT / "notebooks" / "guides" / "reproduce.md"
     between = page.read_text().partition(OPENING)[2].partition(CLOSING)[0].strip()
     found = find_results([runs]).values()
     if not any("data" in result for result in found):  # all of them older than the tables allow
         assert not between
         return
-    copy = shutil.copy(page, tmp_path / "README.md")
+    copy = shutil.copy(page, tmp_path / page.name)
     write_report(runs, tmp_path, copy)
     written = Path(copy).read_text().partition(OPENING)[2].partition(CLOSING)[0].strip()
-    assert re.sub(r"\]\((\w+\.png)\)", r"](notebooks/results/reproduction/\1)", written) == between
+    assert re.sub(r"\]\((\w+\.png)\)", r"](../results/reproduction/\1)", written) == between
 
 
 def test_the_command_takes_paths_first_from_any_directory_and_leaves_nothing_there(cli, tmp_path):

@@ -1,1 +1,1 @@
-"""From files on disk to normalised episodes; see the map in the README."""
+"""From files on disk to normalised episodes; see notebooks/guides/extending.md."""
