@@ -63,7 +63,7 @@ ELSEWHERE = {
     r"fewshot demo": "it serves until it is stopped: tests/test_demo.py",
 }
 SUBPROCESS = r"launcher=joblib|hardware=ddp_cpu"  # other processes look for the program of the first
-SLOW = r"matching_distance|method=protonet,matching,maml"  # many runs
+SLOW = r"matching_distance|method=protonet,matching,maml|launcher=joblib|hardware=ddp_cpu|miniimagenet"
 
 
 @pytest.fixture(scope="module")
