@@ -1,5 +1,6 @@
 """The README and the guides: commands and examples run, made small, and links lead somewhere."""
 
+import json
 import os
 import re
 import runpy
@@ -24,7 +25,10 @@ from fewshot.training import train
 
 README = ROOT / "README.md"
 GUIDES = sorted((ROOT / "notebooks" / "guides").glob("*.md"))
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "notebooks").rglob("*.md")), *sorted(ROOT.glob(".github/**/*.md"))]
+PAGES = [
+    *(page for pattern in ("*.md", ".github/**/*.md", "notebooks/**/*.md") for page in sorted(ROOT.glob(pattern))),
+    *sorted(ROOT.glob("notebooks/*.ipynb")),
+]
 
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEXT = "\n".join(page.read_text() for page in (README, *GUIDES))
@@ -209,16 +213,24 @@ def test_python_example_runs(page, stand_ins, cache_dir, tmp_path, monkeypatch):
     exec(compile(code, page, "exec"), {"__name__": "example"})
 
 
+def prose(page: Path) -> str:
+    """The text of a page or of a notebook, without fenced code."""
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return FENCED.sub("", text)
+
+
 def headings(page: Path) -> set[str]:
     """The anchors of a page, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    prose = re.sub(r"`[^`\n]*`", "", FENCED.sub("", page.read_text()))
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(page))):
         if re.match(r"https?://", target):
             continue
         path, _, anchor = target.partition("#")
