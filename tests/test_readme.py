@@ -116,6 +116,7 @@ def small(name: str, arguments: list[str], stand_ins: Path, tmp_path: Path) -> l
         r"^runs=FOLDER": f"runs={stand_ins / 'maml'}",
         r"=(examples|pictures|images\.npz)$": rf"={stand_ins}/\1",
         r"out=\w+\.onnx": f"out={tmp_path / 'encoder.onnx'}",
+        r"=lite0\.pth$": f"={stand_ins / 'lite0.pth'}",
     }
     smaller = []
     for argument in arguments:
@@ -166,6 +167,10 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
         if any(re.search(pattern, part) for pattern in ELSEWHERE):
             compose_unresolved(*[item for item in arguments if not re.match("-|hydra|seed=0,1", item)], name=name)
             continue
+        if "encoder=timm" in part:
+            timm = pytest.importorskip("timm", reason="no timm: pip install -e '.[timm]'")
+            network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+            torch.save(network.state_dict(), stand_ins / "lite0.pth")
         if name == "export" and find_spec("onnx") is None:
             pytest.skip("onnx is not installed: pip install -e '.[export]'")
         script = ROOT / "src" / f"{name}.py"
