@@ -202,6 +202,7 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
             assert end.code in (None, 0)  # noqa: PT017
 
 
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about the small settings
 @pytest.mark.parametrize("page", SCRIPTS)
 def test_python_example_runs(page, stand_ins, cache_dir, tmp_path, monkeypatch):
     def train_little(**settings):
