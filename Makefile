@@ -1,4 +1,4 @@
-# Both commands set up all they need: Python 3.11 to 3.13 with venv and pip is enough to start from.
+# Each target installs what it needs; all it takes is Python 3.11 to 3.13 with venv and pip.
 PYTHON ?= $(or $(shell for version in 3.13 3.12 3.11; do python$$version -c 'import ensurepip' 2>/dev/null && \
     echo python$$version && break; done),python3)
 VENV ?= .venv
@@ -7,10 +7,10 @@ VENV ?= .venv
 train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
 	$(VENV)/bin/python src/train.py
 
-# One test process for each core, and one thread in each: more threads than cores slow each other down.
+# One test process per core with one thread each: more threads than cores slow each other down.
 TEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-test: $(VENV)/installed-dev  ## run the tests, without those that take long
+test: $(VENV)/installed-dev  ## run all but the slow tests
 	$(TEST) -m 'not slow'
 
 test-all: $(VENV)/installed-dev  ## run all tests, as CI does
@@ -21,10 +21,10 @@ lint: $(VENV)/installed-dev  ## check style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/installed  ## time this project beside the ways others do the same; let nothing else run
+bench: $(VENV)/installed  ## benchmark against other implementations; keep the machine idle otherwise
 	$(VENV)/bin/python src/bench.py
 
-# Called again after an interruption, it goes on where it was; a cell that fails does not keep the others from running.
+# Resumes when called again after an interruption; a failed cell does not stop the others.
 reproduce: $(VENV)/installed  ## train and test every Omniglot cell of the articles' tables, an hour each at most
 	$(VENV)/bin/python src/train.py -m '+experiment/omniglot=glob(*)' budget=cpu resume=auto \
 	    hydra.sweep.dir=outputs/reproduce 'hydra.sweep.subdir=$${choices.experiment}/$${seed}'; status=$$?; \
@@ -37,14 +37,14 @@ report: $(VENV)/installed  ## compare the committed results with published ones,
 dashboard: $(VENV)/installed  ## show the runs below outputs in TensorBoard, on this machine only
 	$(VENV)/bin/tensorboard --logdir outputs --host localhost
 
-demo: $(VENV)/installed-demo  ## try the newest complete run below outputs on images of one's own, in the browser
+demo: $(VENV)/installed-demo  ## try the newest complete run below outputs on your own images, in the browser
 	$(VENV)/bin/python src/demo.py checkpoint=newest
 
-notebooks: $(VENV)/installed-dev  ## run all notebooks anew, in place; a minute or two each
+notebooks: $(VENV)/installed-dev  ## rerun all notebooks in place; a minute or two each
 	rm -rf outputs/notebooks
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
-# The stamps are older than pyproject.toml only when it changed since: a second call installs nothing.
+# Stamp files: a second call installs nothing unless pyproject.toml has changed.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable .

@@ -33,7 +33,7 @@ def python(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     [
         ([], 0, "  train     Train a few-shot method"),
         (["--version"], 0, f"fewshot {fewshot.__version__}"),
-        (["train", "--help"], 0, "way: 5  # classes in an episode"),
+        (["train", "--help"], 0, "way: 5  # classes per validation"),
         (["report", "--help"], 0, "# python src/report.py RUNS..."),
         (["tarin"], 1, "error: tarin is not a command (did you mean train?); choose one of train, evaluate, "),
         (["train", "wya=5"], 1, "error: Could not override 'wya'. (did you mean way?) (see train.py --help)"),
