@@ -17,7 +17,7 @@ def loop_cosine(query, point):
 
 
 @pytest.mark.parametrize(("distance", "loop"), [(l2, loop_l2), (cosine, loop_cosine)])
-def test_values_and_gradients_equal_a_float64_loop(distance, loop):
+def test_values_and_gradients_match_a_float64_loop(distance, loop):
     torch.manual_seed(0)
     queries = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     points = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
@@ -52,13 +52,13 @@ def test_half_precision_does_not_lose_small_distances(distance):
     with torch.autocast("cpu", torch.bfloat16):
         computed = distance(queries.bfloat16(), points.bfloat16())
     assert computed.dtype == torch.float32
-    # Half precision may round the embeddings, and nothing that follows.
+    # Half precision may round the embeddings, but nothing after them.
     rounded = distance(queries.bfloat16().float(), points.bfloat16().float())
     torch.testing.assert_close(computed, rounded, rtol=0, atol=0)
     assert computed[0, 1] > 100 * computed[0, 0].abs()
 
 
-def test_scaled_cosine_is_cosine_times_its_factor_and_only_a_learnt_factor_moves():
+def test_scaled_cosine_is_cosine_times_its_factor_and_only_a_learned_factor_has_a_gradient():
     torch.manual_seed(0)
     queries, points = torch.randn(4, 3), torch.randn(5, 3)
     for learn in (False, True):
@@ -79,6 +79,6 @@ def test_scaled_l2_is_l2_times_its_factor():
 
 @pytest.mark.parametrize("scale", [0, -1.0])
 @pytest.mark.parametrize("make", [lambda scale: ScaledCosine(scale, learn=False), lambda scale: l2(*ONES, scale=scale)])
-def test_a_factor_that_is_not_positive_is_refused(make, scale):
+def test_a_factor_must_be_positive(make, scale):
     with pytest.raises(FewShotError, match=rf"distance\.scale={scale} must be positive"):
         make(scale)

@@ -29,7 +29,7 @@ def test_the_estimate_is_the_mean_over_episodes_with_its_normal_interval():
     assert estimate.episodes == 6
 
 
-def test_the_interval_covers_the_truth_about_95_times_in_100():
+def test_the_interval_covers_the_true_accuracy_about_95_times_in_100():
     random, covered = np.random.default_rng(0), 0
     for _ in range(400):
         metric = EpisodeAccuracy()
@@ -40,7 +40,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
     assert 0.91 <= covered / 400 <= 0.98
 
 
-def test_it_does_not_matter_how_episodes_are_spread_over_processes():
+def test_the_estimate_does_not_depend_on_the_distribution_over_processes():
     counts = np.random.default_rng(1).integers(0, 11, 101)
     whole, *shares = [EpisodeAccuracy() for _ in range(4)]
     for number, right in enumerate(counts):
@@ -51,16 +51,16 @@ def test_it_does_not_matter_how_episodes_are_spread_over_processes():
     assert shares[0].compute() == whole.compute()
 
 
-def test_episodes_count_alike_one_by_one_and_together():
+def test_updates_may_be_batched():
     episodes = [episode(right) for right in (3, 10, 0, 7)]
     single, together = EpisodeAccuracy(), EpisodeAccuracy()
-    for one in episodes:
-        single.update(*one)
-    together.update(*(torch.cat(of) for of in zip(*episodes, strict=True)))
+    for logits, labels in episodes:
+        single.update(logits, labels)
+    together.update(*map(torch.cat, zip(*episodes, strict=True)))
     assert together.compute() == single.compute()
 
 
-def test_all_right_has_no_width_and_one_episode_has_no_interval():
+def test_perfect_accuracy_has_zero_width_and_one_episode_has_no_interval():
     metric = EpisodeAccuracy()
     metric.update(*episode(10))
     assert np.isnan(metric.compute().ci95)
@@ -71,12 +71,12 @@ def test_all_right_has_no_width_and_one_episode_has_no_interval():
 def test_meetings_count_each_query_with_every_class_of_its_episode():
     bank = make_bank({"train": [4] * 2, "test": [4] * 5})
     dataset, number = EpisodeDataset(bank, "test", way=3, shot=1, query=2, seed=0), EpisodeNumber(0, 3)
-    of_class = [position // 4 - 2 for position in dataset[number].query[::2].tolist()]
+    classes = [position // 4 - 2 for position in dataset[number].query[::2].tolist()]
     met, taken = meetings_of(dataset, {number: np.eye(3, dtype=bool)[[0, 1, 1, 1, 2, 0]]})
     expected = np.zeros((5, 5), dtype=int)
-    expected[np.ix_(of_class, of_class)] = 2
+    expected[np.ix_(classes, classes)] = 2
     assert met.tolist() == expected.tolist()
-    a, b, c = of_class
+    a, b, c = classes
     assert (taken[a, a], taken[a, b], taken[b, b], taken[c, c], taken[c, a]) == (1, 1, 2, 1, 1)
     assert taken.sum() == 6
 
@@ -95,8 +95,8 @@ def test_the_estimate_and_its_interval_are_exact_with_ties_of_every_size():
     labels = torch.from_numpy(random.integers(0, way, (200, queries)))
     credits = np.array(
         [
-            [(row[label] == row.max()) / (row == row.max()).sum() for row, label in zip(*of, strict=True)]
-            for of in zip(logits.numpy(), labels.numpy(), strict=True)
+            [(row[label] == row.max()) / (row == row.max()).sum() for row, label in zip(*episode, strict=True)]
+            for episode in zip(logits.numpy(), labels.numpy(), strict=True)
         ]
     )
     assert torch.equal(credit(logits, labels), torch.from_numpy(credits).float())
@@ -111,18 +111,18 @@ def test_the_estimate_and_its_interval_are_exact_with_ties_of_every_size():
     assert estimate.accuracy == pytest.approx(accuracies.mean(), rel=1e-14)
     assert estimate.ci95 == pytest.approx(1.96 * accuracies.std(ddof=1) / np.sqrt(200), rel=1e-12)
     assert estimate.tied == ((logits == logits.amax(2, keepdim=True)).sum(2) > 1).sum()
-    # By the answers that a paired comparison is made of, too.
-    given = Evaluation(
+    # The answers used in paired comparisons give the same credits.
+    evaluation = Evaluation(
         SimpleNamespace(datasets={"test": SimpleNamespace(query_labels=labels[0])}),
         {EpisodeNumber(0, 0): largest(logits)[0].numpy()},
         estimate,
         None,
     )
-    assert given.right == pytest.approx(credits[:1].sum(1))
+    assert evaluation.right == pytest.approx(credits[:1].sum(1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite_are_an_error(value):
+def test_non_finite_logits_are_an_error(value):
     metric, (logits, labels) = EpisodeAccuracy(), episode(3)
     logits[0, 4, 1] = value
     metric.update(logits, labels)
@@ -130,7 +130,7 @@ def test_logits_that_are_not_finite_are_an_error(value):
         metric.compute()
 
 
-def test_meetings_share_an_answer_among_classes_with_equal_logits():
+def test_classes_with_equal_logits_share_an_answer():
     bank = make_bank({"train": [4] * 2, "test": [4] * 3})
     dataset, number = EpisodeDataset(bank, "test", way=3, shot=1, query=1, seed=0), EpisodeNumber(0, 0)
     _, taken = meetings_of(dataset, {number: np.ones((3, 3), dtype=bool)})

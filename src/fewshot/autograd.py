@@ -1,4 +1,4 @@
-"""The autograd graph behind a tensor: the proof of which order a meta-gradient has."""
+"""Autograd graph of a tensor, used to prove the order of a meta-gradient."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import torch
 
 
 def autograd_graph(tensor: torch.Tensor) -> tuple[list[Any], list[tuple[int, int]]]:
-    """Walk the graph through which autograd would differentiate ``tensor``.
+    """Walk the graph that autograd would use to differentiate ``tensor``.
 
     Args:
-        tensor: a result with a graph behind it.
+        tensor: a tensor with a ``grad_fn``.
 
     Returns:
-        The nodes, each before those it leads back to where it is found first, and the edges by their positions.
+        The nodes in breadth-first order, and the edges as pairs of positions in it, from later to earlier operations.
     """
     nodes: list[Any] = [tensor.grad_fn]
     positions = {tensor.grad_fn: 0}
@@ -29,5 +29,5 @@ def autograd_graph(tensor: torch.Tensor) -> tuple[list[Any], list[tuple[int, int
 
 
 def is_double_backward(name: str) -> bool:
-    """Whether a node's name says that it differentiates an operation that is itself a gradient."""
+    """Whether the node with this name differentiates an operation that is itself a gradient."""
     return "Backward" in name.rstrip("0123456789").removesuffix("Backward")

@@ -1,4 +1,4 @@
-"""Distances between embeddings, each computed by one matrix product."""
+"""Distances between embeddings, each computed with one matrix product."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from fewshot.errors import FewShotError
 
-# [queries, features] and [points, features] to [queries, points].
+# Maps [queries, features] and [points, features] to [queries, points].
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -19,14 +19,15 @@ def l2(queries: torch.Tensor, points: torch.Tensor, scale: float = 1.0) -> torch
     Args:
         queries: ``[queries, features]``.
         points: ``[points, features]``.
-        scale: a factor, positive. The distances of new embeddings differ by about the square root of their features
-            times the factor; where that is far more than 1, training first shrinks the embeddings until all look alike.
+        scale: a positive factor. Distances between untrained embeddings differ by about the square root of the number
+            of features times the factor; if that is far more than 1, training first shrinks the embeddings until all
+            look alike.
 
     Returns:
         ``[queries, points]``; rounding can leave a distance of 0 slightly negative.
 
     Raises:
-        FewShotError: the factor is not positive.
+        FewShotError: ``scale`` is not positive.
     """
     _check_positive(scale)
     queries, points = _full_precision(queries, points)
@@ -36,7 +37,7 @@ def l2(queries: torch.Tensor, points: torch.Tensor, scale: float = 1.0) -> torch
 
 
 def cosine(queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Cosine distance, 1 - cos, between 0 and 2; a zero vector is at distance 1 from everything.
+    """Cosine distance, 1 - cos, between 0 and 2; a zero vector has distance 1 to everything.
 
     Args:
         queries: ``[queries, features]``.
@@ -51,16 +52,16 @@ def cosine(queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 
 class ScaledCosine(nn.Module):
-    """Cosine distance times a factor, constant or learnt.
+    """Cosine distance times a factor, constant or learned.
 
-    Without one, the softmax over ``way`` similarities in [-1, 1] cannot exceed e / (e + (way - 1) / e).
+    Without a factor, the softmax over ``way`` similarities in [-1, 1] cannot exceed e / (e + (way - 1) / e).
 
     Args:
-        scale: the factor, positive; the first one if it is learnt.
-        learn: learn the factor's logarithm, so that it stays positive.
+        scale: the factor, positive; its initial value if it is learned.
+        learn: learn the factor's logarithm, so that the factor stays positive.
 
     Raises:
-        FewShotError: the factor is not positive.
+        FewShotError: ``scale`` is not positive.
     """
 
     def __init__(self, scale: float, learn: bool) -> None:
@@ -69,7 +70,7 @@ class ScaledCosine(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """The distances.
+        """Compute the distances.
 
         Args:
             queries: ``[queries, features]``.
@@ -82,7 +83,7 @@ class ScaledCosine(nn.Module):
 
 
 def _full_precision(queries: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half precision would lose small distances between large vectors."""
+    """Use at least float32: half precision would lose small distances between large vectors."""
     wide = torch.promote_types(torch.promote_types(queries.dtype, points.dtype), torch.float32)
     return queries.to(wide), points.to(wide)
 

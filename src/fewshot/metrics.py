@@ -17,10 +17,10 @@ class Estimate(NamedTuple):
     """A mean over episodes.
 
     Attributes:
-        accuracy: the mean of the episodes' accuracies, a fraction.
+        accuracy: mean accuracy over the episodes, a fraction.
         ci95: half the width of its 95% confidence interval, a fraction.
-        episodes: how many.
-        tied: queries whose largest logit several classes share, over all episodes.
+        episodes: number of episodes.
+        tied: queries, over all episodes, for which several classes share the largest logit.
     """
 
     accuracy: float
@@ -30,15 +30,15 @@ class Estimate(NamedTuple):
 
 
 def largest(logits: torch.Tensor) -> torch.Tensor:
-    """Which classes have the largest logit of a query: bool ``[..., way]``, of which several may be true."""
+    """Mark the classes with the largest logit of each query: bool ``[..., way]``; several may be true."""
     return logits == logits.amax(-1, keepdim=True)
 
 
 def credit(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What each query counts: 1 where its class alone has the largest logit, 1/n where it shares it with n - 1 others.
+    """Credit each query: 1 if only its class has the largest logit, 1/n if it shares it with n - 1 others, else 0.
 
-    That is what a guess among equal logits is expected to count. To take the first of them would give constant
-    embeddings an accuracy that depends on the order of the classes.
+    This is the expected credit of a guess among equal logits. Taking the first of them would give constant embeddings
+    an accuracy that depends on the order of the classes.
 
     Args:
         logits: ``[..., queries, way]``.
@@ -47,16 +47,16 @@ def credit(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 ``[..., queries]``.
     """
-    first = largest(logits)
-    return first.gather(-1, labels[..., None])[..., 0] / first.sum(-1)
+    best = largest(logits)
+    return best.gather(-1, labels[..., None])[..., 0] / best.sum(-1)
 
 
 class EpisodeAccuracy(Metric):
-    """Mean accuracy of episodes that all have the same number of queries, with a 95% confidence interval.
+    """Mean accuracy over episodes with equal numbers of queries, with a 95% confidence interval.
 
     The interval is the normal one over episodes, 1.96 s / sqrt(n) with s the sample standard deviation, as few-shot
-    papers report it. Equal logits share the credit, see ``credit``. Only counts are summed, so however the episodes are
-    spread over processes, and in whatever order, the estimate is the same to the last bit.
+    papers report it. Equal logits share the credit, see ``credit``. Only integer counts are summed, so the estimate is
+    the same to the last bit however the episodes are ordered and distributed over processes.
     """
 
     full_state_update = False
@@ -73,16 +73,16 @@ class EpisodeAccuracy(Metric):
             self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count some episodes.
+        """Add some episodes.
 
         Args:
             logits: ``[episodes, queries, way]``.
             labels: int64 ``[episodes, queries]``.
         """
-        first = largest(logits)
-        sharing = first.sum(-1)
-        right = first.gather(-1, labels[..., None])
-        # Of each episode the right queries by the number of classes that share the credit, [episodes, way].
+        best = largest(logits)
+        sharing = best.sum(-1)
+        right = best.gather(-1, labels[..., None])
+        # Right queries of each episode by the number of classes that share the credit, [episodes, way].
         sizes = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
         counts = (right & (sharing[..., None] == sizes)).sum(1)
         self.right = self.right + counts.sum(0)
@@ -93,7 +93,7 @@ class EpisodeAccuracy(Metric):
         self.not_finite += (~logits.isfinite()).any(-1).sum()
 
     def compute(self) -> Estimate:
-        """The estimate over all episodes counted since the last reset.
+        """Return the estimate over all episodes since the last reset.
 
         Raises:
             FewShotError: a logit is not finite.
@@ -102,7 +102,7 @@ class EpisodeAccuracy(Metric):
         if self.not_finite:
             raise FewShotError(
                 f"the logits of {int(self.not_finite):,} of {queries:,} queries are not finite, so no accuracy can be "
-                "measured; lower optimizer.lr or method.inner_learning_rate and train anew, or choose another "
+                "measured; lower optimizer.lr or method.inner_learning_rate and train again, or choose a different "
                 "hardware.precision"
             )
         shares = [Fraction(1, size) for size in range(1, len(self.right) + 1)]
@@ -112,21 +112,21 @@ class EpisodeAccuracy(Metric):
             Fraction(),
         )
         per_episode = queries / n
-        # The sample variance of the credits, exact until this is a float.
+        # Sample variance of the credits, exact up to the conversion to float.
         variance = float((n * squares - total * total) / (n * (n - 1))) if n > 1 else float("nan")
         return Estimate(float(total / queries), 1.96 * variance**0.5 / n**0.5 / per_episode, n, int(self.tied))
 
 
 def paired_difference(right: NDArray[np.float64], others: NDArray[np.float64], queries: int) -> Estimate:
-    """The mean difference of two methods' accuracies on the same episodes, with its 95% confidence interval.
+    """Estimate the mean difference of two methods' accuracies on the same episodes, with its 95% confidence interval.
 
-    Episodes differ in difficulty far more than good methods do, and what they share falls out of a difference: its
-    interval is narrower than those of the two accuracies would make believe.
+    Episodes differ in difficulty far more than good methods differ from each other. Pairing cancels the difficulty, so
+    the interval is narrower than the intervals of the two accuracies suggest.
 
     Args:
-        right: the right answers of one method in each episode, float64 ``[episodes]``.
-        others: those of the other.
-        queries: of each episode.
+        right: number of right answers of one method in each episode, float64 ``[episodes]``.
+        others: the same for the other method.
+        queries: number of queries per episode.
     """
     difference = (right - others) / queries
     spread = float(difference.std(ddof=1)) if len(difference) > 1 else float("nan")
@@ -134,22 +134,22 @@ def paired_difference(right: NDArray[np.float64], others: NDArray[np.float64], q
 
 
 def meetings_of(dataset: EpisodeDataset, answers: Mapping[EpisodeNumber, NDArray[np.bool_]]) -> NDArray[np.float64]:
-    """How often classes met, and were taken for each other.
+    """Count how often two classes were in the same episode, and how often one was mistaken for the other.
 
     Args:
         dataset: the episodes of a split.
-        answers: for each episode the answer to each query, bool ``[queries, way]``; several that are equal share one.
+        answers: for each episode the answer to each query, bool ``[queries, way]``; tied classes share one answer.
 
     Returns:
-        float64 ``[2, classes, classes]``: for the class of a query and another one the times that both were in the
-        episode, and the times that the other one was the answer.
+        float64 ``[2, classes, classes]``, indexed by the class of a query and any class: the number of queries whose
+        episode contained both, and the number of those answered with the latter.
     """
     count = len(dataset.first)
     meetings = np.zeros((2, count, count))
-    for number, given in answers.items():
+    for number, answer in answers.items():
         episode = dataset[number]
         classes = classes_of(episode, dataset.first)
         truth = classes[episode.query_labels.numpy()]
         np.add.at(meetings[0], (truth[:, None], classes[None]), 1)
-        np.add.at(meetings[1], (truth[:, None], classes[None]), given / given.sum(1, keepdims=True))
+        np.add.at(meetings[1], (truth[:, None], classes[None]), answer / answer.sum(1, keepdims=True))
     return meetings

@@ -19,27 +19,27 @@ def images(*shape, last=True, dtype=torch.float64):
     return made.contiguous(memory_format=torch.channels_last) if last else made
 
 
-def of_both(norm, ours, x):
+def outputs(norm, ours, x):
     return batch_norm(x, None, None, norm.weight, norm.bias, training=True), ours(x)
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_it_is_batch_norm_of_the_batch_whatever_the_mode(last):
+def test_batch_statistics_are_used_in_both_modes(last):
     torch.manual_seed(0)
     norm, ours = make()
     x = images(4, 3, 5, 6, last=last)
     for mode in (True, False):
-        expected, found = of_both(norm, ours.train(mode), x)
+        expected, found = outputs(norm, ours.train(mode), x)
         torch.testing.assert_close(found, expected)
     assert set(dict(ours.named_parameters())) == {"weight", "bias"} and not list(ours.buffers())
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_its_first_and_second_derivatives_are_right(last):
+def test_first_and_second_derivatives_of_batch_norm(last):
     torch.manual_seed(0)
     norm, ours = make(2)
     with torch.no_grad():
-        norm.weight[0] = 0  # a channel switched off still has a gradient
+        norm.weight[0] = 0  # a channel with weight 0 still has a gradient
     x = images(3, 2, 4, 3, last=last).requires_grad_()
 
     def apply(x, weight, bias):
@@ -50,24 +50,24 @@ def test_its_first_and_second_derivatives_are_right(last):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_second_derivatives_agree_with_autograds_own_in_low_precision(dtype):
+def test_second_derivatives_match_autograd_in_low_precision(dtype):
     torch.manual_seed(0)
     norm, ours = make(3, torch.float32)
     x = images(8, 3, 6, 6, dtype=torch.float32).to(dtype).requires_grad_()
     found = []
-    for y in of_both(norm, ours, x):
+    for y in outputs(norm, ours, x):
         gradient = torch.autograd.grad(y.float().pow(3).mean(), [x, norm.weight], create_graph=True)
-        loss = sum(of.float().square().sum() for of in gradient)
-        found.append([of.float() for of in torch.autograd.grad(loss, [x, norm.weight])])
-    # Each of the two rounds y, dy, dx, v and the result, and the rounding of y counts twice, for dy is 3 y^2: 12
-    # roundings together. One is by 2^-8 in bfloat16, of 8 bits, whose sums are float32. In float32, of 24 bits, sums
-    # of 8 x 6 x 6 values round each time a value is added.
+        loss = sum(tensor.float().square().sum() for tensor in gradient)
+        found.append([second.float() for second in torch.autograd.grad(loss, [x, norm.weight])])
+    # Both implementations round y, dy, dx, v and the result; the rounding of y counts twice, since dy is 3 y^2: 12
+    # roundings in total. One is at most 2^-8 in bfloat16 (8 bits), whose sums are float32. In float32 (24 bits), sums
+    # of 8 x 6 x 6 values round at each addition.
     close = 12 * {torch.bfloat16: 2**-8, torch.float32: 288 * 2**-24}[dtype]
     for expected, actual in zip(*found, strict=True):
         assert (actual - expected).norm() < close * expected.norm()
 
 
-def test_under_vmap_each_task_has_its_own_statistics_and_weights():
+def test_vmap_keeps_statistics_and_weights_per_task():
     torch.manual_seed(0)
     _, ours = make()
     x, weight, bias = torch.randn(4, 5, 3, 6, 6).double(), torch.randn(4, 3).double(), torch.randn(3).double()
@@ -75,7 +75,7 @@ def test_under_vmap_each_task_has_its_own_statistics_and_weights():
     def apply(weight, x):
         return torch.func.functional_call(ours, {"weight": weight, "bias": bias}, x)
 
-    alone = torch.stack([apply(of, one) for of, one in zip(weight, x, strict=True)])
+    alone = torch.stack([apply(*task) for task in zip(weight, x, strict=True)])
     torch.testing.assert_close(vmap(apply)(weight, x), alone)
     torch.testing.assert_close(
         vmap(apply, in_dims=(None, 1))(weight[0], x.movedim(0, 1)), vmap(apply)(weight[:1].expand(4, 3), x)
@@ -89,7 +89,7 @@ def convolution(dtype=torch.float64, **settings):
 
 @pytest.mark.parametrize("settings", [{}, {"bias": False}, {"stride": 2, "kernel_size": 2, "dilation": 2}])
 @pytest.mark.parametrize("last", [False, True])
-def test_a_convolution_and_its_first_and_second_derivatives_are_right(settings, last):
+def test_convolution_and_its_first_and_second_derivatives(settings, last):
     torch.manual_seed(0)
     conv, ours = convolution(**settings)
     x = images(2, 2, 5, 4, last=last).requires_grad_()
@@ -102,22 +102,23 @@ def test_a_convolution_and_its_first_and_second_derivatives_are_right(settings, 
     assert gradgradcheck(apply, (x, *conv.parameters()))
 
 
-@pytest.mark.parametrize("of_x", [False, True])
-@pytest.mark.parametrize("asked", [["weight"], ["bias"], ["weight", "bias"]])
-def test_a_convolution_differentiates_twice_whatever_is_asked_for(of_x, asked):
+@pytest.mark.parametrize("with_x", [False, True])
+@pytest.mark.parametrize("names", [["weight"], ["bias"], ["weight", "bias"]])
+def test_second_derivatives_of_a_convolution_for_any_inputs(with_x, names):
     torch.manual_seed(0)
     found = []
     conv, ours = convolution()
-    x = images(2, 2, 5, 4).requires_grad_(of_x)
+    x = images(2, 2, 5, 4).requires_grad_(with_x)
     for layer in (conv, ours):
-        inputs = [*([x] if of_x else []), *(getattr(conv, name) for name in asked)]
+        inputs = [*([x] if with_x else []), *(getattr(conv, name) for name in names)]
         loss = layer(layer(x)[:, :2]).pow(3).sum()
         gradients = torch.autograd.grad(loss, inputs, create_graph=True)
-        found.append(torch.autograd.grad(sum(of.square().sum() for of in gradients), [conv.weight, conv.bias]))
+        total = sum(gradient.square().sum() for gradient in gradients)
+        found.append(torch.autograd.grad(total, [conv.weight, conv.bias]))
     torch.testing.assert_close(*found)
 
 
-def test_a_convolution_takes_the_precision_of_autocast_as_pytorchs_does():
+def test_convolution_follows_autocast_like_pytorch():
     torch.manual_seed(0)
     conv, ours = convolution(torch.float32)
     x = torch.randn(2, 2, 5, 5)
@@ -127,7 +128,7 @@ def test_a_convolution_takes_the_precision_of_autocast_as_pytorchs_does():
     assert conv.weight.grad.dtype == torch.float32
 
 
-def test_a_convolution_under_vmap_has_weights_of_each_task():
+def test_vmap_keeps_convolution_weights_per_task():
     torch.manual_seed(0)
     _, ours = convolution()
     x, weight, bias = torch.randn(4, 5, 2, 6, 6).double(), torch.randn(4, 3, 2, 3, 3).double(), torch.randn(3).double()
@@ -135,12 +136,12 @@ def test_a_convolution_under_vmap_has_weights_of_each_task():
     def apply(weight, x):
         return torch.func.functional_call(ours, {"weight": weight, "bias": bias}, x)
 
-    alone = torch.stack([apply(of, one) for of, one in zip(weight, x, strict=True)])
+    alone = torch.stack([apply(*task) for task in zip(weight, x, strict=True)])
     torch.testing.assert_close(vmap(apply)(weight, x), alone)
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_trained_layers_are_replaced_and_share_their_parameters(twice):
+def test_trainable_layers_are_replaced_and_share_their_parameters(twice):
     grouped, frozen = nn.Conv2d(2, 2, 3, groups=2), nn.BatchNorm2d(2).requires_grad_(False)
     network = nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()), nn.BatchNorm2d(2), grouped, frozen

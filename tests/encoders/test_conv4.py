@@ -8,7 +8,7 @@ from fewshot.errors import FewShotError
 
 
 class Textbook(nn.Sequential):
-    """The encoder as the papers write it: ReLU before pooling, channels first."""
+    """The encoder as described in the papers: ReLU before pooling, channels first."""
 
     def __init__(self, channels: int) -> None:
         blocks = []
@@ -20,7 +20,7 @@ class Textbook(nn.Sequential):
 
 
 @pytest.mark.parametrize(("channels", "size", "features"), [(1, 28, 64), (3, 84, 1600)])
-def test_it_computes_what_the_papers_write(channels, size, features):
+def test_output_and_gradients_match_the_papers(channels, size, features):
     torch.manual_seed(0)
     ours, textbook = Conv4(channels, size).double(), Textbook(channels).double()
     textbook.load_state_dict(ours.state_dict())
@@ -38,11 +38,11 @@ def test_it_computes_what_the_papers_write(channels, size, features):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
-def test_the_size_of_the_network():
+def test_number_of_parameters():
     assert sum(p.numel() for p in Conv4(1, 28).parameters()) == 111_936
 
 
-def test_its_maps_are_what_the_embedding_is_made_of():
+def test_feature_maps_flatten_to_the_embedding():
     encoder, images = Conv4(3, 84).eval(), torch.randn(2, 3, 84, 84)
     with torch.no_grad():
         maps = feature_maps(encoder, images)
@@ -51,6 +51,6 @@ def test_its_maps_are_what_the_embedding_is_made_of():
 
 
 @pytest.mark.parametrize("wrong", [{"size": 15}, {"channels": 0}, {"filters": 0}])
-def test_what_it_cannot_build_is_refused(wrong):
+def test_invalid_settings_are_rejected(wrong):
     with pytest.raises(FewShotError, match=f"{next(iter(wrong))}="):
         Conv4(**{"channels": 1, "size": 28} | wrong)

@@ -1,4 +1,4 @@
-"""Feature maps where a method wants them."""
+"""Methods that use feature maps instead of embeddings."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from fewshot.training import make_data
 
 
 class Densest(MetricMethod):
-    """Compares the places of images, and keeps what shapes it is given."""
+    """Compares regions of images, and records the shapes it gets."""
 
     def __init__(self, encoder, distance):
         super().__init__(encoder, distance)
@@ -43,6 +43,6 @@ def test_a_method_gets_maps_in_training_evaluation_and_prediction(cache_dir):
     assert method.shapes == {(8, 1, 1)}
 
 
-def test_an_encoder_that_has_none_is_named():
+def test_error_names_an_encoder_without_feature_maps():
     with pytest.raises(FewShotError, match="the encoder Flatten has no feature maps; choose encoder=conv4"):
         feature_maps(nn.Flatten(), torch.rand(1, 1, 28, 28))

@@ -1,4 +1,4 @@
-"""Networks of torchvision; their weights are not downloaded here, so random ones stand in for them."""
+"""Networks from torchvision, with random weights instead of downloads."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ NAME = "mobilenet_v3_small"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file as torchvision's, and the network whose weights it holds."""
+    """A weights file like torchvision's, and the network with these weights."""
     torch.manual_seed(0)
     network = get_model(NAME, weights=None).eval()
     path = tmp_path_factory.mktemp("weights") / "weights.pth"
@@ -34,12 +34,12 @@ def pretrained(path, **changes):
     return Pretrained(**{"name": NAME, "weights": "DEFAULT", "file": str(path), "frozen": True} | changes)
 
 
-def test_an_embedding_is_what_reaches_the_last_layer_of_torchvisions_network(weights):
+def test_embedding_is_the_input_of_torchvisions_last_layer(weights):
     path, network = weights
     pixels = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
     reached = []
     network.classifier[-1].register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0]))
-    # 224 of 224: torchvision's own transforms have nothing to resize or crop.
+    # The images are 224x224, so torchvision's transforms neither resize nor crop.
     transforms = get_model_weights(NAME).DEFAULT.transforms(crop_size=224, resize_size=224)
     with torch.no_grad():
         network(transforms(pixels))
@@ -48,19 +48,19 @@ def test_an_embedding_is_what_reaches_the_last_layer_of_torchvisions_network(wei
     assert embeddings.shape == (2, pretrained(path).features)
 
 
-def test_images_of_another_size_are_resized_and_grey_ones_are_grey_in_colour(weights):
+def test_images_are_resized_and_grey_ones_expanded_to_colour(weights):
     encoder = pretrained(weights[0])
     grey = torch.rand(1, 1, 40, 40)
     with torch.no_grad():
         torch.testing.assert_close(encoder(grey), encoder(grey.expand(-1, 3, -1, -1)))
 
 
-def test_a_frozen_encoder_stays_as_it_is_and_another_learns(weights):
+def test_only_an_encoder_that_is_not_frozen_learns(weights):
     images = torch.rand(4, 3, 64, 64)
     frozen, tuned = pretrained(weights[0]).train(), pretrained(weights[0], frozen=False).train()
-    before = {name: of.clone() for name, of in frozen.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
     frozen(images)
-    assert all(torch.equal(of, before[name]) for name, of in frozen.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.state_dict().items())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     tuned(images).sum().backward()
     assert all(parameter.grad is not None for parameter in tuned.parameters())
@@ -68,7 +68,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_another_learns(weights):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "swin_t", "densenet121", "vgg11_bn", "convnext_tiny"])
-def test_models_of_many_kinds_lose_their_last_layer(name):
+def test_the_last_layer_of_any_architecture_is_removed(name):
     with torch.device("meta"):
         encoder = Pretrained(name, load=False)
         assert encoder(torch.zeros(1, 3, encoder.size, encoder.size)).shape == (1, encoder.features)
@@ -82,7 +82,7 @@ def test_models_of_many_kinds_lose_their_last_layer(name):
             assert height == width == 7
 
 
-def test_a_download_that_fails_names_the_file_and_where_it_is_looked_for(tmp_path, monkeypatch):
+def test_failed_download_names_the_file_and_its_directory(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise URLError("no network")
 
@@ -90,13 +90,13 @@ def test_a_download_that_fails_names_the_file_and_where_it_is_looked_for(tmp_pat
     monkeypatch.setattr("torch.hub.download_url_to_file", fail)
     with pytest.raises(FewShotError) as caught:
         pretrained(None, file=None)
-    told, known = str(caught.value), get_model_weights(NAME).DEFAULT
-    assert f"put {Path(known.url).name} there" in told and str(tmp_path / "hub" / "checkpoints") in told
-    assert "no network" in told and "encoder.file=PATH" in told and "\n" not in told
+    message, known = str(caught.value), get_model_weights(NAME).DEFAULT
+    assert f"put {Path(known.url).name} there" in message and str(tmp_path / "hub" / "checkpoints") in message
+    assert "no network" in message and "encoder.file=PATH" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "mnasnet0_5"])
-def test_its_maps_are_what_is_averaged(name):
+def test_mean_of_the_feature_maps_is_the_embedding(name):
     encoder = Pretrained(name, weights=None).eval()
     images = torch.rand(2, 3, 224, 224)
     with torch.no_grad():
@@ -112,31 +112,32 @@ def test_settings_random_weights_and_safetensors(weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"name": "resnet1"}, "encoder.name=resnet1 is no model of torchvision"),
+        ({"name": "resnet1"}, "encoder.name=resnet1 is not an image classification model of torchvision"),
         ({"name": "squeezenet1_0"}, "encoder.name=squeezenet does not end in one linear layer"),
         ({"name": "googlenet"}, "encoder.name=googlenet does not end in one linear layer"),
         ({"name": "resnet18", "colour": 3}, "encoder.name=resnet18: ResNet.__init__() got an unexpected keyword"),
         ({"weights": "BEST"}, "encoder.weights=BEST is unknown for mobilenet_v3_small: choose IMAGENET1K_V1"),
-        ({"name": "resnet18"}, "holds no weights of this network: Missing key"),
+        ({"name": "resnet18"}, "does not contain weights of this network: Missing key"),
         ({"file": "/nowhere/weights.pth"}, "cannot read encoder.file=/nowhere/weights.pth"),
     ],
 )
-def test_what_cannot_be_had_is_told_in_one_line(weights, changes, told):
+def test_invalid_settings_are_reported_in_one_line(weights, changes, message):
     with pytest.raises(FewShotError) as caught:
         pretrained(weights[0], **changes)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_broken_file_is_named(weights, tmp_path):
     path = tmp_path / "broken.pth"
     path.write_bytes(weights[0].read_bytes()[:1000])
-    with pytest.raises(FewShotError, match=rf"{path} is broken, or holds no weights of this network: .*; name another"):
+    message = rf"{path} is broken, or does not contain weights of this network: .*; specify a different file"
+    with pytest.raises(FewShotError, match=message):
         pretrained(path)
 
 
-def test_it_brings_the_size_and_the_normalisation_of_the_images():
+def test_it_sets_the_size_and_normalisation_of_the_images():
     config = compose("encoder=pretrained", "dataset=folder", "run_dir=x")
     assert (config.dataset.size, config.dataset.source.size, config.dataset.normalise) == (224, 224, "plain")
     assert compose("encoder=pretrained", "dataset.size=84", "run_dir=x").dataset.size == 84
@@ -144,7 +145,7 @@ def test_it_brings_the_size_and_the_normalisation_of_the_images():
     assert isinstance(Pretrained("resnet18", "DEFAULT", None, frozen=False, load=False).network, nn.Module)
 
 
-def test_it_is_fine_tuned_and_its_checkpoint_needs_no_other_file(weights, tmp_path, cache_dir):
+def test_fine_tuned_checkpoint_needs_no_other_file(weights, tmp_path, cache_dir):
     file = tmp_path / "weights.pth"
     shutil.copy(weights[0], file)
     tiny = ["way=2", "query=1", "train.way=2", "train.query=1", "train.episodes=1", "val.episodes=1", "test.episodes=2"]

@@ -11,12 +11,12 @@ from fewshot.errors import FewShotError
 
 
 def textbook(block: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """As the papers write it: the ReLU before pooling."""
+    """A block as described in the papers: ReLU before pooling."""
     return max_pool2d(leaky_relu(block.body(images) + block.shortcut(images), 0.1), 2)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 16), (3, 84)])
-def test_it_computes_what_the_papers_write(channels, size):
+def test_output_matches_the_papers(channels, size):
     torch.manual_seed(0)
     encoder = ResNet12(channels, size).eval()
     images = torch.randn(2, channels, size, size)
@@ -29,13 +29,13 @@ def test_it_computes_what_the_papers_write(channels, size):
     assert found.shape == (2, encoder.features) == (2, 640)
 
 
-def test_the_size_of_the_network():
+def test_number_of_parameters():
     widths = [3, 64, 160, 320, 640]
-    of_block = [9 * i * w + 2 * 9 * w * w + 3 * 2 * w + i * w + 2 * w for i, w in pairwise(widths)]
-    assert sum(p.numel() for p in ResNet12(3, 84).parameters()) == sum(of_block)
+    per_block = [9 * i * w + 2 * 9 * w * w + 3 * 2 * w + i * w + 2 * w for i, w in pairwise(widths)]
+    assert sum(p.numel() for p in ResNet12(3, 84).parameters()) == sum(per_block)
 
 
-def test_squares_are_dropped_while_training_only():
+def test_squares_are_dropped_in_training_only():
     torch.manual_seed(0)
     encoder, images = ResNet12(1, 84, drop=0.3), torch.randn(2, 1, 84, 84)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_squares_are_dropped_while_training_only():
         torch.testing.assert_close(encoder(images), encoder(images))
 
 
-def test_its_maps_are_what_the_embedding_is_made_of():
+def test_mean_of_the_feature_maps_is_the_embedding():
     encoder, images = ResNet12(3, 84).eval(), torch.randn(2, 3, 84, 84)
     with torch.no_grad():
         maps = feature_maps(encoder, images)
@@ -55,6 +55,6 @@ def test_its_maps_are_what_the_embedding_is_made_of():
 
 
 @pytest.mark.parametrize("wrong", [{"size": 15}, {"channels": 0}, {"drop": 1.0}, {"drop": -0.1}])
-def test_what_it_cannot_build_is_refused(wrong):
+def test_invalid_settings_are_rejected(wrong):
     with pytest.raises(FewShotError, match=f"{next(iter(wrong))}="):
         ResNet12(**{"channels": 1, "size": 28} | wrong)

@@ -45,7 +45,7 @@ def method(distance=l2, **settings):
     ],
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_the_loss_is_the_cross_entropy_of_all_training_classes(settings, logits, smoothing):
+def test_loss_is_the_cross_entropy_over_all_training_classes(settings, logits, smoothing):
     images, labels = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([0, 1])
     batch = SimpleNamespace(load=lambda: (images, labels), share=Share([], weight=0.5))
     by_hand = 0.0
@@ -65,7 +65,7 @@ def test_episodes_are_solved_by_the_nearest_prototype(distance, expected):
 
 
 @pytest.mark.parametrize(
-    ("override", "why"),
+    ("override", "message"),
     [
         ("method.head=round", "method.head=round must be linear or cosine"),
         ("method.scale=0", "method.scale=0 must be positive"),
@@ -74,8 +74,8 @@ def test_episodes_are_solved_by_the_nearest_prototype(distance, expected):
         ("train.batch_size=null", "train.batch_size=null must be at least 1"),
     ],
 )
-def test_wrong_settings_are_refused_in_a_line(override, why, cache_dir, tmp_path):
-    with pytest.raises(FewShotError, match=why) as caught:
+def test_invalid_settings_are_reported_in_one_line(override, message, cache_dir, tmp_path):
+    with pytest.raises(FewShotError, match=message) as caught:
         train(compose(*TINY, override, f"run_dir={tmp_path}", f"cache_dir={cache_dir}"))
     assert "\n" not in str(caught.value)
 
@@ -84,8 +84,8 @@ def weights(run):
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(cache_dir, tmp_path):
-    # Without a schedule, whose length may not change.
+def test_a_resumed_run_ends_like_an_uninterrupted_one(cache_dir, tmp_path):
+    # No schedule, since its length must not change.
     settings = [*TINY, "schedule=none", "transform=flip", "train.meta_batch=2", f"cache_dir={cache_dir}"]
     train(compose(*settings, f"run_dir={tmp_path / 'whole'}", "train.episodes=10"))
     train(compose(*settings, f"run_dir={tmp_path / 'parts'}", "train.episodes=4"))
@@ -97,19 +97,19 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(cache_dir, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory, cache_dir):
+def learned(tmp_path_factory, cache_dir):
     """A run long enough to learn something."""
-    place = tmp_path_factory.mktemp("learnt")
+    run = tmp_path_factory.mktemp("learned")
     settings = ["train.episodes=150", "train.batch_size=32", "val.every=150", "test.episodes=50", "optimizer.lr=0.05"]
     settings += ["val.episodes=50", "encoder.filters=16", "way=5", "query=5", "method.head=cosine"]
-    train(compose(*TINY, *settings, f"run_dir={place}", f"cache_dir={cache_dir}"))
-    return place
+    train(compose(*TINY, *settings, f"run_dir={run}", f"cache_dir={cache_dir}"))
+    return run
 
 
-def test_it_learns_features_that_tell_new_classes_apart(learnt):
-    results = json.loads((learnt / "results.json").read_text())
-    train(compose(*_untrained(results), f"run_dir={learnt / 'untrained'}"))
-    untrained = json.loads((learnt / "untrained" / "results.json").read_text())
+def test_learned_features_separate_new_classes(learned):
+    results = json.loads((learned / "results.json").read_text())
+    train(compose(*_untrained(results), f"run_dir={learned / 'untrained'}"))
+    untrained = json.loads((learned / "untrained" / "results.json").read_text())
     assert results["accuracy"] > untrained["accuracy"] + 0.1
     assert results["config"]["method"]["classes"] == results["data"]["classes"]["train"]
 
@@ -120,13 +120,13 @@ def _untrained(results):
     return [*TINY, *same, "way=5", "query=5", f"cache_dir={config['cache_dir']}"]
 
 
-def test_its_checkpoint_is_evaluated_and_used(learnt, tmp_path, cache_dir):
+def test_checkpoint_is_evaluated_and_used_for_predictions(learned, tmp_path, cache_dir):
     config = compose(
-        f"checkpoint={learnt}", f"out={tmp_path}", f"cache_dir={cache_dir}", "hardware=cpu", name="evaluate"
+        f"checkpoint={learned}", f"out={tmp_path}", f"cache_dir={cache_dir}", "hardware=cpu", name="evaluate"
     )
-    results = json.loads((learnt / "results.json").read_text())
+    results = json.loads((learned / "results.json").read_text())
     assert evaluate(config) == pytest.approx(results["accuracy"], abs=1e-12)
-    predictor = make_predictor(compose(f"checkpoint={learnt}", "support=x", "query=x", "hardware=cpu", name="predict"))
+    predictor = make_predictor(compose(f"checkpoint={learned}", "support=x", "query=x", "hardware=cpu", name="predict"))
     random = np.random.default_rng(0)
     size = results["config"]["dataset"]["size"]
     pixels = [random.integers(0, 256, (size, size, 1), dtype=np.uint8) for _ in range(4)]
@@ -134,11 +134,11 @@ def test_its_checkpoint_is_evaluated_and_used(learnt, tmp_path, cache_dir):
     assert answer.shape == (4, 2)
 
 
-def test_an_episodic_method_begins_with_its_encoder(learnt, tmp_path, cache_dir):
+def test_an_episodic_method_starts_from_its_encoder(learned, tmp_path, cache_dir):
     little = ["train.episodes=1", "train.way=3", "way=5", "query=5", "test.episodes=50", "val.episodes=2"]
     little += ["encoder.filters=16", "hardware=cpu", "pictures=false", "optimizer.lr=1e-30", f"cache_dir={cache_dir}"]
-    train(compose(*little, f"encoder.init={learnt}", f"run_dir={tmp_path}"))
-    begun, trained = load_trained(str(learnt)).method.encoder, load_trained(str(tmp_path)).method.encoder
+    train(compose(*little, f"encoder.init={learned}", f"run_dir={tmp_path}"))
+    begun, trained = load_trained(str(learned)).method.encoder, load_trained(str(tmp_path)).method.encoder
     assert all(map(torch.equal, begun.parameters(), trained.parameters()))
 
 
@@ -159,7 +159,7 @@ class Regression(PrototypicalNetwork):
 """
 
 
-def test_a_method_of_one_s_own_trains_on_classes_without_a_change_to_the_rest(cache_dir, tmp_path, monkeypatch):
+def test_a_user_supplied_method_trains_on_classes(cache_dir, tmp_path, monkeypatch):
     (tmp_path / "mine_on_classes.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mine_on_classes", raising=False)

@@ -1,4 +1,4 @@
-"""The proofs that MAML computes the order it says."""
+"""Proofs that MAML computes the meta-gradient of the order it claims."""
 
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 class Smooth(nn.Sequential):
-    """A network that is differentiable everywhere, unlike one with a ReLU or max pooling."""
+    """A network that is differentiable everywhere, unlike one with ReLU or max pooling."""
 
     features = 4
 
@@ -60,7 +60,7 @@ def gradients_of(maml: MAML, batch: Episode) -> torch.Tensor:
 
 
 def loss_after_adaptation(maml, batch):
-    """Written out with plain modules and no graph from step to step."""
+    """Compute the loss with plain modules and no graph between steps."""
     total = 0.0
     start = {name: value.clone() for name, value in maml.state_dict().items()}
     for task in batch.tasks():
@@ -94,7 +94,7 @@ def test_second_order_is_the_derivative_of_the_loss_after_adaptation(steps):
             difference = (losses[0] - losses[1]) / (2 * step)
             assert second_order.view(-1)[position].item() == pytest.approx(difference, rel=1e-5, abs=1e-9)
             misses.append(abs(first_order.view(-1)[position].item() - difference))
-    assert max(misses) > 1e-3  # first order is something else
+    assert max(misses) > 1e-3  # first order is different
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -121,7 +121,7 @@ def kinds(order: int, steps: int, encoder=conv4) -> list[str]:
     return [node.name() for node in nodes]
 
 
-def test_only_second_order_goes_back_through_the_gradients_of_the_inner_steps():
+def test_only_second_order_differentiates_the_gradients_of_the_inner_steps():
     def double(names):
         return sum(map(is_double_backward, names))
 
@@ -133,14 +133,14 @@ def test_only_second_order_goes_back_through_the_gradients_of_the_inner_steps():
     assert found[0] > 0 and found[0] < found[1] < found[2]
     sizes = [len(names) for names in counts[2]]
     assert all(second > first for first, second in pairwise(sizes))
-    # First order adds nothing to the graph of plain training but one subtraction for each parameter and step.
+    # First order adds only one subtraction per parameter and step to the graph of plain training.
     added = [len(names) - len(plain) for names in counts[1]]
     assert added == [added[0] * steps for steps in (1, 2, 3)]
     assert set(counts[1][2]) - set(plain) <= {"SubBackward0"}
 
 
 class Quadratic(MAML):
-    """The loss of a task is |theta - target|^2 / 2, whose meta-gradient is known in closed form."""
+    """A task loss of |theta - target|^2 / 2, whose meta-gradient is known in closed form."""
 
     def __init__(self, **changes):
         nn.Module.__init__(self)
@@ -154,7 +154,7 @@ class Quadratic(MAML):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("steps", [0, 1, 4])
-def test_a_quadratic_has_the_meta_gradient_of_the_closed_form(monkeypatch, steps, recompute):
+def test_meta_gradient_of_a_quadratic_matches_the_closed_form(monkeypatch, steps, recompute):
     targets = {"support": torch.tensor([3.0, 5.0]).double(), "query": torch.tensor([-1.0, 4.0]).double()}
     monkeypatch.setattr(
         "fewshot.methods.maml.total_cross_entropy", lambda theta, target: (theta - target).square().sum() / 2
@@ -171,7 +171,7 @@ def test_a_quadratic_has_the_meta_gradient_of_the_closed_form(monkeypatch, steps
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_no_inner_step_is_plain_training(order):
+def test_zero_inner_steps_is_plain_training(order):
     maml, batch = method(conv4, inner_steps=0, order=order), tasks(3)
     losses = [cross_entropy(maml.head(maml.encoder(t.query)), t.query_labels) for t in batch.tasks()]
     expected = torch.autograd.grad(torch.stack(losses).mean(), list(maml.parameters()))
@@ -179,7 +179,7 @@ def test_no_inner_step_is_plain_training(order):
 
 
 @pytest.mark.parametrize("batching", ["loop", "threads", "vmap"])
-def test_a_task_does_not_depend_on_the_others_of_its_meta_batch(batching):
+def test_tasks_of_a_meta_batch_are_independent(batching):
     maml, batch = method(conv4, task_batching=batching, vmap_tasks=5), tasks(5)
     other = tasks(5, seed=9)
     mixed = Episode(*(torch.cat([a[:2], b[2:]]) for a, b in zip(batch[:-1], other[:-1], strict=True)), 3)
@@ -192,7 +192,7 @@ def test_a_task_does_not_depend_on_the_others_of_its_meta_batch(batching):
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("encoder", [Smooth, conv4])
-def test_all_paths_compute_the_same(order, encoder):
+def test_all_ways_to_run_tasks_agree(order, encoder):
     batch = tasks(5)
     expected = method(encoder, order=order).meta_gradient(batch)
     for batching in ("threads", "vmap", "auto"):
@@ -201,7 +201,7 @@ def test_all_paths_compute_the_same(order, encoder):
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
 
 
-def test_first_and_second_order_solve_alike_and_learn_otherwise():
+def test_orders_have_equal_logits_and_different_gradients():
     batch = tasks()
     one, two = (method(conv4, order=order).meta_gradient(batch) for order in (1, 2))
     torch.testing.assert_close(one.logits, two.logits)
@@ -209,7 +209,7 @@ def test_first_and_second_order_solve_alike_and_learn_otherwise():
     assert distance > 1e-3
 
 
-def test_forward_adapts_without_a_graph_around_it_and_changes_nothing():
+def test_forward_adapts_under_no_grad_and_changes_nothing():
     maml = method(conv4).eval()
     before = {name: value.clone() for name, value in maml.state_dict().items()}
     task = next(tasks(1).tasks())
@@ -221,7 +221,7 @@ def test_forward_adapts_without_a_graph_around_it_and_changes_nothing():
     torch.testing.assert_close(logits, adapted.solve(task).detach())
 
 
-def test_the_support_is_learnt():
+def test_adaptation_fits_the_support_set():
     maml = method(conv4, test_inner_steps=20).eval()
     task = next(tasks(1).tasks())
     again = task._replace(query=task.support, query_labels=task.support_labels)
@@ -236,13 +236,13 @@ def test_frozen_parameters_are_neither_adapted_nor_trained():
     assert frozen.grad is None
 
 
-def test_another_way_is_not_trained_at():
+def test_training_at_a_different_way_is_rejected():
     with pytest.raises(FewShotError, match=r"made for 3 classes, and the episode has 4: .* train\.way"):
         method().meta_gradient(tasks(1, way=4))
 
 
 @pytest.mark.parametrize("way", [2, 4, 7])
-def test_another_way_is_learnt_at_test(way):
+def test_a_different_way_can_be_tested(way):
     maml = method(conv4, test_inner_steps=30).eval()
     task = next(tasks(1, way=way).tasks())
     again = task._replace(query=task.support, query_labels=task.support_labels)
@@ -250,16 +250,16 @@ def test_another_way_is_learnt_at_test(way):
     assert (maml(again).argmax(1) == again.query_labels).all()
 
 
-def test_rows_beyond_the_classes_stay_and_rows_that_lack_are_used_over_again():
+def test_extra_head_rows_are_kept_and_missing_ones_reuse_others():
     maml = method()
-    assert all(torch.equal(of, maml.weights()[name]) for name, of in maml.weights(way=2).items())
+    assert all(torch.equal(weight, maml.weights()[name]) for name, weight in maml.weights(way=2).items())
     more = maml.weights(way=7)
     assert torch.equal(more["head.weight"][:3], maml.head.weight) and torch.equal(
         more["head.bias"][3:6], maml.head.bias
     )
 
 
-def test_own_images_are_classified_beside_the_support_set():
+def test_classified_images_share_a_batch_with_the_support_set():
     maml = method(conv4, test_inner_steps=3).eval()
     task = next(tasks(1).tasks())
     weights = maml.adapt(maml.weights(), task.support, task.support_labels, 3)
@@ -267,13 +267,13 @@ def test_own_images_are_classified_beside_the_support_set():
     torch.testing.assert_close(maml.classifier(task.support, task.support_labels, 3)(task.query[:1]), expected)
 
 
-def test_a_class_with_more_samples_weighs_no_more():
+def test_a_class_with_more_samples_has_no_more_influence():
     maml = method(conv4, test_inner_steps=3).eval()
     task = next(tasks(1).tasks())
-    # The samples of class 1, or of all, three times each: nothing new is told.
-    of_one = task.support_labels == 1
-    more = [torch.cat([of, *[of[of_one]] * 2]) for of in (task.support, task.support_labels)]
-    thrice = [torch.cat([of] * 3) for of in (task.support, task.support_labels)]
+    # Three copies of the samples of class 1, or of all samples, add no information.
+    in_class_1 = task.support_labels == 1
+    more = [torch.cat([tensor, *[tensor[in_class_1]] * 2]) for tensor in (task.support, task.support_labels)]
+    thrice = [torch.cat([tensor] * 3) for tensor in (task.support, task.support_labels)]
     found = maml.classifier(*more, 3)(task.query)
     torch.testing.assert_close(found, maml.classifier(*thrice, 3)(task.query))
     unbalanced = maml(task._replace(support=more[0], support_labels=more[1]))
@@ -292,6 +292,6 @@ def test_a_class_with_more_samples_weighs_no_more():
         ("task_batching", "magic"),
     ],
 )
-def test_settings_out_of_range_are_refused(name, value):
+def test_settings_out_of_range_are_rejected(name, value):
     with pytest.raises(FewShotError, match=f"method.{name}={value}"):
         method(**{name: value})

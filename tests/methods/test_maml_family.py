@@ -1,4 +1,4 @@
-"""Two methods of MAML's family, each by overriding one or two short functions of it."""
+"""Three variants of MAML, each of which overrides one or two short methods."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fewshot.methods.maml import MAML
 
 
 class ANIL(MAML):
-    """Almost no inner loop (Raghu et al., 2020, arXiv 1909.09157): the inner steps change the last layer alone."""
+    """Almost no inner loop (Raghu et al., 2020, arXiv 1909.09157): the inner steps change only the last layer."""
 
     def adapts(self, name):
         return name.startswith("head.")
@@ -21,7 +21,7 @@ class ANIL(MAML):
 
 
 class MetaSGD(MAML):
-    """Meta-SGD (Li et al., 2017, arXiv 1707.09835): every parameter has an inner learning rate, which is learnt."""
+    """Meta-SGD (Li et al., 2017, arXiv 1707.09835): every parameter has its own, learned inner learning rate."""
 
     def __init__(self, encoder, **settings):
         super().__init__(encoder, **settings)
@@ -37,13 +37,13 @@ class MetaSGD(MAML):
 
 
 class Reptile(MAML):
-    """Reptile (Nichol et al., 2018, arXiv 1803.02999): the meta-gradient is the way back from the adapted weights."""
+    """Reptile (Nichol et al., 2018, arXiv 1803.02999): the meta-gradient is initial minus adapted weights."""
 
     def task_gradient(self, episode):
-        taught = super().task_gradient(episode)
+        result = super().task_gradient(episode)
         start = self.weights()
         adapted = self.adapt(start, episode.support, episode.support_labels, self.inner_steps)
-        return taught._replace(gradients=[(start[name] - adapted[name]).detach() for name in start])
+        return result._replace(gradients=[(start[name] - adapted[name]).detach() for name in start])
 
 
 def make(kind, **changes):
@@ -53,7 +53,7 @@ def make(kind, **changes):
 
 
 def tasks(count=4, way=3, shot=2, query=3):
-    """Classes are told apart by which rows are bright."""
+    """Make tasks whose classes differ in which rows are bright."""
     generator = torch.Generator().manual_seed(0)
 
     def images(labels):
@@ -92,11 +92,11 @@ def test_reptile_moves_towards_the_adapted_weights():
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("kind", [ANIL, MetaSGD, Reptile])
-def test_it_runs_in_every_way_that_maml_does(kind, order):
+def test_all_ways_to_run_tasks_agree(kind, order):
     expected = make(kind, order=order).meta_gradient(tasks())
     for batching in ("threads", "vmap"):
         if kind is Reptile and batching == "vmap":
-            continue  # with vmap, its weights would need the tasks' dimension: a task a time is what it is written for
+            continue  # written for one task at a time: with vmap, its weights would need the dimension of tasks
         for recompute in (False, True):
             found = make(kind, order=order, task_batching=batching, recompute=recompute).meta_gradient(tasks())
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
@@ -113,6 +113,6 @@ def test_anil_adapts_the_last_layer_and_learns_the_encoder():
 
 
 def test_meta_sgd_with_equal_rates_is_maml_and_learns_them():
-    learnt, plain = make(MetaSGD).meta_gradient(tasks()), make(MAML).meta_gradient(tasks())
-    torch.testing.assert_close(learnt.gradients[: len(plain.gradients)], plain.gradients)
-    assert all(gradient.abs().max() > 0 for gradient in learnt.gradients[len(plain.gradients) :][:1])
+    learned, plain = make(MetaSGD).meta_gradient(tasks()), make(MAML).meta_gradient(tasks())
+    torch.testing.assert_close(learned.gradients[: len(plain.gradients)], plain.gradients)
+    assert all(gradient.abs().max() > 0 for gradient in learned.gradients[len(plain.gradients) :][:1])

@@ -36,9 +36,9 @@ def full_context(steps=2, distance=l2):
     return FullContextMatchingNetwork(Linear(5, 4), distance, unrolling_steps=steps).double()
 
 
-def shuffled(of: Episode) -> Episode:
+def shuffled(task: Episode) -> Episode:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    return of._replace(support=of.support[order], support_labels=of.support_labels[order])
+    return task._replace(support=task.support[order], support_labels=task.support_labels[order])
 
 
 @pytest.mark.parametrize("distance", [l2, cosine, ScaledCosine(7.0, learn=False).double()])
@@ -53,14 +53,14 @@ def test_probabilities_are_the_attention_weighted_sum_of_labels(distance):
     torch.testing.assert_close(method(task).exp(), expected)
 
 
-def test_the_order_of_the_support_matters_only_in_full_context():
+def test_the_order_of_the_support_matters_only_with_full_context():
     task = episode()
     torch.testing.assert_close(plain()(task), plain()(shuffled(task)))
     method = full_context()
     assert (method(task) - method(shuffled(task))).abs().max() > 1e-6
 
 
-def test_loss_and_gradient_stay_finite_where_the_probability_underflows():
+def test_loss_and_gradient_stay_finite_when_the_probability_underflows():
     attention = torch.tensor([[0.0, -2000.0, -3000.0]], requires_grad=True)
     logits = sum_by_class(attention, torch.tensor([0, 1, 1]), 2)
     assert logits.exp()[0, 1] == 0
@@ -71,9 +71,9 @@ def test_loss_and_gradient_stay_finite_where_the_probability_underflows():
     torch.testing.assert_close(attention.grad, torch.tensor([[1.0, -1.0, 0.0]]))
 
 
-def sigmoid_cell(cell: nn.LSTMCell, given, hidden, memory):
-    """An LSTM step written out."""
-    gates = cell.weight_ih @ given + cell.bias_ih + cell.weight_hh @ hidden + cell.bias_hh
+def sigmoid_cell(cell: nn.LSTMCell, x, hidden, memory):
+    """Compute an LSTM step from its equations."""
+    gates = cell.weight_ih @ x + cell.bias_ih + cell.weight_hh @ hidden + cell.bias_hh
     into, forget, new, out = gates.chunk(4)
     memory = forget.sigmoid() * memory + into.sigmoid() * new.tanh()
     return out.sigmoid() * memory.tanh(), memory
@@ -104,19 +104,19 @@ def test_full_context_embeddings_follow_the_equations(steps):
         torch.testing.assert_close(query[number], hidden)
 
 
-def test_every_query_is_classified_by_itself():
+def test_queries_are_classified_independently():
     task = episode()
     for method in (plain(), full_context()):
         torch.testing.assert_close(method(task)[2:3], method(task._replace(query=task.query[2:3])))
 
 
 @pytest.mark.parametrize("make", [plain, full_context])
-def test_a_support_set_is_learnt_once_and_no_class_is_likelier_for_its_samples(make):
+def test_a_classifier_does_not_favour_classes_with_more_samples(make):
     task, method = episode(shots=(2, 1, 3)), make()
     logits = method.classifier(task.support, task.support_labels, 3)(task.query)
     torch.testing.assert_close(logits, method(task) - torch.tensor([2, 1, 3], dtype=torch.float64).log())
     if make is plain:
-        # One class's samples over again: the sum of equation 1 turns to it, the mean does not.
+        # Repeating the samples of one class shifts the sum of equation 1 towards it, but not the mean.
         again = torch.cat([task.support, task.support[:2]]), torch.cat([task.support_labels, task.support_labels[:2]])
         probabilities = method.classifier(*again, 3)(task.query).softmax(1)
         torch.testing.assert_close(probabilities, logits.softmax(1))
@@ -125,6 +125,6 @@ def test_a_support_set_is_learnt_once_and_no_class_is_likelier_for_its_samples(m
     torch.testing.assert_close(same, method(even).softmax(1))
 
 
-def test_no_unrolling_step_is_refused():
+def test_zero_unrolling_steps_are_rejected():
     with pytest.raises(FewShotError, match=r"method\.unrolling_steps=0 .* method=matching"):
         full_context(0)

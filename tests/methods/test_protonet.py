@@ -11,7 +11,7 @@ def method(distance=l2):
     return PrototypicalNetwork(nn.Flatten(), distance)
 
 
-def test_prototypes_are_class_means_whatever_the_order_and_the_shots():
+def test_prototypes_are_class_means_for_any_order_and_shots():
     support = torch.tensor([[2.0, 0.0], [5.0, 5.0], [4.0, 2.0], [0.0, 4.0]])
     labels = torch.tensor([1, 0, 1, 1])
     torch.testing.assert_close(prototypes(support, labels, 2), torch.tensor([[5.0, 5.0], [2.0, 2.0]]))
@@ -24,7 +24,7 @@ def test_logits_are_negative_distances_to_the_prototypes(distance, expected):
     torch.testing.assert_close(method(distance)(episode), torch.tensor(expected), atol=1e-4, rtol=0)
 
 
-def test_labels_of_the_queries_are_never_looked_at():
+def test_query_labels_are_never_used():
     torch.manual_seed(0)
     labels = torch.arange(5)
     episode = Episode(torch.randn(5, 3), labels, torch.randn(10, 3), torch.randint(0, 5, (10,)), 5)
@@ -32,7 +32,7 @@ def test_labels_of_the_queries_are_never_looked_at():
     assert torch.equal(method()(episode), method()(shuffled))
 
 
-def test_a_support_set_is_learnt_once():
+def test_a_classifier_matches_an_episode():
     torch.manual_seed(0)
     labels = torch.tensor([1, 0, 1, 1])
     episode = Episode(torch.randn(4, 1, 2, 2), labels, torch.randn(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64), 2)

@@ -1,12 +1,12 @@
 """Encoders: networks from images to embeddings.
 
-To a method an encoder is any module that turns images, float ``[images, channels, height, width]``, into embeddings
-``[images, features]``. What else it may have, and who asks for it:
+An encoder is any module that maps images, float ``[images, channels, height, width]``, to embeddings
+``[images, features]``. Optional attributes:
 
-- ``features``: the length of an embedding, for methods with layers of their own behind the encoder;
-- ``feature_maps``: images to maps ``[images, channels, height, width]``, for methods that compare places in images;
-- ``WITHOUT_WEIGHTS``: arguments that make it without reading or downloading weights, for whoever brings others;
-- ``size``, ``channels`` and ``normalise``: the images that it takes, for predictions without a data set.
+- ``features``: the length of an embedding, for methods that add layers after the encoder;
+- ``feature_maps``: maps images to ``[images, channels, height, width]``, for methods that compare regions of images;
+- ``WITHOUT_WEIGHTS``: arguments that skip reading and downloading weights, used when others are loaded afterwards;
+- ``size``, ``channels`` and ``normalise``: the expected image format, for predictions without a data set.
 """
 
 import torch
@@ -16,17 +16,17 @@ from fewshot.errors import FewShotError
 
 
 def feature_maps(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The maps that an encoder makes its embeddings from.
+    """Return the feature maps from which an encoder computes its embeddings.
 
     Args:
-        encoder: see above.
+        encoder: see the module's docstring.
         images: float ``[images, channels, height, width]``.
 
     Returns:
-        ``[images, maps, height, width]``, of the height and width that the encoder ends with.
+        ``[images, maps, height, width]``, with the height and width of the encoder's last maps.
 
     Raises:
-        FewShotError: it has none.
+        FewShotError: the encoder has no feature maps.
     """
     if not hasattr(encoder, "feature_maps"):
         raise FewShotError(

@@ -1,4 +1,4 @@
-"""Layers of a network that is adapted: batch norm by the batch alone, and what is cheap to differentiate twice."""
+"""Layers for adapted networks: batch norm with batch statistics only, and layers with cheap second derivatives."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -11,13 +11,13 @@ How = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, paddin
 
 
 class BatchStatisticsNorm2d(nn.Module):
-    """Batch norm (Ioffe & Szegedy, 2015, arXiv 1502.03167) that always takes the statistics of its own batch.
+    """Batch norm (Ioffe & Szegedy, 2015, arXiv 1502.03167) that always uses the statistics of its batch.
 
-    Nothing is remembered from one batch to the next, so what an image becomes depends on those beside it, in
-    evaluation too: that is how MAML was published (arXiv 1703.03400).
+    There are no running statistics, so the output for an image depends on the other images of its batch, in evaluation
+    too: that is how MAML was published (arXiv 1703.03400).
 
     Args:
-        norm: whose weight, bias and epsilon to take over.
+        norm: the layer to take weight, bias and epsilon from.
 
     Shape:
         ``[images, channels, height, width]``, and the same out.
@@ -33,12 +33,12 @@ class BatchStatisticsNorm2d(nn.Module):
 
 
 class DoubleBackwardConv2d(nn.Module):
-    """A convolution whose second derivatives are convolutions as quick as its first.
+    """A convolution whose second derivatives are convolutions as fast as its first derivatives.
 
-    PyTorch finds some of them with kernels as large as the images, and some that nobody asked for.
+    PyTorch computes some of them with kernels as large as the images, and some that are not needed.
 
     Args:
-        conv: whose weight, bias, stride, padding and dilation to take over. It has one group, and pads with zeros.
+        conv: the layer to take weight, bias, stride, padding and dilation from; it has one group and pads with zeros.
 
     Shape:
         ``[images, channels, height, width]`` in and out.
@@ -53,21 +53,21 @@ class DoubleBackwardConv2d(nn.Module):
         """Convolve."""
         inputs: list[torch.Tensor | None] = [images, self.weight, self.bias]
         device = images.device.type
-        if torch.is_autocast_enabled(device):  # which does not reach into functions of our own
+        if torch.is_autocast_enabled(device):  # autocast does not reach into custom functions
             lower = torch.get_autocast_dtype(device)
-            inputs = [of.to(lower) if of is not None and of.dtype == torch.float32 else of for of in inputs]
+            inputs = [x.to(lower) if x is not None and x.dtype == torch.float32 else x for x in inputs]
         return cast(torch.Tensor, _Convolution.apply(*inputs, self.how))
 
 
 def make_adaptable(module: nn.Module, twice: bool) -> None:
-    """Replace layers inside ``module`` that are trained.
+    """Replace the trainable batch norms and convolutions inside ``module``.
 
     Args:
         module: changed in place; its parameters stay the same.
-        twice: whether the inner steps are differentiated: then convolutions are replaced, as batch norms always are.
+        twice: whether the inner steps are differentiated. Only then are convolutions replaced, too.
     """
     for name, child in module.named_children():
-        trained = any(of.requires_grad for of in child.parameters(recurse=False))
+        trained = any(parameter.requires_grad for parameter in child.parameters(recurse=False))
         if isinstance(child, nn.BatchNorm2d) and trained:
             setattr(module, name, BatchStatisticsNorm2d(child))
         elif isinstance(child, nn.Conv2d) and trained and twice and _is_plain(child):
@@ -81,7 +81,7 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 
 
 class _Convolution(torch.autograd.Function):
-    """What ``torch.conv2d`` computes."""
+    """Same result as ``torch.conv2d``."""
 
     @staticmethod
     def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: How) -> torch.Tensor:
@@ -101,13 +101,13 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[torch.Tensor, int]:  # noqa: ARG004
-        """PyTorch's own convolution, of as many groups as there are tasks."""
+        """Use PyTorch's convolution with one group per task."""
         *tensors, how = inputs
-        return torch.vmap(lambda *of_task: torch.conv2d(*of_task, *how), in_dims[:-1])(*tensors), 0
+        return torch.vmap(lambda *task: torch.conv2d(*task, *how), in_dims[:-1])(*tensors), 0
 
 
 class _ConvolutionBackward(torch.autograd.Function):
-    """The gradients of a convolution, as a function with a gradient of its own."""
+    """The gradients of a convolution, as a function that can be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor | None, ...]:
@@ -121,9 +121,9 @@ class _ConvolutionBackward(torch.autograd.Function):
     def backward(
         ctx: Any, v: torch.Tensor | None, a: torch.Tensor | None, b: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """The gradient of <v, dx> + <a, dweight> + <b, dbias>.
+        """Gradient of <v, dx> + <a, dweight> + <b, dbias>.
 
-        All are linear in dy; the first is so in the weight, too, and the second in x.
+        All three terms are linear in dy; the first is also linear in the weight, and the second in x.
         """
         dy, x, weight = ctx.saved_tensors
         _, by_x, by_weight, *_ = ctx.needs_input_grad
@@ -135,8 +135,8 @@ class _ConvolutionBackward(torch.autograd.Function):
             for_dy = b[:, None, None].expand_as(dy)
         if v is not None:
             v = _laid_out(v, x)
-            of_v = torch.conv2d(v, weight, None, *ctx.how)
-            for_dy = of_v if for_dy is None else for_dy + of_v
+            from_v = torch.conv2d(v, weight, None, *ctx.how)
+            for_dy = from_v if for_dy is None else for_dy + from_v
             _, for_weight, _ = _convolution_backward(dy, v, weight, ctx.how, (False, by_weight, False))
         return for_dy, for_x, for_weight, None, None
 
@@ -170,8 +170,8 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if gradients[0] is None:
             return None, None, None, None
-        x, *of_channels = ctx.saved_tensors
-        inputs = _laid_out(gradients[0], x), x, *of_channels, ctx.eps
+        x, *per_channel = ctx.saved_tensors
+        inputs = _laid_out(gradients[0], x), x, *per_channel, ctx.eps
         twice = torch.is_grad_enabled()  # with create_graph
         return (*(_BatchNormBackward.apply(*inputs) if twice else _batch_norm_backward(*inputs)), None)
 
@@ -184,15 +184,15 @@ class _BatchNorm(torch.autograd.Function):
         bias: torch.Tensor,
         eps: float,
     ) -> tuple[tuple[torch.Tensor, ...], tuple[int, int, int]]:
-        """Each channel of each task is a channel of its own."""
+        """Fold the tasks into the channels, so that each channel of each task has its own statistics."""
 
-        def folded(of: torch.Tensor, dim: int | None, to: int) -> torch.Tensor:
-            of = (
-                of.unsqueeze(to).expand(*of.shape[:to], info.batch_size, *of.shape[to:])
+        def folded(tensor: torch.Tensor, dim: int | None, to: int) -> torch.Tensor:
+            tensor = (
+                tensor.unsqueeze(to).expand(*tensor.shape[:to], info.batch_size, *tensor.shape[to:])
                 if dim is None
-                else of.movedim(dim, to)
+                else tensor.movedim(dim, to)
             )
-            return of.flatten(to, to + 1)
+            return tensor.flatten(to, to + 1)
 
         y, mean, r = _BatchNorm.apply(
             folded(x, in_dims[0], 1), folded(weight, in_dims[1], 0), folded(bias, in_dims[2], 0), eps
@@ -202,10 +202,10 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _BatchNormBackward(torch.autograd.Function):
-    """The gradients of batch norm, as a function with a gradient of its own.
+    """The gradients of batch norm, as a function that can be differentiated.
 
-    PyTorch differentiates the same formula into some thirty passes over the activations, which cost more than the
-    convolutions of Conv4. Here it is three means and five fused products.
+    PyTorch differentiates the same formula in about thirty passes over the activations, which cost more than the
+    convolutions of Conv4. This implementation needs three means and five fused products.
     """
 
     @staticmethod
@@ -217,25 +217,25 @@ class _BatchNormBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradient of <v, dx> + <a, dweight> + <b, dbias>, by hand.
+        """Gradient of <v, dx> + <a, dweight> + <b, dbias>, derived by hand.
 
         Every mean is over a channel. With V = mean(v z), D = mean(dy z) and Q = mean(v dy) - mean(v) mean(dy) - V D,
-        <v, dx> is n weight r Q, and both gradients are sums of v, dy and z, times a number a channel.
+        <v, dx> is n weight r Q, and both gradients are sums of v, dy and z, each times one number per channel.
         """
         dy, x, weight, mean, r, dweight, dbias = ctx.saved_tensors
         kept, n = x.dtype, x.numel() // x.shape[1]
-        v, dy, x = (of.to(mean.dtype) for of in (_laid_out(v, x), dy, x))
+        v, dy, x = (tensor.to(mean.dtype) for tensor in (_laid_out(v, x), dy, x))
         mean_v, mean_dy, mean_dyz = v.mean((0, 2, 3)), dbias / n, dweight / n
         mean_vz = ((v * x).mean((0, 2, 3)) - mean * mean_v) * r
         q = (v * dy).mean((0, 2, 3)) - mean_v * mean_dy - mean_vz * mean_dyz
         s = weight * r
 
-        of_z = a - s * mean_vz
-        by_dy = of_z * r
+        by_z = a - s * mean_vz
+        by_dy = by_z * r
         for_dy = _combine((s, v), (by_dy, x), shift=b - s * mean_v - by_dy * mean)
 
         by_v = -s * r * mean_dyz
-        by_x = -(s * (q - mean_vz * mean_dyz) + mean_dyz * of_z) * r * r
+        by_x = -(s * (q - mean_vz * mean_dyz) + mean_dyz * by_z) * r * r
         for_x = _combine((by_v, v), (by_dy, dy), (by_x, x), shift=-by_v * mean_v - by_dy * mean_dy - by_x * mean)
         return for_dy.to(kept), for_x.to(kept), n * r * q, None, None, None
 
@@ -243,12 +243,12 @@ class _BatchNormBackward(torch.autograd.Function):
 def _batch_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, r: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """With n values a channel and z = (x - mean) r: dx = weight r (dy - sum(dy) / n - z sum(dy z) / n)."""
+    """With n values per channel and z = (x - mean) r: dx = weight r (dy - sum(dy) / n - z sum(dy z) / n)."""
     return torch.ops.aten.native_batch_norm_backward(dy, x, weight, None, None, mean, r, True, eps, [True, True, True])
 
 
 def _laid_out(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Kernels that meet two memory layouts at once are several times slower than a copy."""
+    """Copy images to the memory layout of ``like``: kernels with mixed layouts are several times slower than a copy."""
     last = like.is_contiguous(memory_format=torch.channels_last)
     return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 

@@ -1,4 +1,4 @@
-"""What networks of libraries have in common: a size and a normalisation of their own, and weights from files."""
+"""Base class for networks from libraries, which have their own image size, normalisation and weight files."""
 
 import re
 from abc import ABC, abstractmethod
@@ -15,18 +15,18 @@ from fewshot.files import check_file
 
 
 class Backbone(nn.Module, ABC):
-    """A network of a library's, without its last layer.
+    """A network from a library, without its last layer.
 
-    It brings the size and the normalisation that its weights were trained with: what it takes are plain pixels, from 0
-    to 1, of any size, grey or RGB.
+    It takes plain pixels, from 0 to 1, of any size, grey or RGB, and resizes and normalises them as in the training of
+    its weights.
 
     Args:
-        network: normalised images ``[images, channels, size, size]`` to embeddings ``[images, features]``.
-        features: how long an embedding is.
+        network: maps normalised images ``[images, channels, size, size]`` to embeddings ``[images, features]``.
+        features: length of an embedding.
         size: height and width that images are resized to, in pixels.
-        mean: of each channel, subtracted from the pixels.
-        std: of each channel, which they are divided by.
-        frozen: keep the weights, and the statistics of batch norm, as they are.
+        mean: per channel, subtracted from the pixels.
+        std: per channel; the pixels are divided by it.
+        frozen: keep the weights and batch norm statistics unchanged.
 
     Shape:
         float ``[images, 1 or channels, height, width]`` to ``[images, features]``.
@@ -50,7 +50,7 @@ class Backbone(nn.Module, ABC):
         self.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> Self:
-        """Train or evaluate; one that is frozen always evaluates."""
+        """Set training mode; a frozen network always stays in evaluation mode."""
         return super().train(mode and not self.frozen)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -60,10 +60,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """The network's last maps, before it pools them: ``[images, maps, height, width]``.
+        """Return the network's last maps before pooling: ``[images, maps, height, width]``.
 
         Raises:
-            FewShotError: it has none.
+            FewShotError: the network has no feature maps.
         """
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
@@ -77,18 +77,18 @@ class Backbone(nn.Module, ABC):
 def load_weights(
     network: nn.Module, file: str | Path, rename: Mapping[str, str] | None, last_layers: Iterable[str]
 ) -> None:
-    """Fill a network with the weights in a file: safetensors, or a state dictionary that ``torch.save`` wrote.
+    """Load weights from a file: safetensors, or a state dictionary saved by ``torch.save``.
 
-    Nothing in the file is run. Every weight of the network has to be there, and nothing else but its last layers.
+    No code in the file is run. It must contain every weight of the network, and nothing else but its last layers.
 
     Args:
         network: changed in place.
-        file: whose tensors lie at its top, or under "state_dict" or "model".
-        rename: regular expressions and what replaces them, applied to each name in the file, one after the other.
-        last_layers: names of layers whose weights are left out.
+        file: its tensors are at the top level, or under "state_dict" or "model".
+        rename: regular expressions and their replacements, applied in order to each name in the file.
+        last_layers: names of layers whose weights are ignored.
 
     Raises:
-        FewShotError: the file cannot be read, or holds other weights.
+        FewShotError: the file cannot be read, or its weights do not fit the network.
     """
     path = Path(file).expanduser()
     try:
@@ -99,15 +99,15 @@ def load_weights(
         network.load_state_dict({name: weight for name, weight in state.items() if not name.startswith(left_out)})
     except OSError as error:
         raise FewShotError(
-            f"cannot read encoder.file={path}: {error.strerror}; name a file with the weights"
+            f"cannot read encoder.file={path}: {error.strerror}; specify a file with the weights"
         ) from error
-    except Exception as error:  # of what kind depends on how the file is broken
-        raise unfit(path, error, "name another file by encoder.file=PATH") from error
+    except Exception as error:  # the type depends on how the file is broken
+        raise unfit(path, error, "specify a different file with encoder.file=PATH") from error
 
 
 def unfit(file: Path, error: Exception, fix: str) -> FewShotError:
-    """What to raise where a file's content is not the weights of a network."""
-    return FewShotError(f"{file} is broken, or holds no weights of this network: {reason(error)}; {fix}")
+    """Make the error for a file that does not contain the weights of a network."""
+    return FewShotError(f"{file} is broken, or does not contain weights of this network: {reason(error)}; {fix}")
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

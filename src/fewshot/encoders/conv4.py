@@ -9,13 +9,13 @@ from fewshot.errors import FewShotError
 class Conv4(nn.Sequential):
     """Four blocks of 3x3 convolution, batch norm, max pooling and ReLU, flattened.
 
-    Vinyals et al. (arXiv 1606.04080, section 4.1.1). The papers pool after the ReLU; ReLU is monotonic, so pooling
-    first computes the same function, on a quarter of the values.
+    From Vinyals et al. (arXiv 1606.04080, section 4.1.1). The papers pool after the ReLU; since ReLU is monotonic,
+    pooling first computes the same function on a quarter of the values.
 
     Args:
         channels: of the images: 1 for grey, 3 for RGB.
         size: height and width of the images, in pixels, at least 16.
-        filters: of every convolution.
+        filters: number of filters of each convolution.
 
     Raises:
         FewShotError: the images are too small, or a number is not positive.
@@ -41,7 +41,7 @@ class Conv4(nn.Sequential):
         self.to(memory_format=torch.channels_last)
 
     def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """What is flattened: ``[images, filters, size // 16, size // 16]``."""
+        """Return the maps before flattening: ``[images, filters, size // 16, size // 16]``."""
         for block in list(self)[:-1]:
             images = block(images)
         return images

@@ -1,4 +1,4 @@
-"""Networks of torchvision, with the weights that were learnt on ImageNet."""
+"""Networks from torchvision, with weights trained on ImageNet."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,21 +14,20 @@ from fewshot.errors import FewShotError, reason
 
 
 class Pretrained(Backbone):
-    """A classifier of torchvision's without its last linear layer; see ``Backbone``.
+    """A torchvision classifier without its last linear layer; see ``Backbone``.
 
     Args:
-        name: of a model in ``torchvision.models`` that classifies images.
-        weights: torchvision's name of the weights, "DEFAULT" for its best. They are downloaded where absent. None:
-            random weights.
-        file: a file with weights of the same model to load in their place, see ``load_weights``.
-        rename: what the names in the file are called here, see ``load_weights``.
-        frozen: keep the weights, and the statistics of batch norm, as they are.
-        load: False leaves the weights random, for a checkpoint to fill in.
+        name: of an image classification model in ``torchvision.models``.
+        weights: torchvision's name of the weights, "DEFAULT" for the best ones. Downloaded if missing. None: random
+            weights.
+        file: load weights of the same model from this file instead, see ``load_weights``.
+        rename: renames the weights in the file, see ``load_weights``.
+        frozen: keep the weights and batch norm statistics unchanged.
+        load: False leaves the weights random, to be filled from a checkpoint.
         settings: further arguments of the model.
 
     Raises:
-        FewShotError: there is no such model, or none that can be used, or no such weights; they cannot be had, or do
-            not fit.
+        FewShotError: the model or weights are unknown or unusable, cannot be downloaded, or do not fit.
     """
 
     WITHOUT_WEIGHTS: ClassVar[Mapping[str, Any]] = {"load": False}
@@ -57,7 +56,7 @@ class Pretrained(Backbone):
         self._head = head.partition(".")[0]
 
     def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """See ``Backbone``: what the last adaptive pooling takes, or where there is none, what the last layers take."""
+        """See ``Backbone``: the input of the last adaptive pooling, or if there is none, of the head."""
         seen: list[torch.Tensor] = []
         pools = [module for module in self.network.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
         last = [child for name, child in self.network.named_children() if name != self._head][-1]
@@ -79,22 +78,22 @@ class Pretrained(Backbone):
 def _find(name: str, weights: str) -> WeightsEnum:
     if name not in list_models(module=torchvision.models):
         raise FewShotError(
-            f"encoder.name={name} is no model of torchvision that classifies images: choose resnet18, "
-            "mobilenet_v3_small, convnext_tiny, vit_b_16 or another of torchvision.models"
+            f"encoder.name={name} is not an image classification model of torchvision: choose resnet18, "
+            "mobilenet_v3_small, convnext_tiny, vit_b_16 or any other in torchvision.models"
         )
-    of_model: Any = get_model_weights(name)
-    if weights not in of_model.__members__:
-        raise FewShotError(f"encoder.weights={weights} is unknown for {name}: choose {', '.join(of_model.__members__)}")
-    return of_model[weights]
+    known: Any = get_model_weights(name)
+    if weights not in known.__members__:
+        raise FewShotError(f"encoder.weights={weights} is unknown for {name}: choose {', '.join(known.__members__)}")
+    return known[weights]
 
 
 def _behead(network: nn.Module) -> tuple[str, int]:
-    """Take the last linear layer away; returns its name and how many features reach it."""
+    """Remove the last linear layer; return its name and number of input features."""
     layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not layers or hasattr(network, "aux_logits"):
         raise FewShotError(
-            f"encoder.name={type(network).__name__.lower()} does not end in one linear layer, so it gives no "
-            "embedding; choose another model"
+            f"encoder.name={type(network).__name__.lower()} does not end in one linear layer, so it has no embedding; "
+            "choose a different model"
         )
     name, head = layers[-1]
     parent, _, child = name.rpartition(".")
@@ -103,15 +102,15 @@ def _behead(network: nn.Module) -> tuple[str, int]:
 
 
 def _download(name: str, weights: WeightsEnum, settings: Mapping[str, Any]) -> nn.Module:
-    place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
         return get_model(name, weights=weights, **settings)
     except TypeError:
         raise
     except OSError as error:
         raise FewShotError(
-            f"the weights {weights} are not in {place.parent} and cannot be downloaded from {weights.url}: "
-            f"{getattr(error, 'reason', error)}; put {place.name} there, or name the file by encoder.file=PATH"
+            f"the weights {weights} are not in {path.parent} and cannot be downloaded from {weights.url}: "
+            f"{getattr(error, 'reason', error)}; put {path.name} there, or specify the file with encoder.file=PATH"
         ) from error
     except Exception as error:
-        raise unfit(place, error, "delete it, and it is downloaded again") from error
+        raise unfit(path, error, "delete it to download it again") from error

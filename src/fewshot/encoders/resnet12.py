@@ -8,21 +8,21 @@ from torchvision.ops import DropBlock2d
 from fewshot.errors import FewShotError
 
 WIDTHS = (64, 160, 320, 640)
-SLOPE = 0.1  # of the leaky ReLU
-DROPPED = 5  # height and width of what DropBlock drops
+SLOPE = 0.1  # negative slope of the leaky ReLU
+DROPPED = 5  # height and width of the squares that DropBlock drops
 
 
 class ResNet12(nn.Sequential):
     """Four residual blocks of three 3x3 convolutions, 64, 160, 320 and 640 wide, averaged over the image.
 
-    As Lee et al. (MetaOptNet, 2019, arXiv 1904.03758, section 4.1), after Oreshkin et al. (TADAM, 2018, arXiv
-    1805.10123), with the mean over the last map for an embedding, as most have it since.
+    As in Lee et al. (MetaOptNet, 2019, arXiv 1904.03758, section 4.1), after Oreshkin et al. (TADAM, 2018, arXiv
+    1805.10123), but with the mean over the last maps as the embedding, as in most later work.
 
     Args:
         channels: of the images: 1 for grey, 3 for RGB.
         size: height and width of the images, in pixels, at least 16.
-        drop: the share of activations that DropBlock (Ghiasi et al., 2018, arXiv 1810.12890) drops in the last two
-            blocks while training, in squares of 5; 0: none. It is the same from the first step to the last.
+        drop: share of activations that DropBlock (Ghiasi et al., 2018, arXiv 1810.12890) drops in the last two blocks
+            in training, in 5x5 squares, constant over training; 0: none.
 
     Raises:
         FewShotError: the images are too small, or a number is out of range.
@@ -47,7 +47,7 @@ class ResNet12(nn.Sequential):
         self.to(memory_format=torch.channels_last)
 
     def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """What is averaged: ``[images, 640, size // 16, size // 16]``."""
+        """Return the maps before averaging: ``[images, 640, size // 16, size // 16]``."""
         for block in list(self)[: len(WIDTHS)]:
             images = block(images)
         return images
@@ -67,7 +67,7 @@ class _Block(nn.Module):
         self.drop = DropBlock2d(drop, DROPPED) if drop else nn.Identity()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # The leaky ReLU is monotonic, so pooling first computes the same function on a quarter of the values.
+        # Leaky ReLU is monotonic, so pooling first computes the same function on a quarter of the values.
         pooled = max_pool2d(self.body(images) + self.shortcut(images), 2)
         return self.drop(leaky_relu(pooled, SLOPE))
 

@@ -1,1 +1,1 @@
-"""The few-shot methods, each to be read beside its paper."""
+"""The few-shot methods. Each module follows its paper."""

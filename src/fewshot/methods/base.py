@@ -1,4 +1,4 @@
-"""What every method shares: it takes an episode and returns logits; all else follows from that."""
+"""Base classes of all methods: a method takes an episode and returns logits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -23,18 +23,19 @@ Classifier = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height
 
 
 class FewShotMethod(pl.LightningModule, ABC):
-    """A few-shot classifier; a subclass says how an episode is solved (``forward``) and learnt from.
+    """A few-shot classifier; subclasses define how to solve an episode (``forward``) and how to learn from it.
 
     Args:
-        encoder: images ``[images, channels, height, width]`` to embeddings ``[images, features]``.
+        encoder: maps images ``[images, channels, height, width]`` to embeddings ``[images, features]``.
 
     Attributes:
-        make_optimizer: from the parameters; set it, as the group ``optimizer`` does, before training starts.
-        make_schedule: from the optimizer, counting training steps; None: the learning rate stays.
-        estimates: the accuracy last measured on "val" and on "test".
-        trains_on: "episodes": ``training_step`` takes a ``MetaBatch``; "classes": a ``ClassBatch``, and the method is
-            made with the number of training classes, ``classes``. It is validated and tested on episodes either way.
-        compilable: whether ``torch.compile`` can be used for the encoder: it does not differentiate twice.
+        make_optimizer: makes the optimizer from the parameters; set it before training, as the group ``optimizer``
+            does.
+        make_schedule: makes the schedule, which counts training steps, from the optimizer; None: constant rate.
+        estimates: the latest accuracy on "val" and on "test".
+        trains_on: "episodes" if ``training_step`` takes a ``MetaBatch``; "classes" if it takes a ``ClassBatch`` and the
+            constructor takes the number of training ``classes``. Validation and test always use episodes.
+        compilable: whether the encoder can be compiled: ``torch.compile`` does not support second derivatives.
     """
 
     trains_on = "episodes"
@@ -50,16 +51,16 @@ class FewShotMethod(pl.LightningModule, ABC):
 
     @abstractmethod
     def forward(self, episode: Episode) -> torch.Tensor:
-        """Classify the queries of an episode by its support samples.
+        """Classify the queries of an episode, given its support samples.
 
         Returns:
             Logits, ``[queries, way]``.
         """
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
-        """Learn a support set once, to classify any number of images by it afterwards, a batch at a time.
+        """Learn a support set once, then classify any number of images in batches.
 
-        Other than in an episode, classes may differ in shot; none is thought the likelier for having more samples.
+        Unlike in an episode, classes may differ in shot; having more samples does not make a class more likely.
 
         Args:
             support: ``[support samples, channels, height, width]``.
@@ -69,10 +70,10 @@ class FewShotMethod(pl.LightningModule, ABC):
         return lambda images: self(Episode(support, labels, images, _unknown(images), way))
 
     def log_training(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Log the loss and the accuracy of a training step, of this process's part of the meta-batch.
+        """Log the loss and the accuracy of a training step, for this process's part of the meta-batch.
 
         Args:
-            loss: the mean over that.
+            loss: the mean loss of that part.
             logits: ``[tasks, queries, way]``.
             labels: int64 ``[tasks, queries]``.
         """
@@ -80,22 +81,22 @@ class FewShotMethod(pl.LightningModule, ABC):
         self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
 
     def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:
-        """The logits of every episode of a meta-batch in validation or test: ``[tasks, queries, way]``."""
-        # Some methods take gradients, and nothing that a trainer made in inference mode can be part of one.
+        """Return the logits of all episodes of a validation or test meta-batch: ``[tasks, queries, way]``."""
+        # Some methods need gradients, and tensors created in the trainer's inference mode cannot take part in them.
         with torch.inference_mode(mode=False), torch.no_grad():
             episodes = meta_batch._replace(episodes=meta_batch.episodes.apply(torch.clone)).load()
             return torch.stack([self(episode) for episode in episodes.tasks()])
 
     def validation_step(self, meta_batch: MetaBatch, batch_idx: int) -> None:  # noqa: ARG002
-        """Count the accuracy of validation episodes."""
+        """Update the validation accuracy."""
         self.val_accuracy.update(self.evaluate(meta_batch), meta_batch.episodes.query_labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation accuracy, by which the best weights are chosen."""
+        """Log the validation accuracy, which decides the best weights."""
         self._log_estimate("val", self.val_accuracy)
 
     def test_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
-        """Count the accuracy of test episodes; their logits, ``[tasks, queries, way]``, are for callbacks to see."""
+        """Update the test accuracy; return the logits, ``[tasks, queries, way]``, for callbacks."""
         logits = self.evaluate(meta_batch)
         self.test_accuracy.update(logits, meta_batch.episodes.query_labels)
         return logits
@@ -109,8 +110,8 @@ class FewShotMethod(pl.LightningModule, ABC):
         metric.reset()
         if estimate.tied:
             self.print(
-                f"warning: several classes have the largest logit of {estimate.tied:,} {split} queries; each of these "
-                "queries counts as a guess among its classes",
+                f"warning: {estimate.tied:,} {split} queries have several classes with the same largest logit; each of "
+                "these queries counts as a guess among its classes",
                 flush=True,
             )
         self.log(f"{split}/accuracy", estimate.accuracy, prog_bar=True)
@@ -122,7 +123,7 @@ class FewShotMethod(pl.LightningModule, ABC):
 
 
 class MetricMethod(FewShotMethod):
-    """A method that embeds every image by itself, then compares embeddings by a distance.
+    """A method that embeds each image independently, then compares embeddings by a distance.
 
     Args:
         encoder: see ``FewShotMethod``.
@@ -132,46 +133,46 @@ class MetricMethod(FewShotMethod):
     def __init__(self, encoder: nn.Module, distance: Distance = l2) -> None:
         super().__init__(encoder)
         self.distance = distance
-        self._embeddings: EmbeddingTable | None = None  # of the images of a validation or test, while it lasts
+        self._embeddings: EmbeddingTable | None = None  # embeddings of the current validation or test
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
-        """What ``compare`` is given of images: their embeddings ``[images, features]``.
+        """Embed images for ``compare``: ``[images, features]``.
 
-        A method that compares places in images returns ``fewshot.encoders.feature_maps(self.encoder, images)``.
+        A method that compares regions of images returns ``fewshot.encoders.feature_maps(self.encoder, images)``.
         """
         embeddings: torch.Tensor = self.encoder(images)
         return embeddings
 
     @abstractmethod
     def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
-        """Classify the queries of an episode by the embeddings of its images, of whatever shape the encoder gives.
+        """Classify the queries of an episode from embeddings, whose shape is up to ``embed_images``.
 
         Returns:
             Logits, ``[queries, way]``.
         """
 
     def forward(self, episode: Episode) -> torch.Tensor:
-        """Embed and compare; support and query in one batch, so that batch norm sees them together while it trains."""
+        """Embed support and query in one batch, so that batch norm sees them together in training, then compare."""
         embeddings = self.embed_images(torch.cat([episode.support, episode.query]))
         support, query = embeddings.tensor_split([len(episode.support)])
         return self.compare(EmbeddedEpisode(support, episode.support_labels, query, episode.query_labels, episode.way))
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """What training makes small: the mean cross-entropy of the queries.
+        """The training loss: mean cross-entropy of the queries.
 
         Args:
-            logits: ``[queries, way]``, of all episodes of the meta-batch.
+            logits: ``[queries, way]``, over all episodes of the meta-batch.
             labels: int64 ``[queries]``.
         """
         return cross_entropy(logits, labels)
 
     def before_evaluation(self, embed_split: Callable[[str], LabelledEmbeddings]) -> None:
-        """Learn from the embeddings of whole splits, before a validation or test; a method may need nothing of it.
+        """Optional hook: learn from the embeddings of whole splits before a validation or test.
 
-        What is learnt so belongs into a buffer: a checkpoint keeps it for predictions, where there is no data set.
+        Keep the result in a buffer: checkpoints store buffers, and predictions have no data set.
 
         Args:
-            embed_split: gives the embeddings of all images of "train", for example.
+            embed_split: returns the embeddings of all images of a split, for example "train".
         """
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
@@ -182,7 +183,7 @@ class MetricMethod(FewShotMethod):
         )
 
     def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
-        """The loss of the queries, over all episodes of the meta-batch."""
+        """Return the loss of the queries over all episodes of the meta-batch."""
         episodes = meta_batch.load()
         logits = torch.stack([self(episode) for episode in episodes.tasks()])
         loss = self.loss(logits.flatten(0, 1), episodes.query_labels.flatten())
@@ -199,13 +200,13 @@ class MetricMethod(FewShotMethod):
 
     def _embed(self, loader: Any) -> None:
         if not isinstance(loader, EvaluationLoader):
-            return  # one's own: its episodes are embedded one by one
+            return  # a user-supplied loader: its episodes are embedded one by one
         strategy, images = self.trainer.strategy, partial(loader.images, device=self.device)
         if self.trainer.world_size > 1:
-            # What batch norm remembers differs between processes that train on different episodes. The first one's is
-            # what a checkpoint holds.
-            for remembered in self.encoder.buffers():
-                torch.distributed.broadcast(remembered, src=0)
+            # Processes that train on different episodes have different batch norm statistics; use those of rank 0, as
+            # checkpoints do.
+            for buffer in self.encoder.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
         def embed_split(split: str) -> LabelledEmbeddings:
             positions, labels = loader.dataset.bank.labelled(split)
@@ -218,40 +219,40 @@ class MetricMethod(FewShotMethod):
         self._embeddings = EmbeddingTable(positions.to(self.device), embeddings, len(loader.dataset.bank.images))
 
     def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:
-        """See ``FewShotMethod``; each image has been embedded once."""
+        """See ``FewShotMethod``; uses embeddings computed once per image."""
         if self._embeddings is None:
             return super().evaluate(meta_batch)
         return torch.stack([self.compare(episode) for episode in meta_batch.episodes.embed(self._embeddings).tasks()])
 
     def on_validation_epoch_end(self) -> None:
-        """See ``FewShotMethod``; the embeddings are of no use any more."""
+        """See ``FewShotMethod``; also frees the embeddings."""
         self._embeddings = None
         super().on_validation_epoch_end()
 
     def on_test_epoch_end(self) -> None:
-        """See ``FewShotMethod``; the embeddings are of no use any more."""
+        """See ``FewShotMethod``; also frees the embeddings."""
         self._embeddings = None
         super().on_test_epoch_end()
 
 
 def _unknown(images: torch.Tensor) -> torch.Tensor:
-    """In place of the labels of queries that have none."""
+    """Placeholder labels for unlabelled queries."""
     return torch.zeros(len(images), dtype=torch.int64, device=images.device)
 
 
 def require_finite(method: nn.Module, place: object) -> None:
-    """Refuse weights, or statistics of batch norm, that are not finite.
+    """Reject weights and batch norm statistics that are not finite.
 
     Args:
-        method: what is about to be used or saved.
+        method: the module about to be used or saved.
         place: where its weights come from, for the message.
 
     Raises:
-        FewShotError: names the first tensor that is not finite.
+        FewShotError: a tensor is not finite; names the first one.
     """
     for name, tensor in method.state_dict().items():
         if not tensor.isfinite().all():
             raise FewShotError(
-                f"{name} of {place} is not finite (NaN or infinite), so every answer would be wrong; choose another "
-                "checkpoint, or train anew with a lower optimizer.lr"
+                f"{name} of {place} is not finite (NaN or infinite), so every answer would be wrong; choose a "
+                "different checkpoint, or train again with a lower optimizer.lr"
             )

@@ -1,7 +1,7 @@
 """A classifier of all training classes: Baseline and Baseline++ of Chen et al., 2019, arXiv 1904.04232.
 
-Trained so, the encoder alone is used for new classes, by nearest class mean as in SimpleShot (Wang et al., 2019, arXiv
-1911.04623, section 3.1); Chen et al. train another linear layer on every support set.
+New classes use only the trained encoder, with the nearest class mean as in SimpleShot (Wang et al., 2019, arXiv
+1911.04623, section 3.1); Chen et al. train a new linear layer on each support set instead.
 """
 
 from typing import Literal
@@ -17,7 +17,7 @@ from fewshot.methods.protonet import PrototypicalNetwork
 
 
 class Baseline(PrototypicalNetwork):
-    """Learn all training classes at once by a layer on the embeddings; classify episodes by the nearest prototype.
+    """Train a classification layer for all training classes; classify episodes by the nearest prototype.
 
     Args:
         encoder: the feature extractor f of the paper, with its number of ``features``.
@@ -25,8 +25,8 @@ class Baseline(PrototypicalNetwork):
         classes: the number of training classes.
         head: "linear": Baseline, the logits W f(x) + b; "cosine": Baseline++, the cosines of f(x) and each class's
             weight vector, times ``scale``.
-        scale: of the cosines, positive: without one, the softmax over numbers in [-1, 1] would be almost uniform.
-        label_smoothing: the share of the target that all classes get alike (Szegedy et al., 2016, arXiv 1512.00567,
+        scale: a factor of the cosines, positive: without it, the softmax over numbers in [-1, 1] is almost uniform.
+        label_smoothing: share of the target spread evenly over all classes (Szegedy et al., 2016, arXiv 1512.00567,
             section 7), at least 0 and below 1.
 
     Raises:
@@ -57,7 +57,7 @@ class Baseline(PrototypicalNetwork):
         self.head = nn.Linear(int(encoder.features), classes, bias=not self.by_cosine)  # type: ignore[arg-type]
 
     def class_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The logits of the training classes, ``[images, classes]``, of embeddings ``[images, features]``."""
+        """Compute training-class logits ``[images, classes]`` from embeddings ``[images, features]``."""
         if self.by_cosine:
             return self.scale * (1 - cosine(embeddings, self.head.weight))
         logits: torch.Tensor = self.head(embeddings)

@@ -17,17 +17,17 @@ from fewshot.methods.tasks import TASK_BATCHING, for_each_task
 
 Weights = dict[str, torch.Tensor]
 
-# Of the loss of an inner step in float16, which holds no number below 6e-8; a power of 2, so that dividing by it is
-# exact. It is the same in training and tests: what a loss scaler finds in training, a test would not know.
+# Loss scale of the inner steps in float16, which underflows below 6e-8; a power of 2, so that dividing by it is exact.
+# A constant, so that training and test agree: the value a loss scaler finds in training is unknown in a test.
 INNER_LOSS_SCALE = 2.0**10
 
 
 class MetaGradient(NamedTuple):
-    """What a meta-batch teaches.
+    """The meta-gradient of some tasks.
 
     Attributes:
-        gradients: of the loss, one for each trainable parameter, in their order.
-        loss: the mean over the tasks of the cross-entropy of the queries after adaptation.
+        gradients: of the loss, one per trainable parameter, in order.
+        loss: cross-entropy of the queries after adaptation, averaged over the tasks.
         logits: of the queries after adaptation, ``[tasks, queries, way]``.
     """
 
@@ -37,34 +37,34 @@ class MetaGradient(NamedTuple):
 
 
 class MAML(FewShotMethod):
-    """Learn weights from which a few gradient steps on a support set make a good classifier of its queries.
+    """Learn initial weights from which a few gradient steps on a support set give a good classifier.
 
-    The optimizer's learning rate is beta of the paper.
+    The optimizer's learning rate is the paper's beta.
 
-    As published, batch norm always takes the statistics of the images at hand: queries are classified together, and
-    each one's logits depend a little on the others (transductive).
+    As published, batch norm always uses the statistics of its current batch: queries are classified together, and the
+    logits of each depend slightly on the others (transductive).
 
-    Methods of its family override one function: ``adapts`` (which parameters the inner steps change), ``update`` (an
-    inner step), ``adapt`` (all of them) or ``task_gradient`` (what a task teaches). How tasks are run is no concern of
-    theirs, see ``fewshot.methods.tasks``; with vmap, all tensors have a leading dimension of tasks.
+    Variants of MAML override one method: ``adapts`` (which parameters the inner steps change), ``update`` (one inner
+    step), ``adapt`` (all inner steps) or ``task_gradient`` (the gradient of a task). They need not care how tasks are
+    run, see ``fewshot.methods.tasks``; with vmap, all tensors have a leading dimension of tasks.
 
     Args:
-        encoder: images to embeddings, with its number of ``features``; its batch norms are replaced.
-        way: of every episode, since the last layer has a row for each class.
+        encoder: maps images to embeddings and has a number of ``features``; its batch norms are replaced.
+        way: of every episode, since the head has one row per class.
         order: 2 differentiates through the inner steps (equation 1 and algorithm 2); 1 takes the gradient at the
             adapted weights (section 5.2).
-        inner_learning_rate: alpha of the paper.
-        inner_steps: gradient steps on the support set while training.
-        test_inner_steps: the same in validation and test.
-        clip_norm: the largest norm of the meta-gradient; longer ones are scaled down to it. None: no bound.
-        task_batching: "loop" solves the tasks of a meta-batch one after another, "threads" one on each thread of the
-            CPU, "vmap" several in one batch; "auto" is threads on the CPU and vmap elsewhere.
-        vmap_tasks: how many tasks vmap solves at once; memory grows with it, and not with the meta-batch.
-        recompute: forget the activations of the inner steps and compute them again when the meta-gradient needs them,
-            so that memory does not grow with the steps.
+        inner_learning_rate: the paper's alpha.
+        inner_steps: gradient steps on the support set in training.
+        test_inner_steps: gradient steps on the support set in validation and test.
+        clip_norm: largest norm of the meta-gradient; larger ones are scaled down to it. None: no clipping.
+        task_batching: "loop" solves the tasks of a meta-batch one after another, "threads" one per CPU thread, "vmap"
+            several in one batch; "auto" is threads on the CPU and vmap elsewhere.
+        vmap_tasks: number of tasks that vmap solves at once; memory grows with it, not with the meta-batch.
+        recompute: recompute the activations of the inner steps when the meta-gradient needs them instead of storing
+            them, so that memory does not grow with the number of steps.
 
     Raises:
-        FewShotError: a number is out of range, or ``task_batching`` unknown.
+        FewShotError: a number is out of range, or ``task_batching`` is unknown.
     """
 
     automatic_optimization = False
@@ -112,23 +112,23 @@ class MAML(FewShotMethod):
     def forward(self, episode: Episode) -> torch.Tensor:
         """Adapt to the support samples, then classify the queries: logits ``[queries, way]``.
 
-        For another way than the head's, see ``weights``.
+        For a way that differs from the head's, see ``weights``.
         """
         weights = self._adapted(episode.support, episode.support_labels, episode.way)
         return self.classify(weights, episode.query)[:, : episode.way]
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
-        """See ``FewShotMethod``; images that are classified in one batch share its statistics.
+        """See ``FewShotMethod``; images classified in one batch share its batch norm statistics.
 
-        The samples of the smaller classes are repeated to the shot of the largest, so that every class has the same
-        part in the loss and in the statistics. The support set is in every batch again: the statistics of one image,
-        or of a few alike, would be nothing like those that the weights were trained with.
+        Samples of smaller classes are repeated up to the shot of the largest class, so that every class has the same
+        influence on the loss and the statistics. Every batch includes the support set: the statistics of a single
+        image, or of a few similar ones, would be nothing like those seen in training.
         """
         of_class = [(labels == label).nonzero()[:, 0] for label in range(way)]
         shot = max(map(len, of_class))
         order = torch.cat([members.repeat(-(-shot // len(members)))[:shot] for members in of_class])
         support = support[order]
-        weights = {name: of.detach() for name, of in self._adapted(support, labels[order], way).items()}
+        weights = {name: weight.detach() for name, weight in self._adapted(support, labels[order], way).items()}
         return lambda images: self.classify(weights, torch.cat([support, images]))[len(support) :, :way]
 
     def _adapted(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Weights:
@@ -136,53 +136,53 @@ class MAML(FewShotMethod):
             return self.adapt(self.weights(way), support, labels, self.test_inner_steps)
 
     def weights(self, way: int | None = None) -> Weights:
-        """The trainable parameters, by name: theta of the paper.
+        """Return the trainable parameters by name: the paper's theta.
 
         Args:
-            way: of an episode with another number of classes than the head has rows. With fewer, the rows beyond them
-                stay, as those of classes that no sample has. With more, the rows are used over again: classes that
-                share one begin alike, and the inner steps tell them apart. (The mean of the rows, as a start for every
-                class, would favour none; but then the first inner step leaves the encoder as it is, and there may
-                be no other.)
+            way: of an episode whose number of classes differs from the head's rows. With fewer classes, the extra rows
+                are kept, as rows of classes without samples. With more, rows are reused: classes that share a row start
+                out equal, and the inner steps separate them. (Starting every class from the mean of the rows would
+                favour none, but then the first inner step would not change the encoder, and it may be the only one.)
         """
         weights: Weights = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         if way is None or way <= self.head.out_features:
             return weights
         row = torch.arange(way, device=self.head.weight.device) % self.head.out_features
-        return weights | {name: of[row] for name, of in weights.items() if name.startswith("head.")}
+        return weights | {name: weight[row] for name, weight in weights.items() if name.startswith("head.")}
 
     def features(self, weights: Weights, images: torch.Tensor) -> torch.Tensor:
-        """The embeddings ``[images, features]`` by the encoder with the given weights.
+        """Compute embeddings ``[images, features]`` with the given encoder weights.
 
-        With a leading dimension of tasks in both, ``[tasks, images, features]``.
+        With a leading dimension of tasks in both arguments: ``[tasks, images, features]``.
         """
         if images.ndim == 5:
             return vmap(self.features)(weights, images)
-        encoder = {name.removeprefix("encoder."): of for name, of in weights.items() if name.startswith("encoder.")}
+        prefix = "encoder."
+        encoder = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
         return functional_call(self.encoder, encoder, images)
 
     def logits(self, weights: Weights, features: torch.Tensor) -> torch.Tensor:
-        """The logits ``[images, way]`` of embeddings, by the last layer with the given weights.
+        """Compute logits ``[images, way]`` from embeddings with the given head weights.
 
-        With a leading dimension of tasks in both, ``[tasks, images, way]``.
+        With a leading dimension of tasks in both arguments: ``[tasks, images, way]``.
         """
         weight, bias = weights["head.weight"], weights["head.bias"]
         return vmap(linear)(features, weight, bias) if weight.ndim == 3 else linear(features, weight, bias)
 
     def classify(self, weights: Weights, images: torch.Tensor) -> torch.Tensor:
-        """The logits of images by the network with the given weights: f of the paper. Shapes as in ``logits``."""
+        """Compute the logits of images with the given weights: the paper's f. Shapes as in ``logits``."""
         return self.logits(weights, self.features(weights, images))
 
     def adapts(self, name: str) -> bool:  # noqa: ARG002
-        """Whether the inner steps change the parameter of this name; in MAML, they change all."""
+        """Whether the inner steps change the parameter ``name``; in MAML they change all."""
         return True
 
     def update(self, weights: Weights, gradients: Weights) -> Weights:
         """One inner step: theta - alpha * gradient.
 
         Args:
-            weights: all of them, by name.
-            gradients: of those that the inner steps change, by name.
+            weights: all weights, by name.
+            gradients: of the weights that the inner steps change, by name.
 
         Returns:
             New weights for the names in ``gradients``.
@@ -195,17 +195,17 @@ class MAML(FewShotMethod):
     def adapt(
         self, weights: Weights, support: torch.Tensor, labels: torch.Tensor, steps: int, differentiable: bool = False
     ) -> Weights:
-        """Gradient steps on the support set: line 6 of algorithm 2.
+        """Take gradient steps on the support set: line 6 of algorithm 2.
 
         Args:
-            weights: theta, or with a leading dimension one theta a task.
+            weights: theta, or with a leading dimension one theta per task.
             support: ``[support samples, channels, height, width]``, or with a leading dimension of tasks.
             labels: int64 ``[support samples]``, or with a leading dimension of tasks.
-            steps: how many.
-            differentiable: whether the result can be differentiated through the gradients of the steps.
+            steps: number of steps.
+            differentiable: whether to differentiate through the gradients of the steps.
 
         Returns:
-            The adapted weights, theta' of the paper.
+            The adapted weights, the paper's theta'.
         """
         return self.descend(weights, lambda adapted: self.classify(adapted, support), labels, steps, differentiable)
 
@@ -217,15 +217,15 @@ class MAML(FewShotMethod):
         steps: int,
         differentiable: bool,
     ) -> Weights:
-        """The steps of ``adapt``, with any function from weights to the logits of the support samples."""
+        """Take the steps of ``adapt`` with any function from weights to the logits of the support samples."""
         names = [name for name in weights if self.adapts(name)]
 
         def step(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
             current = weights | dict(zip(names, values, strict=True))
             loss = total_cross_entropy(classify(current), labels)
-            # Without create_graph the gradients are constants to autograd, and theta' = theta - alpha * constant has
-            # the identity for its derivative: the meta-gradient is then the gradient at theta', which is all that
-            # first order means.
+            # Without create_graph the gradients are constants to autograd, and the derivative of
+            # theta' = theta - alpha * constant is the identity: the meta-gradient is then the gradient at theta', which
+            # is the definition of first order.
             scale = _inner_loss_scale(loss.device.type)
             if scale is not None:
                 loss = loss * scale
@@ -244,10 +244,10 @@ class MAML(FewShotMethod):
         return weights | dict(zip(names, values, strict=True))
 
     def solve(self, episode: Episode) -> torch.Tensor:
-        """The logits of the queries after the inner steps of training, differentiable by the parameters.
+        """Compute the logits of the queries after the training inner steps, differentiable in the parameters.
 
         Args:
-            episode: one, or a meta-batch.
+            episode: one episode, or a meta-batch.
 
         Returns:
             ``[queries, way]``, or with a leading dimension of tasks.
@@ -260,10 +260,10 @@ class MAML(FewShotMethod):
         return self.classify(adapted, episode.query)
 
     def task_gradient(self, episode: Episode) -> MetaGradient:
-        """What a task teaches; of a meta-batch, the sum over its tasks. Gradients and loss are added up, not averaged.
+        """Compute the gradient and loss of a task, or their sums (not means) over the tasks of a meta-batch.
 
-        The gradients are those of ``scaled``. It is called on a twin of the method where tasks run on threads, so it
-        keeps nothing in ``self``.
+        The gradients are those of the ``scaled`` loss. Threads call this on copies of the method, so it must not store
+        anything in ``self``.
         """
         logits = self.solve(episode)
         loss = total_cross_entropy(logits, episode.query_labels)
@@ -271,10 +271,10 @@ class MAML(FewShotMethod):
         return MetaGradient(list(gradients), loss.detach(), logits.detach())
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """A loss times the scale of 16-mixed, if that is how the method is trained.
+        """Multiply a loss by the loss scale if training in 16-mixed precision.
 
-        The gradient of a small loss would be zero in float16. The trainer takes the scale out of it again before the
-        optimizer steps.
+        Otherwise the gradient of a small loss would be zero in float16. The trainer unscales gradients before the
+        optimizer step.
         """
         scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
         return loss if scaler is None else scaler.scale(loss)
@@ -285,7 +285,7 @@ class MAML(FewShotMethod):
         Each task's graph is freed before the next, so memory does not grow with the meta-batch.
 
         Raises:
-            FewShotError: the episodes have another number of classes than the head.
+            FewShotError: the number of classes in the episodes is not the head's.
         """
         self._check(meta_batch)
         gradients = [torch.zeros_like(parameter) for parameter in self.weights().values()]
@@ -299,7 +299,7 @@ class MAML(FewShotMethod):
         return MetaGradient(gradients, torch.stack(losses).sum() / tasks, torch.cat(logits))
 
     def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
-        """One meta-update: algorithm 2. Returns the mean loss of the tasks after adaptation."""
+        """Do one meta-update (algorithm 2); return the mean loss of the tasks after adaptation."""
         optimizer: Any = self.optimizers()
         episodes = meta_batch.load()
         gradients, loss, logits = self.meta_gradient(episodes)
@@ -315,12 +315,12 @@ class MAML(FewShotMethod):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bound the meta-gradient, free of the scale of 16-mixed by now."""
+        """Clip the meta-gradient, which no longer has the loss scale of 16-mixed."""
         if self.clip_norm is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.clip_norm, gradient_clip_algorithm="norm")
 
     def _mean_over_processes(self, gradients: list[torch.Tensor], weight: float) -> list[torch.Tensor]:
-        """The mean over the tasks of all processes, from that over one's own."""
+        """Average the gradients of this process with those of the others, weighted by their numbers of tasks."""
         flat = torch.cat([gradient.flatten() for gradient in gradients]) * weight
         means = cast(torch.Tensor, self.trainer.strategy.reduce(flat, reduce_op="mean")).split(
             [gradient.numel() for gradient in gradients]
@@ -331,7 +331,7 @@ class MAML(FewShotMethod):
         if episode.way != self.head.out_features:
             raise FewShotError(
                 f"method=maml was made for {self.head.out_features} classes, and the episode has {episode.way}: its "
-                f"head has a row for each, so train.way, way and the way it is tested at must be the same"
+                f"head has one row per class, so train.way, way and the way it is tested at must be the same"
             )
 
 
@@ -341,7 +341,7 @@ def _inner_loss_scale(device: str) -> float | None:
 
 
 def total_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean cross-entropy of each task's samples, summed over the tasks.
+    """Sum over the tasks of the mean cross-entropy of each task's samples.
 
     Args:
         logits: ``[samples, way]``, or ``[tasks, samples, way]``.

@@ -23,47 +23,49 @@ class MatchingNetwork(MetricMethod):
         return sum_by_class(attention, embedded.support_labels, embedded.way)
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
-        """See ``FewShotMethod``; a class has the mean of the attention on its samples.
+        """See ``FewShotMethod``; a class gets the mean of the attention on its samples.
 
-        Equation 1 has the sum: of two classes that are alike, the one with twice the samples would have twice the
-        probability. Where all have as many, the two are the same.
+        Equation 1 takes the sum, which would make a class with twice the samples twice as probable. With equal shots
+        the two give the same result.
         """
         classify, samples = super().classifier(support, labels, way), labels.bincount(minlength=way)
         return lambda images: classify(images) - samples.log()
 
 
 class FullContextMatchingNetwork(MatchingNetwork):
-    """Matching networks that embed every image in the light of the whole support set (section 2.1.2, appendix A).
+    """Matching networks that embed every image in the context of the whole support set (section 2.1.2, appendix A).
 
     The support set is read as a sequence, so its order matters; episodes shuffle it.
 
     Args:
         encoder: the embedding f' = g' of the paper, with its number of ``features``.
         distance: see ``MatchingNetwork``.
-        unrolling_steps: K of the paper: how often a query looks at the support set.
+        unrolling_steps: K of the paper: number of attention steps over the support set per query.
 
     Raises:
-        FewShotError: no unrolling step.
+        FewShotError: ``unrolling_steps`` is less than 1.
     """
 
     def __init__(self, encoder: nn.Module, distance: Distance, unrolling_steps: int) -> None:
         super().__init__(encoder, distance)
         if unrolling_steps < 1:
-            raise FewShotError(f"method.unrolling_steps={unrolling_steps} must be at least 1; without: method=matching")
+            raise FewShotError(
+                f"method.unrolling_steps={unrolling_steps} must be at least 1; for none, choose method=matching"
+            )
         features = int(encoder.features)  # type: ignore[arg-type]
         self.unrolling_steps = unrolling_steps
         self.support_lstm = nn.LSTM(features, features, bidirectional=True)
-        # The hidden state [h, r] of equation 3 is twice as wide as h: r joins the input instead, to which the gates
-        # are as linear as to the hidden state.
+        # The hidden state [h, r] of equation 3 is twice as wide as h. r is part of the input instead, which is
+        # equivalent: the gates are linear in both.
         self.query_lstm = nn.LSTMCell(2 * features, features)
 
     def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
-        """See ``MatchingNetwork``, here with the embeddings g of the support and f of the queries in context."""
+        """See ``MatchingNetwork``; uses the contextual embeddings g of the support and f of the queries."""
         support = self.embed_support(embedded.support)
         return super().compare(embedded._replace(support=support, query=self.embed_query(embedded.query, support)))
 
     def embed_support(self, support: torch.Tensor) -> torch.Tensor:
-        """The embedding g: a bidirectional LSTM over the support set, with a skip connection (appendix A.2).
+        """Compute the embedding g: a bidirectional LSTM over the support set, with a skip connection (appendix A.2).
 
         Args:
             support: g', ``[support samples, features]``.
@@ -75,7 +77,7 @@ class FullContextMatchingNetwork(MatchingNetwork):
         return support + forwards + backwards
 
     def embed_query(self, query: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-        """The embedding f: an LSTM that attends to the support set at each of its steps (appendix A.1).
+        """Compute the embedding f: an LSTM that attends to the support set at each step (appendix A.1).
 
         Args:
             query: f', ``[queries, features]``.
@@ -94,15 +96,15 @@ class FullContextMatchingNetwork(MatchingNetwork):
 
 
 def sum_by_class(attention: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
-    """Sum the attention on the support samples of each class, from logarithm to logarithm.
+    """Sum the attention on the support samples of each class, in log space.
 
     Args:
-        attention: the logarithms of the weights, ``[queries, support samples]``.
+        attention: the log weights, ``[queries, support samples]``.
         labels: int64 ``[support samples]``, every class at least once; classes may differ in shot.
         way: the number of classes.
 
     Returns:
-        The logarithms of the sums, ``[queries, way]``: finite however small the weights are.
+        The log sums, ``[queries, way]``: finite however small the weights are.
     """
     others = labels != torch.arange(way, device=labels.device)[:, None]
     return attention[:, None].masked_fill(others, -torch.inf).logsumexp(dim=2)

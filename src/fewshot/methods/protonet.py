@@ -7,7 +7,7 @@ from fewshot.methods.base import MetricMethod
 
 
 class PrototypicalNetwork(MetricMethod):
-    """A class is the mean of its embedded support samples; a query belongs to the nearest.
+    """Represent each class by the mean of its embedded support samples; assign queries to the nearest.
 
     Args:
         encoder: the embedding function f of the paper.
@@ -15,12 +15,12 @@ class PrototypicalNetwork(MetricMethod):
     """
 
     def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
-        """Logits ``[queries, way]``: the softmax over them is equation 2."""
+        """Return logits ``[queries, way]``, whose softmax is equation 2."""
         return -self.distance(embedded.query, prototypes(embedded.support, embedded.support_labels, embedded.way))
 
 
 def prototypes(support: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
-    """The mean of each class's support embeddings: equation 1.
+    """Average the support embeddings of each class: equation 1.
 
     Args:
         support: ``[support samples, features]``.
@@ -30,6 +30,6 @@ def prototypes(support: torch.Tensor, labels: torch.Tensor, way: int) -> torch.T
     Returns:
         ``[way, features]``.
     """
-    # As one_hot, without its look at the labels, for which the host waits on some devices.
+    # Like one_hot, but without reading the labels, which synchronises with some devices.
     members = (labels[:, None] == torch.arange(way, device=labels.device)).to(support.dtype)
     return (members / members.sum(0)).T @ support

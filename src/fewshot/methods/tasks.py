@@ -1,4 +1,4 @@
-"""How the tasks of a meta-batch are run: one after another, on the threads of the CPU, or several at once by vmap."""
+"""Running the tasks of a meta-batch: one after another, on CPU threads, or several at once with vmap."""
 
 import copy
 import threading
@@ -28,10 +28,10 @@ def for_each_task(
 
     Args:
         learner: the module that ``work`` calls.
-        work: gets the module, or on a thread a twin of it, and an episode; with vmap, a meta-batch of several.
+        work: gets the module (on a thread, a copy that shares its tensors) and an episode; with vmap, a meta-batch.
         meta_batch: the tasks.
         task_batching: "loop", "threads", "vmap", or "auto": threads on the CPU and vmap elsewhere.
-        vmap_tasks: how many tasks vmap takes at once.
+        vmap_tasks: number of tasks vmap solves at once.
 
     Returns:
         The results, in the order of the tasks.
@@ -45,26 +45,26 @@ def for_each_task(
             yield from (work(learner, episode) for episode in tasks)
         return
 
-    # A thread starts without the autocast of the one that started it.
+    # New threads do not inherit autocast.
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    twins: dict[int, Learner] = {}
+    copies: dict[int, Learner] = {}
 
     def on_thread(episode: Episode) -> Result:
         thread = threading.get_ident()
-        if thread not in twins:
-            twins[thread] = _twin(learner)
+        if thread not in copies:
+            copies[thread] = _share_tensors(learner)
         with torch.enable_grad(), torch.autocast(device, enabled=enabled, dtype=dtype):
-            return work(twins[thread], episode)
+            return work(copies[thread], episode)
 
     yield from map_in_threads(on_thread, meta_batch.tasks())
 
 
-def _twin(learner: Learner) -> Learner:
-    """The same module around the same tensors; ``functional_call`` puts weights into the modules that it calls."""
+def _share_tensors(learner: Learner) -> Learner:
+    """Copy a module but share its tensors: ``functional_call`` swaps weights inside the modules it calls."""
     shared = {id(tensor): tensor for tensor in (*learner.parameters(), *learner.buffers())}
-    twin = copy.copy(learner)
-    twin._modules = {
+    duplicate = copy.copy(learner)
+    duplicate._modules = {
         name: copy.deepcopy(child, shared) if next(child.parameters(), None) is not None else child
         for name, child in learner.named_children()
     }
-    return twin
+    return duplicate
