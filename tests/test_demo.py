@@ -186,7 +186,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(demo, letters, why):
         (["max_images=0"], "max_images=0 must be a whole number of at least 1"),
         (["max_megabytes=ten"], "max_megabytes=ten must be a whole number of at least 1"),
         (["port=-1"], "port=-1 must be a whole number of at least 1"),
-        (["method=matching"], "method=matching: a checkpoint brings its own"),
+        (["encoder=conv4"], "encoder=conv4: a checkpoint decides"),
         (["checkpoint=/none"], "there is no checkpoint /none"),
         (["checkpoint=null", "encoder=conv4"], "weights that nobody has trained"),
     ],

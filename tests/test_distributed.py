@@ -13,11 +13,12 @@ import time
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot import embeddings
 from fewshot.callbacks import Record
-from fewshot.config import ROOT, compose
+from fewshot.config import ROOT, compose, compose_unresolved
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.methods.base import MetricMethod
 from fewshot.methods.protonet import PrototypicalNetwork
@@ -259,7 +260,8 @@ def test_a_process_that_ends_ends_all_and_the_run_goes_on(cache_dir, tmp_path):
     assert told == [f"error: process 1: the first process has ended, and the run with it; {go_on}"]
 
 
-def test_what_does_not_go_together_is_refused(tmp_path, cache_dir):
+def test_what_does_not_go_together_is_refused(tmp_path, cache_dir, monkeypatch):
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     here = [f"run_dir={tmp_path}", f"cache_dir={cache_dir}"]
     for overrides, told in {
         (
@@ -273,5 +275,6 @@ def test_what_does_not_go_together_is_refused(tmp_path, cache_dir):
             "hardware.accumulate_grad_batches=2",
         ): r"accumulate_grad_batches=2 must be 1: method=maml takes",
     }.items():
+        HydraConfig.instance().set_config(compose_unresolved(*here, *overrides))
         with pytest.raises(FewShotError, match=told):
             train(compose(*here, *overrides))

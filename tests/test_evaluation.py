@@ -71,7 +71,7 @@ def test_another_task_and_another_split(run, evaluate):
     tested = evaluate(run("maml"), *config)
     trained = json.loads((run("maml") / "results.json").read_text())
     # A checkpoint's configuration names no place to write to.
-    assert tested["run_config"] == trained["config"] | {"run_dir": None}
+    assert tested["run_config"] == trained["config"] | {"run_dir": None, "logger": None}
     asked = {"test.way": 3, "test.shot": 2, "test.query": 2, "test.episodes": 5, "test.eval_seed": 7}
     before = settings(trained)
     assert {key: value for key, value in settings(tested).items() if value != before.get(key)} == asked
@@ -113,13 +113,13 @@ def test_a_paired_difference_is_that_of_the_episodes():
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["checkpoint=null"], "no checkpoint is named"),
+        (["checkpoint=null"], "nothing to evaluate"),
         (["split=rest"], "split=rest must be train, val or test"),
         (["way=1"], "way=1 must be at least 2"),
         (["episodes=1"], "test.episodes=1 must be at least 2"),
         (["way=9999"], "way=9999 is more than the"),
         (["pictured=none"], "pictured=none must be a whole number"),
-        (["hardware=cpu", "hardware.devices=2"], "a test runs on one"),
+        (["hardware=cpu", "hardware.devices=2"], "evaluation uses one device"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(run, evaluate, overrides, told):
@@ -132,7 +132,7 @@ def test_it_does_not_write_over_a_run(tmp_path):
     for path in (tmp_path / "results.json", tmp_path / "checkpoints" / "last.ckpt"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
-    with pytest.raises(FewShotError, match=f"out={tmp_path} holds a run, whose results would be lost"):
+    with pytest.raises(FewShotError, match=f"out={tmp_path} contains a run"):
         run_evaluation(compose(f"checkpoint={tmp_path}", f"out={tmp_path}", name="evaluate"))
     assert (tmp_path / "results.json").read_text() == "{}"
 
@@ -150,3 +150,54 @@ def test_the_command_tests(cli, run, tmp_path):
     wrong = cli(f"checkpoint={run('protonet')}", "way=five", script="evaluate.py")
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "five" in wrong.stderr
     assert torch.load(run("protonet") / "checkpoints" / "best.ckpt", weights_only=True)
+
+
+def test_another_method_on_the_encoder_of_a_checkpoint(run, evaluate, tmp_path):
+    own = evaluate(run("protonet"))
+    same = evaluate(run("protonet"), "method=protonet")
+    assert same["accuracy"] == own["accuracy"] and same["overrides"][-1] == "method=protonet"
+    other = evaluate(run("protonet"), "method=matching", "distance=cosine", f"against={run('protonet')}")
+    assert (other["method"], other["distance"]) == ("matching", "cosine") and other["accuracy"] != own["accuracy"]
+    assert other["against"]["accuracy"] == own["accuracy"]
+    assert other["config"]["method"]["_target_"] != other["run_config"]["method"]["_target_"]
+    with pytest.raises(FewShotError, match="none of the 1 results"):  # it is not a result of the run
+        read_results([str(tmp_path / "out")])
+    # At one shot, the nearest prototype and the most similar sample are the same.
+    assert evaluate(run("protonet"), "method=matching")["accuracy"] == own["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "message"),
+    [
+        ("protonet", ["encoder=resnet12"], "encoder=resnet12: a checkpoint decides the dataset and the encoder"),
+        ("protonet", ["encoder.filters=3"], "a checkpoint decides"),
+        ("protonet", ["dataset.size=9"], "a checkpoint decides"),
+        ("protonet", ["distance=cosine"], "distance=cosine: name the method"),
+        ("protonet", ["method=maml"], "method=maml has weights that nobody has trained: train it with encoder.init"),
+        ("protonet", ["method=matching_fce"], "method=matching_fce has weights that nobody has trained"),
+        ("maml", ["method=protonet"], "normalises each batch by its own statistics"),
+    ],
+)
+def test_a_method_that_does_not_go_with_a_checkpoint_is_refused(run, evaluate, method, overrides, message):
+    with pytest.raises(FewShotError, match=message):
+        evaluate(run(method), *overrides)
+
+
+def test_an_encoder_that_needs_no_training(tmp_path, cache_dir, capsys):
+    choice = ["encoder=pretrained", "encoder.weights=null", "method=protonet", "dataset.size=32", "episodes=3"]
+    run_evaluation(compose(*choice, f"out={tmp_path}", f"cache_dir={cache_dir}", "way=3", "query=2", name="evaluate"))
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert (result["dataset"], result["method"], result["encoder"]) == ("glyphs", "protonet", "pretrained")
+    assert (result["checkpoint"], result["weights"], result["validations"]) == ("encoder=pretrained", "untrained", [])
+    assert (result["way"], result["query"], result["episodes"]) == (3, 2, 3)
+    assert "may be among them" in capsys.readouterr().err
+    with pytest.raises(FewShotError):
+        read_results([str(tmp_path)])
+    assert "skipped" in (shown := capsys.readouterr().err) and "an evaluation without training" in shown
+
+
+@pytest.mark.parametrize("choice", [["encoder=conv4"], ["encoder=pretrained", "encoder.weights=null", "method=maml"]])
+def test_untrained_weights_are_not_evaluated(choice, tmp_path):
+    with pytest.raises(FewShotError, match="has weights that nobody has trained"):
+        run_evaluation(compose(*choice, f"out={tmp_path / 'out'}", name="evaluate"))
+    assert not list(tmp_path.iterdir())

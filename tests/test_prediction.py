@@ -272,8 +272,8 @@ def test_a_pretrained_encoder_needs_no_training_if_it_is_frozen(folders, tmp_pat
     ("overrides", "told"),
     [
         (["encoder=conv4", "dataset.channels=1"], "weights that nobody has trained"),
-        (["checkpoint=RUN", "method=matching"], "method=matching: a checkpoint brings its own"),
-        (["checkpoint=RUN", "dataset.size=9"], "dataset.size=9: a checkpoint brings its own"),
+        (["checkpoint=RUN", "method=matching_fce"], "method=matching_fce has weights that nobody has trained"),
+        (["checkpoint=RUN", "dataset.size=9"], "dataset.size=9: a checkpoint decides the dataset and the encoder"),
         (["checkpoint=/none"], "there is no checkpoint /none"),
         (["checkpoint=RUN", "support=null"], "no support set is named"),
         (["checkpoint=RUN", "support=/none"], "there is no folder /none"),
@@ -382,3 +382,16 @@ def test_omniglots_own_files_are_read_as_its_bank_reads_them(run, real_data):
     files = [file for name, file in list_zip(archive).items() if name.endswith(".png")]
     for file in files[:: len(files) // 40]:
         np.testing.assert_array_equal(predictor.read(file), 255 - decode(file, 28, 1))
+
+
+def test_another_method_on_the_encoder_of_a_checkpoint(run):
+    own, other = (
+        make_predictor(compose(f"checkpoint={run('protonet')}", "hardware=cpu", *choice, name="predict"))
+        for choice in ([], ["method=matching", "distance=cosine"])
+    )
+    assert (type(own.method).__name__, type(other.method).__name__) == ("PrototypicalNetwork", "MatchingNetwork")
+    weights = own.method.encoder.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in other.method.encoder.state_dict().items())
+    images = [np.full((own.size, own.size, 1), value, dtype=np.uint8) for value in (0, 90, 200)]
+    images[1][:9], images[2][:, :5] = 255, 0
+    assert other.learn({"a": images[:1], "b": images[1:2]})(images).shape == (3, 2)

@@ -142,7 +142,7 @@ def test_what_does_not_record_its_data_or_its_best_weights_stays_out_of_the_tabl
     run = result()
     for name, (content, reason) in {
         "old": ({key: value for key, value in run.items() if key != "data"}, "older format: split unknown"),
-        "last": (evaluation(run, 20, 1, weights="last"), "an evaluation of last.ckpt"),
+        "last": (evaluation(run, 20, 1, weights="last"), "an evaluation of weights last"),
         "val": (evaluation(run, 20, 1, split="val"), "an evaluation on val classes"),
         "bare": (evaluation(run, 20, 1, run_config=None), "does not record the configuration of its run"),
     }.items():

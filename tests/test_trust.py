@@ -22,7 +22,7 @@ from fewshot.checkpoints import load_checkpoint, without_initial_weights
 from fewshot.cli import _explain
 from fewshot.config import check, compose
 from fewshot.errors import FewShotError
-from fewshot.evaluation import _asked
+from fewshot.evaluation import _task
 from fewshot.files import write_whole
 from fewshot.runs import overrides, results_so_far, to_go_on_with
 from fewshot.trained import load_trained
@@ -67,7 +67,7 @@ def read(run_dir, tmp_path_factory):
     }
 
     def evaluate():
-        asked = _asked(load_trained(str(there)).config, evaluating)
+        asked = _task(load_trained(str(there)).config, evaluating)
         check(asked)
         return asked
 

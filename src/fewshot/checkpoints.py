@@ -113,20 +113,12 @@ def check_weights(method: Mapping[Any, Any], state: Mapping[str, torch.Tensor]) 
         raise ValueError(f"{differing} is {sizes[0]}, and must be {sizes[1]}")
 
 
-def without_init(method: Mapping[Any, Any]) -> dict[str, Any]:
-    """The configuration of a method without ``encoder.init``, which no encoder takes: ``make_method`` sees to it."""
-    encoder = method.get("encoder")
-    if not isinstance(encoder, Mapping):
-        return {**method}
-    return {**method, "encoder": {key: value for key, value in encoder.items() if key != "init"}}
-
-
 def without_initial_weights(method: Mapping[Any, Any]) -> dict[str, Any]:
-    """The configuration of a method whose weights a checkpoint will bring: its encoder asks for no others."""
-    method = without_init(method)
+    """The configuration of a method whose encoder loads no weights, because a checkpoint will bring them."""
     encoder = method.get("encoder")
     if not isinstance(encoder, Mapping) or "_target_" not in encoder:
         return {**method}
+    encoder = {key: value for key, value in encoder.items() if key != "init"}
     settings = getattr(import_target("method.encoder", encoder["_target_"]), "WITHOUT_WEIGHTS", {})
     return {**method, "encoder": {**encoder, **settings}}
 

@@ -18,7 +18,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigSource
 from hydra.utils import get_object, instantiate
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationKeyError
 
 from fewshot.errors import FewShotError, mistake, reason
 
@@ -384,25 +385,44 @@ def is_group(name: str, *places: str) -> bool:
     return any(source.is_group(name) for source in search_path(*places))
 
 
-def compose(*overrides: str, name: str = "train") -> DictConfig:
+def compose(*overrides: str, name: str = "train", places: Sequence[str] = ()) -> DictConfig:
     """The configuration that the command line would run with, for notebooks, tests and other programs.
 
     Args:
         overrides: as on the command line: "dataset=omniglot", "way=20". ``run_dir`` is null unless given.
         name: the file in ``conf``.
+        places: more of the search path, see ``search_path``.
     """
-    config = compose_unresolved(*overrides, name=name)
+    config = compose_unresolved(*overrides, name=name, places=places)
     hydra_config = HydraConfig.instance()
     outer = hydra_config.cfg  # of a program that runs under Hydra itself
     try:
         hydra_config.set_config(config)  # for the interpolations that name it
         keys = [str(key) for key in config if key != "hydra"]
-        resolved = DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
+        try:
+            resolved = DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
+        except InterpolationKeyError as error:
+            raise FewShotError(
+                f"{error.full_key} depends on a key that {name}.yaml does not have: {reason(error)}"
+            ) from error
+        resolve(resolved)
         if resolved.get("run_dir", "") is None:  # these may name it, and train will choose one
             resolved.merge_with(OmegaConf.masked_copy(config, ["logger", "callbacks"]))
         return resolved
     finally:
         hydra_config.cfg = outer
+
+
+def resolve(config: DictConfig) -> None:
+    """Resolve all interpolations in place.
+
+    ``encoder.init`` is then a key of ``encoder`` alone: the encoder in ``method`` takes no such argument.
+    """
+    OmegaConf.resolve(config)
+    encoder = OmegaConf.select(config, "method.encoder")
+    if isinstance(encoder, DictConfig):
+        with open_dict(encoder):
+            encoder.pop("init", None)
 
 
 def as_overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -85,6 +85,7 @@ def read_encoder(config: DictConfig, bank: ImageBank) -> InitialEncoder:
         )
     trained = load_trained(str(place), trust=config.trust, places=places_of(config))
     _refuse_known_classes(trained_on(trained.checkpoint, run_dir), trained.config, config, bank)
+    assert trained.path is not None
     with trained.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return InitialEncoder(trained.method.encoder, trained.path, digest)

@@ -73,10 +73,13 @@ class _Appended(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            self.metrics_keys = list(reader.fieldnames or [])
-            rows = [row for row in reader if row["step"] and int(row["step"]) < purge_step]
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                self.metrics_keys = list(reader.fieldnames or [])
+                rows = [row for row in reader if row["step"] and int(row["step"]) < purge_step]
+        except (csv.Error, KeyError, ValueError) as error:
+            raise FewShotError(f"{path} is broken ({reason(error)}); move it elsewhere, and resume again") from error
         content = io.StringIO(newline="")
         writer = csv.DictWriter(content, fieldnames=self.metrics_keys)
         writer.writeheader()

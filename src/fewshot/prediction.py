@@ -4,7 +4,7 @@ import csv
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from itertools import takewhile
@@ -14,12 +14,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from omegaconf import DictConfig
-from omegaconf.errors import InterpolationKeyError
 from rich.progress import track
 
 from fewshot.data.bank import has_bright_ink
@@ -34,10 +33,9 @@ from fewshot.files import output_directory, written_whole
 from fewshot.hardware import check_hardware, precision_of
 from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.text import for_csv, for_figure, make_table, say
-from fewshot.trained import load_trained
+from fewshot.trained import load_trained, make_untrained, with_chosen_method
 
 WARNED = 20  # pairs of images that are nearly the same, each by a line
-GROUPS = ("dataset", "method", "distance", "encoder")  # what a checkpoint decides
 Pixels = NDArray[np.uint8]
 
 
@@ -128,27 +126,17 @@ class Predictor:
 
 
 def make_predictor(config: DictConfig) -> Predictor:
-    """The predictor that ``conf/predict.yaml`` describes: of a checkpoint, or of a method that needs no training.
+    """Make the predictor that ``conf/predict.yaml`` describes, from a checkpoint or a method that needs no training.
 
     Raises:
-        FewShotError: the checkpoint is broken, or a group is chosen beside it; or without one, there are weights that
-            nobody has trained.
+        FewShotError: the checkpoint is broken, or does not go with the chosen method or groups, see
+            ``with_chosen_method``; or without a checkpoint, there are untrained weights.
     """
     if config.checkpoint is not None:
-        _refuse_choices(config.overrides)
-        trained = load_trained(config.checkpoint, trust=config.trust)
+        trained = with_chosen_method(load_trained(config.checkpoint, trust=config.trust), config.overrides)
         ink = has_bright_ink(get_object(trained.config.dataset.source._target_))
         return Predictor(trained.method, trained.config.dataset, ink, config.hardware)
-    untrained = FewShotError(
-        "this method or its encoder has weights that nobody has trained: name those of a run by checkpoint=RUN_DIR, or "
-        "choose encoder=pretrained with method=protonet or method=matching"
-    )
-    try:
-        method: FewShotMethod = instantiate(config.method)
-    except InterpolationKeyError as error:  # it depends on keys of a training
-        raise untrained from error
-    if any(parameter.requires_grad for parameter in method.parameters()):
-        raise untrained
+    method = make_untrained(config.method, "this method or its encoder")
     return Predictor(method, config.dataset, ink=False, hardware=config.hardware)
 
 
@@ -237,13 +225,6 @@ def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, column
             axes.set_title(f"{for_figure(label)}\n{prediction.probability:.0%}", fontsize=8)
         figure.savefig(path, dpi=120)
     return path
-
-
-def _refuse_choices(overrides: Iterable[str]) -> None:
-    """Refuse an override of what a checkpoint decides, which would be ignored in silence."""
-    chosen = [override for override in overrides if override.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
-    if chosen:
-        raise FewShotError(f"{chosen[0]}: a checkpoint brings its own {', '.join(GROUPS)}; leave it out")
 
 
 def _find_support(place: str | None) -> dict[str, list[ImageFile]]:

@@ -66,7 +66,6 @@ NOT_DECISIVE = (
     "log_every",
     "logger",
     "pictures",
-    "method.encoder.init",  # a place; the digest of what lay there is in the result
     "method.task_batching",
     "method.vmap_tasks",
     "method.recompute",
@@ -237,13 +236,23 @@ def _not_counted(result: Result, known_data: bool) -> str | None:
     if result.get("data") is not None and not isinstance(result.get("run_config"), dict):
         return "an evaluation that does not record the configuration of its run"
     weights = result.get("weights") or Path(str(result["checkpoint"])).stem  # of an older format
-    return None if weights == "best" else f"an evaluation of {weights}.ckpt; only the best weights count"
+    if weights != "best":
+        return f"an evaluation of weights {weights}; only the best weights of a run count"
+    methods = [config["method"].get("_target_") for config in (result["config"], run_config(result))]
+    return None if methods[0] == methods[1] else "an evaluation of another method than the run's"
 
 
 def wrong(result: Any) -> str | None:
     """What keeps some JSON from being a result; None if nothing does."""
     if not isinstance(result, dict):
         return "it is no mapping"
+    if result.get("weights") == "untrained":
+        return "an evaluation without training"
+    return _wrong_fields(result) or _absurd(result) or _wrong_data(result)
+
+
+def _wrong_fields(result: Result) -> str | None:
+    """The first field that is missing, or has a wrong type."""
     unsound = [key for key, kind in NEEDED.items() if not _is(result.get(key), kind)]
     unsound += [key for key, kind in OPTIONAL.items() if result.get(key) is not None and not _is(result[key], kind)]
     if unsound:
@@ -256,7 +265,7 @@ def wrong(result: Any) -> str | None:
     curve = [point if isinstance(point, dict) else {} for point in result["validations"]]
     if not all(_is(point.get("trained_episodes"), int) and _is(point.get("accuracy"), float) for point in curve):
         return "it has no sound validations"
-    return _absurd(result) or _wrong_data(result)
+    return None
 
 
 def _absurd(result: Result) -> str | None:

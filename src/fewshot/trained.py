@@ -1,51 +1,62 @@
-"""A trained method, made again from its checkpoint."""
+"""Methods ready for use: restored from a checkpoint, or made from an encoder that needs no training."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
+from torch import nn
 
 from fewshot.checkpoints import check_weights, load_checkpoint, without_initial_weights
-from fewshot.config import import_target
+from fewshot.config import compose, import_target
+from fewshot.encoders.adaptable import BatchStatisticsNorm2d
 from fewshot.errors import FewShotError, mistake, reason
 from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.runs import best_checkpoint
 
+FROM_CHECKPOINT = ("dataset", "encoder")  # groups that a checkpoint decides
+REPLACEABLE = ("method", "distance")  # groups that can be chosen in addition to a checkpoint
+
 
 @dataclass(frozen=True)
 class Trained:
-    """A method with the weights of a checkpoint.
+    """A method with its weights.
 
     Attributes:
-        path: of the checkpoint.
-        method: on the CPU, in evaluation.
-        config: of its run, as composed then.
-        checkpoint: all that is in the file.
+        path: of the checkpoint; None: the method needed no training.
+        method: on the CPU, in evaluation mode.
+        config: of its training run; for a method without one, the composed ``conf/train.yaml``.
+        checkpoint: the content of the file.
     """
 
-    path: Path
+    path: Path | None
     method: FewShotMethod
     config: DictConfig
     checkpoint: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For messages and results: the path of the checkpoint, or the encoder's name."""
+        return str(self.path) if self.path is not None else f"encoder={self.config.choices.encoder}"
 
 
 def load_trained(
     place: str, *, trust: str | Iterable[str] | None = None, places: Mapping[str, Any] | None = None
 ) -> Trained:
-    """Read a checkpoint and make its method again.
+    """Restore a method from a checkpoint.
 
     Args:
-        place: the directory of a run, for the weights that were best on validation classes; or a file in it.
-        trust: packages whose code the checkpoint may name, beside what the configuration files of this command name.
-        places: where data sets and image banks lie, ``data_dir`` and ``cache_dir``; None: the default places.
+        place: a run directory, for the weights with the best validation accuracy, or a checkpoint file.
+        trust: packages whose code the checkpoint may name, in addition to what this command's configuration names.
+        places: ``data_dir`` and ``cache_dir``; None: the default directories.
 
     Raises:
-        FewShotError: there is no checkpoint, it names other code, or its weights do not fit the method that its
-            configuration describes.
+        FewShotError: there is no checkpoint, it names untrusted code, or its weights do not fit its configuration.
     """
     path = Path(place).expanduser()
     path = best_checkpoint(path) if path.is_dir() else path
@@ -54,12 +65,111 @@ def load_trained(
     return Trained(path, method, OmegaConf.create(checkpoint["hyper_parameters"]), checkpoint)
 
 
+def with_chosen_method(trained: Trained, overrides: Iterable[str]) -> Trained:
+    """Put the method that a command line chooses on the encoder of a checkpoint.
+
+    Args:
+        trained: from the checkpoint.
+        overrides: of the command line.
+
+    Returns:
+        ``trained`` itself if the overrides choose no method.
+
+    Raises:
+        FewShotError: the overrides choose a data set or an encoder, which the checkpoint decides; or a distance without
+            a method; or the method has weights of its own, or cannot use the encoder.
+    """
+    overrides = list(overrides)
+    for override in choices_of(overrides, FROM_CHECKPOINT):
+        raise FewShotError(f"{override}: a checkpoint decides the {' and the '.join(FROM_CHECKPOINT)}; remove it")
+    chosen = choices_of(overrides, REPLACEABLE)
+    if not chosen:
+        return trained
+    if not any(override.partition("=")[0] == "method" for override in chosen):
+        raise FewShotError(f"{chosen[0]}: name the method that replaces the checkpoint's, too: method=protonet")
+    if any(isinstance(module, BatchStatisticsNorm2d) for module in trained.method.encoder.modules()):
+        raise FewShotError(
+            f"the encoder in {trained.path} normalises each batch by its own statistics, as MAML trains it, so other "
+            "methods cannot use it; choose the checkpoint of another method"
+        )
+    run = _compose(chosen)
+    method = make_untrained(run.method, f"method={run.choices.method}", trained.method.encoder)
+    config = trained.config.copy()
+    config.method = {**run.method, "encoder": trained.config.method.encoder}
+    config.choices.method, config.choices.distance = run.choices.method, run.choices.distance
+    return replace(trained, method=method, config=config)
+
+
+def without_training(overrides: Iterable[str]) -> Trained:
+    """Make the method that a command line chooses, with an encoder that needs no training.
+
+    Args:
+        overrides: of the command line; those of dataset, method, distance and encoder count.
+
+    Raises:
+        FewShotError: the method or the encoder has untrained weights.
+    """
+    config = _compose(choices_of(overrides, (*FROM_CHECKPOINT, *REPLACEABLE)))
+    return Trained(None, make_untrained(config.method, f"method={config.choices.method}"), config, {})
+
+
+def make_untrained(node: DictConfig, name: str, encoder: nn.Module | None = None) -> FewShotMethod:
+    """Make a method that needs no training, in evaluation mode.
+
+    Args:
+        node: the method's configuration.
+        name: for messages.
+        encoder: already trained; None: the one that ``node`` describes.
+
+    Raises:
+        FewShotError: the method has untrained weights.
+    """
+    untrained = FewShotError(
+        f"{name} has weights that nobody has trained: "
+        + (
+            "train it with encoder.init=RUN_DIR, or choose a method without weights of its own, such as method=protonet"
+            if encoder is not None
+            else "choose those of a run with checkpoint=RUN_DIR, or choose encoder=pretrained with method=protonet or "
+            "method=matching"
+        )
+    )
+    try:
+        if encoder is None:
+            method: FewShotMethod = instantiate(node)
+        else:
+            settings = {key: value for key, value in node.items() if key != "encoder"}
+            method = instantiate({**settings, "_partial_": True})(encoder=encoder)
+    except InterpolationKeyError as error:  # it depends on keys of a training
+        raise untrained from error
+    except Exception as error:
+        if node.get("classes", "") is None:  # the training classes, and there is no training
+            raise untrained from error
+        raise
+    trained = set() if encoder is None else set(encoder.parameters())
+    if any(parameter.requires_grad and parameter not in trained for parameter in method.parameters()):
+        raise untrained
+    return method.eval()
+
+
+def choices_of(overrides: Iterable[str], groups: Iterable[str]) -> list[str]:
+    """The overrides that choose from some groups, or change a key in one."""
+    return [override for override in overrides if override.lstrip("+~").partition("=")[0].partition(".")[0] in groups]
+
+
+def _compose(overrides: Iterable[str]) -> DictConfig:
+    """The training configuration with some overrides, from this command's own search path."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    return compose(
+        *overrides, places=[f"{one.schema}://{one.path}" for one in sources if one.schema in ("file", "pkg")]
+    )
+
+
 def restore(path: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> FewShotMethod:
-    """Make a method again from what was saved of it; it is in evaluation, on the CPU.
+    """Restore a saved method, on the CPU and in evaluation mode.
 
     Args:
         path: of the file, for messages.
-        config: of its run, as ``fewshot.trust.read_config`` lets it pass.
+        config: of its run, as ``fewshot.trust.read_config`` returns it.
         weights: its state dictionary.
 
     Raises:
@@ -69,14 +179,14 @@ def restore(path: Path, config: Mapping[str, Any], weights: Mapping[str, torch.T
     kind = import_target(f"{path}: method", make["_target_"])
     try:
         if not isinstance(kind, type) or not issubclass(kind, FewShotMethod):
-            raise TypeError(f"{make['_target_']} is no method")
+            raise TypeError(f"{make['_target_']} is not a method")
         check_weights(make, weights)
         method: FewShotMethod = instantiate(make)
         method.load_state_dict(weights)
-    except Exception as error:  # of what kind depends on what is in the file
+    except Exception as error:  # its type depends on what is in the file
         raise FewShotError(
             f"the weights in {path} do not fit the method that its configuration describes: "
-            f"{mistake(error) or reason(error)}; it may be of another version: train anew"
+            f"{mistake(error) or reason(error)}; it may be from a different version: train again"
         ) from error
     require_finite(method, path)
     return method.eval()

@@ -21,8 +21,8 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
-from fewshot.checkpoints import WholeCheckpoints, shapes, without_init, without_initial_weights
-from fewshot.config import CHECKOUT, ROOT, as_overrides, check, command, compose, trains_on, with_classes
+from fewshot.checkpoints import WholeCheckpoints, shapes, without_initial_weights
+from fewshot.config import CHECKOUT, ROOT, as_overrides, check, command, compose, resolve, trains_on, with_classes
 from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
@@ -87,7 +87,7 @@ def train(config: DictConfig) -> float:
     """
     if config.run_dir is None:
         config.run_dir = str(new_run_dir(f"{config.choices.method}_{config.choices.dataset}"))
-    OmegaConf.resolve(config)
+    resolve(config)
     run_dir = Path(config.run_dir)
     place = "" if config.data_dir == own_places()["data_dir"] else f" data_dir={config.data_dir}"
     interruption = Interruption(f"{command('train')} resume={run_dir}{place}{_own_choices(config)}")
@@ -226,7 +226,7 @@ def outcome(config: DictConfig, method: FewShotMethod, bank: ImageBank, trainer:
         "machine": machine(trainer.strategy.root_device, trainer.world_size),
         "versions": versions(),
         "commit": commit(),
-        "config": OmegaConf.to_container(config),
+        "config": OmegaConf.to_container(_without(config, "overrides")),
     }
 
 
@@ -248,11 +248,10 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     """
     pl.seed_everything(config.seed, workers=True, verbose=False)
     make: Any = OmegaConf.to_container(config.method)
-    method: FewShotMethod = instantiate(without_init(make) if initial_weights else without_initial_weights(make))
+    method: FewShotMethod = instantiate(make if initial_weights else without_initial_weights(make))
     method.make_optimizer = instantiate(config.optimizer)
     method.make_schedule = instantiate(config.schedule)
-    saved = {key: value for key, value in config.items() if key not in (*READERS_OWN, "overrides")}
-    method.save_hyperparameters(OmegaConf.to_container(OmegaConf.create(saved)), logger=False)
+    method.save_hyperparameters(OmegaConf.to_container(_without(config, "overrides", *READERS_OWN)), logger=False)
     if config.hardware.compile and not method.compilable:
         _say(
             f"warning: hardware.compile=true: method={config.choices.method} differentiates its gradients, which "
@@ -262,6 +261,10 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, after a warning
         method.encoder.compile()
     return method
+
+
+def _without(config: DictConfig, *keys: str) -> DictConfig:
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key not in keys])
 
 
 def make_trainer(config: DictConfig, *callbacks: pl.Callback, loggers: Sequence[Logger] = ()) -> pl.Trainer:

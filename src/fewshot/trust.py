@@ -105,7 +105,8 @@ def read_config(
     config = plain(untrusted)
     if not isinstance(config, dict):
         raise ValueError("its configuration is no mapping")
-    config |= dict.fromkeys(READERS_OWN) | {"overrides": []}
+    config |= dict.fromkeys(READERS_OWN)
+    config.pop("overrides", None)
     if (old := outdated(config)) is not None:
         raise FewShotError(
             f"{path} is of an earlier version of fewshot, which knew {old}: train anew, or use it with that version"

@@ -124,9 +124,7 @@ def test_failed_download_names_the_missing_file(monkeypatch):
 def test_a_broken_file_is_named(weights, tmp_path, damage):
     path = tmp_path / "model.safetensors"
     path.write_bytes(weights[0].read_bytes()[:1000] if damage is None else damage)
-    with pytest.raises(
-        FewShotError, match=r"model\.safetensors is broken, or does not contain weights"
-    ):
+    with pytest.raises(FewShotError, match=r"model\.safetensors is broken, or does not contain weights"):
         encoder(file=str(path))
 
 

@@ -96,7 +96,7 @@ def test_export(run, call, tmp_path):
 
 def test_help_and_suggestions_know_its_options(call):
     shown = call("--config-dir", CONF, "method=r2d2", "--help").stdout
-    assert "# method=maml|matching|matching_fce|protonet|r2d2|relation|simpleshot" in shown
+    assert "# method=classifier|maml|matching|matching_fce|protonet|r2d2|relation|simpleshot" in shown
     assert "penalty: 1.0  # of the weights' squares" in shown
     done = call("--config-dir", CONF, "method=relatoin", "encoder=rows")
     assert done.returncode == 1 and "did you mean relation?" in done.stderr
