@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewshot.checkpoints import load_checkpoint, write_whole
+from fewshot.checkpoints import load_checkpoint, write_atomically
 from fewshot.config import compose
 from fewshot.errors import FewShotError
 from fewshot.training import train
@@ -136,12 +136,12 @@ def test_any_damage_is_refused_in_one_line_or_does_not_matter(good, tmp_path_fac
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
     path = tmp_path / "deep" / "file"
-    write_whole(path, b"first")
+    write_atomically(path, b"first")
     assert path.read_bytes() == b"first"
     with Path("/dev/full").open("wb") as full, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fdopen", lambda *_: full)
         with pytest.raises(FewShotError, match=f"cannot write {path}: No space left on device"):
-            write_whole(path, bytes(10**6))
+            write_atomically(path, bytes(10**6))
     assert path.read_bytes() == b"first"
 
 

@@ -12,7 +12,7 @@ from fewshot import hardware
 from fewshot.config import compose
 from fewshot.data.episodes import EpisodeIndex, MetaBatch, Share
 from fewshot.errors import FewShotError
-from fewshot.hardware import check_hardware, has_bfloat16, memory_in_a_line, precision_of
+from fewshot.hardware import check_hardware, has_bfloat16, precision_of, report_out_of_memory
 from fewshot.training import make_data, make_method, train
 
 BANK = make_bank({"train": [8] * 6, "val": [8] * 5, "test": [8] * 5}, size=28)
@@ -293,5 +293,5 @@ def test_memory_that_is_full_ends_in_a_line_that_says_what_to_lower(
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_in_a_line("lower it"):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), report_out_of_memory("lower it"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

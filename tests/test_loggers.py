@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fewshot.config import compose
 from fewshot.errors import FewShotError
 from fewshot.loggers import CSV, open_loggers, parts
-from fewshot.runs import to_go_on_with
+from fewshot.runs import load_for_resume
 from fewshot.training import train
 
 TINY = [
@@ -93,12 +93,14 @@ def test_a_checkpoint_chooses_neither_logger_nor_callbacks(run, tmp_path, capsys
     torch.save(checkpoint, path)
     (tmp_path / "run" / ".hydra").mkdir()
     (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text("- logger=csv\n- logger=$(reboot)\n- seed=0\n")
-    config, _ = to_go_on_with(compose(*TINY, f"run_dir={tmp_path / 'run'}", f"resume={tmp_path / 'run'}"))
+    config, _ = load_for_resume(compose(*TINY, f"run_dir={tmp_path / 'run'}", f"resume={tmp_path / 'run'}"))
     assert config.logger._target_ == "fewshot.loggers.TensorBoard" and config.callbacks is None
     assert config.logger.save_dir == str(tmp_path / "run")
     shown = capsys.readouterr().out
     assert "started with logger=csv, and this command is not" in shown and "reboot" not in shown
-    config, _ = to_go_on_with(compose(*TINY, f"run_dir={tmp_path / 'run'}", f"resume={tmp_path / 'run'}", "logger=csv"))
+    config, _ = load_for_resume(
+        compose(*TINY, f"run_dir={tmp_path / 'run'}", f"resume={tmp_path / 'run'}", "logger=csv")
+    )
     assert config.logger._target_ == "fewshot.loggers.CSV" and not capsys.readouterr().out
 
 

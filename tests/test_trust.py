@@ -23,11 +23,11 @@ from fewshot.cli import _explain
 from fewshot.config import check, compose
 from fewshot.errors import FewShotError
 from fewshot.evaluation import _task
-from fewshot.files import write_whole
-from fewshot.runs import overrides, results_so_far, to_go_on_with
+from fewshot.files import write_atomically
+from fewshot.runs import complete_results, load_for_resume, overrides
 from fewshot.trained import load_trained
 from fewshot.training import train
-from fewshot.trust import KnownTargets, own_places, plain, read_config
+from fewshot.trust import KnownTargets, default_directories, plain, read_config
 
 SECRET = "fewshot-canary-7391"  # of the reader's environment
 TINY = ["train.episodes=2", "train.way=3", "val.episodes=2", "test.episodes=2", "encoder.filters=4", "hardware=cpu"]
@@ -72,7 +72,7 @@ def read(run_dir, tmp_path_factory):
         return asked
 
     def go_on(which):
-        config, _ = to_go_on_with(resuming[which].copy())
+        config, _ = load_for_resume(resuming[which].copy())
         check(config)
         instantiate(without_initial_weights(config.method))
         return config
@@ -100,8 +100,8 @@ def read(run_dir, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWSHOT_CANARY", SECRET)
-        known, places = KnownTargets(), own_places()  # read once, since the files stay the same
-        patch.setattr(fewshot.trust, "own_places", lambda: places)
+        known, places = KnownTargets(), default_directories()  # read once, since the files stay the same
+        patch.setattr(fewshot.trust, "default_directories", lambda: places)
         patch.setattr(fewshot.trust, "KnownTargets", lambda own=None: known_to(known, own))
         yield ask
 
@@ -340,21 +340,21 @@ def test_results_are_data(run_dir, tmp_path, monkeypatch, key, value):
     (tmp_path / "results.json").write_text(json.dumps(results))
     config = compose(*TINY, f"run_dir={tmp_path}")
     with pytest.raises(FewShotError, match=r"results.json is broken") as caught:
-        results_so_far(config)
+        complete_results(config)
     assert SECRET not in str(caught.value) and not fired
 
 
 def test_results_in_a_pipe_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "results.json")
     with pytest.raises(FewShotError, match="it is no regular file"):
-        results_so_far(compose(*TINY, f"run_dir={tmp_path}"))
+        complete_results(compose(*TINY, f"run_dir={tmp_path}"))
 
 
 @pytest.mark.parametrize("planted", ["file.partial", "file"])
 def test_nothing_is_written_through_a_link(tmp_path, planted):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / planted).symlink_to(tmp_path / "precious")
-    write_whole(tmp_path / "file", b"new")
+    write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()
     assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "file.partial").exists()
 
@@ -367,7 +367,7 @@ def test_a_run_whose_folders_are_links_is_not_resumed(good, tmp_path, folder):
     (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
     torch.save(good, tmp_path / "run" / "checkpoints" / "last.ckpt")
     with pytest.raises(FewShotError, match=f"{folder} is a link"):
-        to_go_on_with(compose(*TINY, f"run_dir={tmp_path / 'run'}", "resume=auto"))
+        load_for_resume(compose(*TINY, f"run_dir={tmp_path / 'run'}", "resume=auto"))
 
 
 def test_a_checkpoint_names_no_file_to_remove(tmp_path):

@@ -13,11 +13,11 @@ from lightning_fabric.plugins import TorchCheckpointIO
 
 from fewshot.config import import_target
 from fewshot.errors import FewShotError
-from fewshot.files import check_file, write_whole
+from fewshot.files import check_file, write_atomically
 from fewshot.trust import read_config
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpoints(TorchCheckpointIO):
     """Lightning's checkpoint files, each put in place of the last one at once: a kill leaves the old or the new.
 
     Lightning writes to the system's temporary directory and moves the file from there, which is a copy between disks.
@@ -29,7 +29,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         assert storage_options is None
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        write_whole(Path(path), content.getbuffer())
+        write_atomically(Path(path), content.getbuffer())
 
 
 def load_checkpoint(

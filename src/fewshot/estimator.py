@@ -24,7 +24,7 @@ from fewshot.data.bank import has_bright_ink
 from fewshot.data.files import ImageFile, plain, read_file
 from fewshot.data.photos import prepare, read_photo
 from fewshot.errors import FewShotError, reason
-from fewshot.files import check_file, write_whole
+from fewshot.files import check_file, write_atomically
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.prediction import Pixels, Predictor
@@ -143,7 +143,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         tensors = {f"{WEIGHTS}{name}": one.clone(memory_format=torch.contiguous_format) for name, one in weights}
         tensors |= {"support": torch.from_numpy(self.support_), "labels": torch.from_numpy(self.labels_)}
         text = json.dumps({**content, "config": {**config, "run_dir": None}})
-        write_whole(Path(path), save({name: value.cpu() for name, value in tensors.items()}, {"fewshot": text}))
+        write_atomically(Path(path), save({name: value.cpu() for name, value in tensors.items()}, {"fewshot": text}))
 
     @classmethod
     def load(cls, path: str | PathLike[str], **settings: Any) -> "FewShotClassifier":

@@ -19,10 +19,10 @@ from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, check_task
 from fewshot.errors import FewShotError, shortened
 from fewshot.files import output_directory
-from fewshot.hardware import check_hardware, keep_freed_memory, memory_in_a_line
+from fewshot.hardware import check_hardware, keep_freed_memory, report_out_of_memory
 from fewshot.metrics import Estimate, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
-from fewshot.runs import check_same_data, last_checkpoint, overrides, places_of, trained_on, write_json
+from fewshot.runs import check_same_data, data_directories, last_checkpoint, overrides, trained_on, write_json
 from fewshot.text import make_table, say
 from fewshot.trained import (
     FROM_CHECKPOINT,
@@ -128,7 +128,7 @@ def evaluate(config: DictConfig) -> float:
         raise FewShotError(f"out={config.out} contains a run; choose a different directory, to keep its results")
     trained = [_first(config)]
     if config.against is not None:
-        trained.append(load_trained(config.against, trust=config.trust, places=places_of(config)))
+        trained.append(load_trained(config.against, trust=config.trust, places=data_directories(config)))
     tasks = [_task(run.config, config) for run in trained]
     for other in tasks[1:]:
         _check_comparable(tasks[0], other)
@@ -140,7 +140,7 @@ def evaluate(config: DictConfig) -> float:
     keep_freed_memory()
     splits = [open_split(task, config.split) for task in tasks]
     _leave_out_known_classes(trained, splits, config)
-    with memory_in_a_line("lower way, shot or query, or choose hardware=cpu"):
+    with report_out_of_memory("lower way, shot or query, or choose hardware=cpu"):
         own, *others = map(evaluate_split, trained, tasks, splits)
 
     out = output_directory(config.out, "evaluate")
@@ -200,9 +200,9 @@ def _first(config: DictConfig) -> Trained:
     if config.checkpoint is None:
         trained = without_training(config.overrides)
         for node in (trained.config, trained.config.dataset.source):
-            node.update({key: value for key, value in places_of(config).items() if key in node})
+            node.update({key: value for key, value in data_directories(config).items() if key in node})
         return trained
-    trained = load_trained(config.checkpoint, trust=config.trust, places=places_of(config))
+    trained = load_trained(config.checkpoint, trust=config.trust, places=data_directories(config))
     return with_chosen_method(trained, config.overrides)
 
 

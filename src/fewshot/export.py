@@ -11,7 +11,7 @@ from torch import nn
 
 from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
-from fewshot.files import write_whole
+from fewshot.files import write_atomically
 from fewshot.methods.base import MetricMethod
 from fewshot.text import say
 from fewshot.trained import load_trained
@@ -78,7 +78,7 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
             "nothing was written; try other versions of onnxruntime and torch"
         )
     path = Path(out).expanduser()
-    write_whole(path, content)
+    write_atomically(path, content)
     say(
         f"{path}: pixels, uint8 [images, {size}, {size}, {channels}], to embeddings, float32 [images, features]; "
         f"differs from PyTorch by {difference:.1g} of the largest value"

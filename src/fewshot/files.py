@@ -17,7 +17,7 @@ from fewshot.errors import FewShotError
 MOST_BYTES = 64 * 2**20  # of a JSON or YAML file
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file whole, or not at all; the directories above it are made.
 
     Raises:
@@ -37,7 +37,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[TextIO]:
+def atomic_writer(path: Path) -> Iterator[TextIO]:
     """A text file to write to, line by line, which takes its name once all is written and leaves nothing otherwise."""
     with (
         _partial(path) as file,

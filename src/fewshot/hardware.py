@@ -130,7 +130,7 @@ def has_bfloat16(device: str) -> bool:
 
 
 @contextlib.contextmanager
-def memory_in_a_line(remedy: str) -> Iterator[None]:
+def report_out_of_memory(remedy: str) -> Iterator[None]:
     """Around what may need more memory than there is.
 
     Args:

@@ -13,7 +13,7 @@ from fewshot.checkpoints import shapes
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, known_to
 from fewshot.errors import FewShotError, shortened
-from fewshot.runs import places_of, results_file, trained_on
+from fewshot.runs import data_directories, results_file, trained_on
 from fewshot.text import say
 from fewshot.trained import load_trained
 
@@ -83,7 +83,7 @@ def read_encoder(config: DictConfig, bank: ImageBank) -> InitialEncoder:
             f"encoder.init={place}: the run is not complete, since {results_file(run_dir)} is not there; end it first "
             f"by resume={run_dir}, or name another run"
         )
-    trained = load_trained(str(place), trust=config.trust, places=places_of(config))
+    trained = load_trained(str(place), trust=config.trust, places=data_directories(config))
     _refuse_known_classes(trained_on(trained.checkpoint, run_dir), trained.config, config, bank)
     assert trained.path is not None
     with trained.path.open("rb") as file:

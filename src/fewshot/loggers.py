@@ -17,7 +17,7 @@ from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.errors import FewShotError, mistake, reason
-from fewshot.files import write_whole
+from fewshot.files import write_atomically
 
 RUN_IDS = ("id", "run_id", "experiment_key")  # what loggers call the name by which their server knows a run
 EXTRAS = ("wandb", "mlflow")  # loggers that are packages of their own, and extras of this one
@@ -84,7 +84,7 @@ class _Appended(ExperimentWriter):
         writer = csv.DictWriter(content, fieldnames=self.metrics_keys)
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(path, content.getvalue().encode())
+        write_atomically(path, content.getvalue().encode())
 
     def _check_log_dir_exists(self) -> None:
         """Keep what is there; Lightning removes it."""

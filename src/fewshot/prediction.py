@@ -29,7 +29,7 @@ from fewshot.data.locate import splits_named
 from fewshot.data.photos import read_photo
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
 from fewshot.errors import FewShotError
-from fewshot.files import output_directory, written_whole
+from fewshot.files import atomic_writer, output_directory
 from fewshot.hardware import check_hardware, precision_of
 from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.text import for_csv, for_figure, make_table, say
@@ -169,7 +169,7 @@ def predict(config: DictConfig) -> None:
     copies: list[str] = []
     right: dict[bool, list[bool]] = {False: [], True: []}  # of each query whose class is known, by whether it is a copy
     left_out = 0
-    with written_whole(written := out / "predictions.csv") as file:
+    with atomic_writer(written := out / "predictions.csv") as file:
         table = csv.writer(file)
         table.writerow(["file", "label", "probability", "runner-up"])
         batches = np.array_split(np.arange(len(queries)), math.ceil(len(queries) / config.batch))

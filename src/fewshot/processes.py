@@ -15,7 +15,7 @@ PATIENCE = 5.0  # seconds that one process gives another to end, and to be seen 
 
 
 @contextlib.contextmanager
-def as_one(trainer: pl.Trainer, resume: str) -> Iterator[None]:
+def stop_together(trainer: pl.Trainer, resume: str) -> Iterator[None]:
     """Around all that a trainer does: when it fails, the processes it has started on this machine end at once.
 
     Those that torchrun or Slurm has started are ended by them. The process group is left in any case.

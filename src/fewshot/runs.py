@@ -20,10 +20,10 @@ from fewshot.config import ROOT, is_group, training_steps
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, differences, read_contents, read_names
 from fewshot.errors import FewShotError, reason
-from fewshot.files import read_json, read_text, write_whole
+from fewshot.files import read_json, read_text, write_atomically
 from fewshot.results import is_evaluation, wrong
 from fewshot.text import say
-from fewshot.trust import READERS_OWN, place_keys, plain
+from fewshot.trust import CHOSEN_ON_RESUME, directory_keys, plain
 
 # What PyTorch's schedules call the number of steps that they are made for; and what ours and others' should.
 HORIZONS = ("T_max", "total_steps", "total_iters", "steps")
@@ -88,7 +88,7 @@ def newest_run(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def only_run_in(run_dir: Path) -> Iterator[None]:
+def lock_run(run_dir: Path) -> Iterator[None]:
     """Keep other runs out of a directory, for as long as this process lives.
 
     Raises:
@@ -110,7 +110,7 @@ def only_run_in(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def holds_run(run_dir: Path) -> bool:
+def has_run(run_dir: Path) -> bool:
     """Whether a run has saved something in a directory."""
     return last_checkpoint(run_dir).exists() or results_file(run_dir).exists()
 
@@ -120,7 +120,7 @@ def is_taken(run_dir: Path) -> bool:
 
     Among the processes of one run it is taken for all but the first, which may be at work there.
     """
-    if rank_zero_only.rank != 0 or holds_run(run_dir):  # type: ignore[attr-defined]
+    if rank_zero_only.rank != 0 or has_run(run_dir):  # type: ignore[attr-defined]
         return True
     lock = run_dir / ".lock"
     try:
@@ -130,7 +130,7 @@ def is_taken(run_dir: Path) -> bool:
         return True
 
 
-def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None]:
+def load_for_resume(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None]:
     """What ``resume`` asks for.
 
     Args:
@@ -149,7 +149,7 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
     if config.resume is None:
         # Other ranks are started by the one that looked, and by now it may have written.
         first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-        if first and holds_run(run_dir):
+        if first and has_run(run_dir):
             raise FewShotError(
                 f"{run_dir} holds a run already: go on with it by resume={run_dir}, or choose another directory with "
                 "hydra.run.dir=PATH"
@@ -169,7 +169,7 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
     _refuse_links(run_dir)
     _name_other_logs(run_dir, config)
     own = OmegaConf.to_container(config)
-    checkpoint = load_checkpoint(path, trust=config.trust, places=places_of(config), own=own)
+    checkpoint = load_checkpoint(path, trust=config.trust, places=data_directories(config), own=own)
     saved = OmegaConf.create(checkpoint["hyper_parameters"])
     if config.resume != "auto":
         config = _with_overrides(saved, config)
@@ -186,11 +186,11 @@ def to_go_on_with(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None
     try:
         check_weights(without_initial_weights(config.method), checkpoint["state_dict"])
     except ValueError as error:
-        raise cannot_go_on(path, error) from error
+        raise cannot_resume(path, error) from error
     return config, checkpoint
 
 
-def cannot_go_on(path: Path, error: Exception) -> FewShotError:
+def cannot_resume(path: Path, error: Exception) -> FewShotError:
     """What a last checkpoint does not fit."""
     return FewShotError(
         f"the run cannot be gone on with: {path} is broken, or of another version: {reason(error)}; train anew into "
@@ -198,12 +198,12 @@ def cannot_go_on(path: Path, error: Exception) -> FewShotError:
     )
 
 
-def places_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def data_directories(config: Mapping[str, Any]) -> dict[str, Any]:
     """Where this command has data sets and image banks lie."""
     return {key: config[key] for key in ("data_dir", "cache_dir")}
 
 
-def results_so_far(config: DictConfig) -> dict[str, Any] | None:
+def complete_results(config: DictConfig) -> dict[str, Any] | None:
     """The results of a run that is complete; None if there are none yet, or they are of fewer episodes."""
     path = results_file(Path(config.run_dir))
     try:
@@ -291,7 +291,7 @@ def check_best(run_dir: Path, checkpoint: dict[str, Any]) -> None:
         trained = checkpoint["EpisodeDataModule"]["trained"]
         since = [validation["trained_episodes"] for validation in validations]
     except (KeyError, TypeError) as error:
-        raise cannot_go_on(last_checkpoint(run_dir), error) from error
+        raise cannot_resume(last_checkpoint(run_dir), error) from error
     path = best_checkpoint(run_dir)
     if not accuracies:
         return
@@ -302,7 +302,7 @@ def check_best(run_dir: Path, checkpoint: dict[str, Any]) -> None:
                 f"{path} is not there, which holds the weights of the best validation (after {since[best]:,} training "
                 "episodes); put it back, or train anew into another directory"
             )
-        write_whole(path, last_checkpoint(run_dir).read_bytes())
+        write_atomically(path, last_checkpoint(run_dir).read_bytes())
         say(f"{path} was not there; the last checkpoint holds the same weights, and it was written anew")
         return
     try:
@@ -337,8 +337,8 @@ def overrides(run_dir: Path) -> list[str]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file whole, or not at all; see ``write_whole``."""
-    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    """Write a file whole, or not at all; see ``write_atomically``."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _refuse_links(run_dir: Path) -> None:
@@ -355,21 +355,21 @@ def _refuse_links(run_dir: Path) -> None:
             )
 
 
-def readers_own(given: Iterable[str]) -> list[str]:
+def chosen_on_resume(given: Iterable[str]) -> list[str]:
     """Those overrides that choose what a checkpoint does not: a resumed run takes them from its command line."""
     return [override for override in given if _is_readers_own(override.partition("=")[0])]
 
 
 def _is_readers_own(key: str) -> bool:
-    return key.lstrip("+~").partition(".")[0].partition("@")[0] in READERS_OWN
+    return key.lstrip("+~").partition(".")[0].partition("@")[0] in CHOSEN_ON_RESUME
 
 
 def _name_other_logs(run_dir: Path, config: DictConfig) -> None:
     """Say which logger and callbacks the run was started with, where this command has not chosen any."""
-    chosen = {override.partition("=")[0] for override in readers_own(config.overrides)}
+    chosen = {override.partition("=")[0] for override in chosen_on_resume(config.overrides)}
     started = [
         override
-        for override in readers_own(overrides(run_dir))
+        for override in chosen_on_resume(overrides(run_dir))
         # The file may be anyone's: what a reader is asked to type is a choice and nothing else.
         if re.fullmatch(r"(logger|callbacks)=[\w/]+", override) and override.partition("=")[0] not in chosen
     ]
@@ -391,7 +391,7 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
             raise FewShotError(
                 f"{override.input_line}: the run has nothing of that name to change: {reason(error)}"
             ) from error
-    for key in ("run_dir", "resume", "trust", "overrides", *READERS_OWN):
+    for key in ("run_dir", "resume", "trust", "overrides", *CHOSEN_ON_RESUME):
         changed[key] = config[key]
     changed.train.steps = training_steps(changed.train.episodes, changed.train.meta_batch)
     return changed
@@ -409,7 +409,7 @@ def _keep_horizon(saved: DictConfig, config: DictConfig) -> None:
 
 
 def _places_in(config: DictConfig) -> set[str]:
-    return {f"dataset.source.{key}" for key in place_keys(config.dataset.source)}
+    return {f"dataset.source.{key}" for key in directory_keys(config.dataset.source)}
 
 
 def _differences(ours: DictConfig, theirs: DictConfig, keys: Iterable[str]) -> Iterator[tuple[str, str]]:

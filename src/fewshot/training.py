@@ -21,35 +21,35 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
-from fewshot.checkpoints import WholeCheckpoints, shapes, without_initial_weights
+from fewshot.checkpoints import AtomicCheckpoints, shapes, without_initial_weights
 from fewshot.config import CHECKOUT, ROOT, as_overrides, check, command, compose, resolve, trains_on, with_classes
 from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError
-from fewshot.hardware import check_hardware, keep_freed_memory, machine, memory_in_a_line, precision_of
+from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_of, report_out_of_memory
 from fewshot.initial import read_encoder
 from fewshot.loggers import open_loggers, parts
 from fewshot.methods.base import FewShotMethod
-from fewshot.processes import as_one
+from fewshot.processes import stop_together
 from fewshot.runs import (
     best_checkpoint,
-    cannot_go_on,
+    cannot_resume,
     check_best,
     check_same_data,
+    chosen_on_resume,
+    complete_results,
     last_checkpoint,
+    load_for_resume,
+    lock_run,
     new_run_dir,
-    only_run_in,
     overrides,
-    readers_own,
     results_file,
-    results_so_far,
-    to_go_on_with,
     trained_on,
     write_json,
 )
 from fewshot.text import make_table, say
-from fewshot.trust import READERS_OWN, own_places
+from fewshot.trust import CHOSEN_ON_RESUME, default_directories
 
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # in the state of PyTorch's optimizers
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "pillow")
@@ -89,22 +89,22 @@ def train(config: DictConfig) -> float:
         config.run_dir = str(new_run_dir(f"{config.choices.method}_{config.choices.dataset}"))
     resolve(config)
     run_dir = Path(config.run_dir)
-    place = "" if config.data_dir == own_places()["data_dir"] else f" data_dir={config.data_dir}"
+    place = "" if config.data_dir == default_directories()["data_dir"] else f" data_dir={config.data_dir}"
     interruption = Interruption(f"{command('train')} resume={run_dir}{place}{_own_choices(config)}")
-    with interruption, only_run_in(run_dir):
-        config, checkpoint = to_go_on_with(config)
+    with interruption, lock_run(run_dir):
+        config, checkpoint = load_for_resume(config)
         check(config)
         check_hardware(config.hardware)
         config.hardware.precision = precision_of(config.hardware)  # what a checkpoint says, and a resumed run keeps
-        with memory_in_a_line(_less_memory(config)):
+        with report_out_of_memory(_less_memory(config)):
             data = make_data(config)
             config = with_classes(config, len(data.bank.classes("train")))
             if checkpoint is not None:
                 anew = "train anew into another directory with hydra.run.dir=PATH"
                 check_same_data(trained_on(checkpoint, run_dir), data.bank, run_dir, anew)
-                results = results_so_far(config)
+                results = complete_results(config)
                 if results is not None:
-                    _tell(results, run_dir)
+                    _show_results(results, run_dir)
                     return float(results["val_accuracy"])
                 check_best(run_dir, checkpoint)
             return _train(config, checkpoint, data, interruption)
@@ -172,7 +172,7 @@ def _train_and_log(
             "trained on already; ask for at least as many"
         )
     from_here = last_checkpoint(run_dir) if checkpoint is not None else None
-    with as_one(trainer, interruption.resume):
+    with stop_together(trainer, interruption.resume):
         try:
             if checkpoint is not None:
                 _check_state(checkpoint, method)
@@ -181,7 +181,7 @@ def _train_and_log(
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             if from_here is None or record.began:
                 raise
-            raise cannot_go_on(from_here, error) from error
+            raise cannot_resume(from_here, error) from error
         interruption.check(trainer)
         # The test restores the older state that the callbacks had at the best weights.
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
@@ -251,7 +251,7 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     method: FewShotMethod = instantiate(make if initial_weights else without_initial_weights(make))
     method.make_optimizer = instantiate(config.optimizer)
     method.make_schedule = instantiate(config.schedule)
-    method.save_hyperparameters(OmegaConf.to_container(_without(config, "overrides", *READERS_OWN)), logger=False)
+    method.save_hyperparameters(OmegaConf.to_container(_without(config, "overrides", *CHOSEN_ON_RESUME)), logger=False)
     if config.hardware.compile and not method.compilable:
         _say(
             f"warning: hardware.compile=true: method={config.choices.method} differentiates its gradients, which "
@@ -294,7 +294,7 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, loggers: Sequence[
         max_epochs=-1,  # one from each checkpoint to the next; Record sees the last training episode
         use_distributed_sampler=False,  # ours knows its rank
         callbacks=[*callbacks, ProgressBar(refresh_rate=10)],
-        plugins=[WholeCheckpoints()],
+        plugins=[AtomicCheckpoints()],
         logger=list(loggers),
         log_every_n_steps=config.log_every,
         default_root_dir=config.run_dir,
@@ -350,7 +350,7 @@ def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
 
 def _own_choices(config: DictConfig) -> str:
     """The overrides that a resumed run takes from its command line, as the end of one."""
-    return "".join(f" {shlex.quote(override)}" for override in readers_own(config.overrides))
+    return "".join(f" {shlex.quote(override)}" for override in chosen_on_resume(config.overrides))
 
 
 @rank_zero_only
@@ -364,7 +364,7 @@ def _list_classes(bank: ImageBank, run_dir: Path) -> None:
 def _report(results: dict[str, Any], run_dir: Path) -> None:
     """Write ``results.json``, and print the table."""
     write_json(results_file(run_dir), results)
-    _tell(results, run_dir)
+    _show_results(results, run_dir)
 
 
 @rank_zero_only
@@ -373,7 +373,7 @@ def _say(line: str) -> None:
 
 
 @rank_zero_only
-def _tell(results: dict[str, Any], run_dir: Path) -> None:
+def _show_results(results: dict[str, Any], run_dir: Path) -> None:
     title = f"{results['way']}-way {results['shot']}-shot accuracy on test classes, with its 95% interval"
     shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder") if results[key]} | {
         "accuracy": f"{results['accuracy']:.2%} ± {results['ci95']:.2%}",

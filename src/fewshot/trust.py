@@ -33,8 +33,8 @@ LARGEST = {
     "transform.padding": 1024,
     "transform.crop.padding": 1024,
 }
-READERS_OWN = ("logger", "callbacks")  # groups that whoever resumes a run chooses anew
-NO_SLOTS = ("hydra", "figure", "experiment", "budget", *READERS_OWN)  # no part of what a checkpoint may choose
+CHOSEN_ON_RESUME = ("logger", "callbacks")  # groups that whoever resumes a run chooses anew
+NO_SLOTS = ("hydra", "figure", "experiment", "budget", *CHOSEN_ON_RESUME)  # no part of what a checkpoint may choose
 ENCODER_PLACES = ("file", "init")  # what an encoder began with; its weights are in the checkpoint
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 
@@ -105,7 +105,7 @@ def read_config(
     config = plain(untrusted)
     if not isinstance(config, dict):
         raise ValueError("its configuration is no mapping")
-    config |= dict.fromkeys(READERS_OWN)
+    config |= dict.fromkeys(CHOSEN_ON_RESUME)
     config.pop("overrides", None)
     if (old := outdated(config)) is not None:
         raise FewShotError(
@@ -119,14 +119,14 @@ def read_config(
         OmegaConf.merge(OmegaConf.structured(TrainConfig), config)
     except OmegaConfBaseException as error:
         raise ValueError(f"its {error.full_key or 'configuration'} is wrong: {reason(error)}") from error
-    places = own_places() if places is None else places
+    places = default_directories() if places is None else places
     _check_targets(config, path, _packages(trust), own, places)
     _check_values(config)
     _put_places(config, places)
     return config | {"run_dir": None, "resume": None, "trust": []}
 
 
-def own_places() -> dict[str, str]:
+def default_directories() -> dict[str, str]:
     """Where data sets and image banks lie by default: as ``conf/train.yaml`` and the environment say."""
     config = compose_unresolved()
     return {key: str(config[key]) for key in PLACES}
@@ -222,7 +222,7 @@ def _check_targets(
         raise ValueError(f"it has the key {stray} where no object is made")
 
 
-def place_keys(source: Mapping[str, Any]) -> set[str]:
+def directory_keys(source: Mapping[str, Any]) -> set[str]:
     """The keys of a ``dataset.source`` that say where its files lie, and not what they are."""
     known = KnownTargets().find("dataset.source", str(source.get("_target_"))) or {}
     return {*PLACES, *(str(key) for key, value in known.items() if _names_place(value))}
