@@ -15,14 +15,14 @@ CELLS = sorted(
 
 
 @cache
-def of(cell: str, *overrides: str) -> DictConfig:
+def compose_cell(cell: str, *overrides: str) -> DictConfig:
     return compose(f"experiment={cell}", "run_dir=x", *overrides)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_every_cell_is_what_its_name_says_at_both_budgets(cell):
+def test_every_cell_matches_its_name_at_both_budgets(cell):
     dataset, method, way, shot = re.fullmatch(r"(\w+)/(\w+?)_(\d+)way_(\d)shot", cell).groups()
-    for budget, config in {"paper": of(cell), "cpu": of(cell, "budget=cpu")}.items():
+    for budget, config in {"paper": compose_cell(cell), "cpu": compose_cell(cell, "budget=cpu")}.items():
         check(config)
         assert (config.choices.experiment, config.choices.budget) == (cell, budget)
         assert config.choices.dataset == dataset
@@ -38,7 +38,7 @@ def test_every_cell_is_what_its_name_says_at_both_budgets(cell):
         assert config.test.episodes >= 1000
         assert config.optimizer.lr > 0
         assert config.val.every <= config.train.episodes / 2
-    assert of(cell, "budget=cpu").train.episodes <= of(cell).train.episodes
+    assert compose_cell(cell, "budget=cpu").train.episodes <= compose_cell(cell).train.episodes
 
 
 # As in the papers and the article's code.
@@ -77,34 +77,34 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("cell", PUBLISHED)
-def test_the_default_settings_are_the_published_ones(cell):
+def test_default_settings_are_the_published_ones(cell):
     for setting in PUBLISHED[cell].split():
         key, _, value = setting.partition("=")
-        assert str(OmegaConf.select(of(cell), key)) == value, setting
+        assert str(OmegaConf.select(compose_cell(cell), key)) == value, setting
 
 
-def test_the_report_has_a_place_for_every_cell_and_figures_for_every_place():
-    places = []
+def test_the_report_lists_every_cell_with_its_reference_accuracies():
+    listed = []
     for dataset, table in compose(name="report").tables.items():
         for method, row in table.methods.items():
-            places += [f"{dataset}/{method}_{cell}" for cell in table.cells]
+            listed += [f"{dataset}/{method}_{cell}" for cell in table.cells]
             for source in {"published", "others", "article"}.intersection(row):
-                figures = row[source].accuracy
-                assert len(figures) == len(table.cells) and all(20 < figure < 100 for figure in figures)
-    assert sorted(places) == CELLS
+                accuracies = row[source].accuracy
+                assert len(accuracies) == len(table.cells) and all(20 < accuracy < 100 for accuracy in accuracies)
+    assert sorted(listed) == CELLS
 
 
-def test_the_command_line_says_otherwise_than_an_experiment():
-    config = of("omniglot/maml_2nd_5way_1shot", "budget=cpu", "train.episodes=7", "dataset=glyphs")
+def test_the_command_line_overrides_an_experiment():
+    config = compose_cell("omniglot/maml_2nd_5way_1shot", "budget=cpu", "train.episodes=7", "dataset=glyphs")
     assert (config.train.episodes, config.choices.dataset) == (7, "glyphs")
 
 
-def test_a_budget_that_is_none_is_refused():
+def test_an_unknown_budget_is_rejected():
     with pytest.raises(MissingConfigException, match=r"(?s)'budget/gpu'.*cpu.*paper"):
-        of("omniglot/protonet_5way_1shot", "budget=gpu")
+        compose_cell("omniglot/protonet_5way_1shot", "budget=gpu")
 
 
-def test_an_experiment_has_a_name_however_it_is_chosen_and_a_plain_run_has_none():
+def test_an_experiment_has_a_name_however_it_is_chosen():
     assert compose("+experiment/omniglot=protonet_5way_1shot", "run_dir=x").choices.experiment == (
         "omniglot/protonet_5way_1shot"
     )

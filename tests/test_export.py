@@ -1,4 +1,4 @@
-"""The encoder as ONNX."""
+"""Exporting an encoder as ONNX."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def run(tmp_path_factory, cache_dir):
     return run_dir
 
 
-def test_pixels_become_the_embeddings_of_pytorch(run, tmp_path, capsys):
+def test_exported_encoder_matches_pytorch(run, tmp_path, capsys):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"{package} of the extra export is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime of the extra export is not installed")
@@ -35,16 +35,16 @@ def test_pixels_become_the_embeddings_of_pytorch(run, tmp_path, capsys):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_what_has_no_encoder_of_its_own_is_refused(tmp_path, cache_dir):
+def test_maml_and_a_missing_checkpoint_are_rejected(tmp_path, cache_dir):
     run_dir = tmp_path / "maml"
     train(compose(*TINY, "method=maml", "train.meta_batch=2", f"run_dir={run_dir}", f"cache_dir={cache_dir}"))
-    with pytest.raises(FewShotError, match="is of no use by itself"):
+    with pytest.raises(FewShotError, match="cannot be used by itself"):
         export(str(run_dir), str(tmp_path / "encoder.onnx"))
-    with pytest.raises(FewShotError, match="no checkpoint is named"):
+    with pytest.raises(FewShotError, match="no checkpoint is given"):
         export(None, str(tmp_path / "encoder.onnx"))
 
 
-def test_without_the_packages_the_extra_is_named(run, tmp_path, monkeypatch):
+def test_error_names_the_extra_for_missing_packages(run, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(FewShotError, match=r"onnxruntime is not installed; .* '\.\[export\]'"):
         export(str(run), str(tmp_path / "encoder.onnx"))

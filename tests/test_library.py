@@ -1,4 +1,4 @@
-"""The project as a library: from ``import fewshot`` alone."""
+"""The project as a library, with ``import fewshot`` only."""
 
 import json
 import pickle
@@ -28,13 +28,13 @@ rng = np.random.default_rng(0)
 
 @pytest.fixture
 def examples():
-    """Bright and dark images of several sizes and kinds."""
+    """Bright and dark images of several sizes and types."""
     dark = rng.integers(0, 60, (40, 30), dtype=np.uint8)
     bright = rng.integers(180, 255, (28, 28, 1), dtype=np.uint8)
     return [dark, Image.fromarray(dark), bright, bright], ["dark", "dark", "bright", "bright"]
 
 
-def test_import_is_quick_and_names_are_there():
+def test_import_is_lazy_and_all_names_exist():
     look = "import sys, fewshot; assert 'torch' not in sys.modules; print(*dir(fewshot))"
     names = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout.split()
     assert set(fewshot.__all__) <= set(names)
@@ -52,11 +52,11 @@ def test_train_and_load(tmp_path, monkeypatch, cache_dir):
     assert isinstance(fewshot.load(run).method, fewshot.PrototypicalNetwork)
 
 
-def test_composing_leaves_the_hydra_of_the_program_around_as_it_is(monkeypatch):
-    around = object()
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", around)
+def test_composing_does_not_disturb_the_callers_hydra(monkeypatch):
+    outer = object()
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", outer)
     assert fewshot.compose("way=3").way == 3
-    assert HydraConfig.instance().cfg is around
+    assert HydraConfig.instance().cfg is outer
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_settings_are_overrides(settings, overrides):
         assert config[key]["episodes"] == 9 if isinstance(value, dict) else config[key] == value
 
 
-def test_the_data_module_needs_a_name_alone(cache_dir):
+def test_the_data_module_needs_only_a_name(cache_dir):
     data = fewshot.EpisodeDataModule("glyphs", way=3, query=2, train={"episodes": 2}, cache_dir=str(cache_dir))
     assert data.train_episode == {"way": 3, "shot": 1, "query": 2, "seed": 0} and data.train_episodes == 2
     method = fewshot.PrototypicalNetwork(Conv4(channels=1, size=28, filters=4))
@@ -90,7 +90,7 @@ def test_the_data_module_needs_a_name_alone(cache_dir):
 
 # MAML's batch norm sees the queries of a batch together.
 @pytest.mark.parametrize(("name", "batch"), [("protonet", 3), ("maml", 64)])
-def test_the_classifier_answers_as_predict_does(run, examples, name, batch, tmp_path):
+def test_the_classifier_agrees_with_predict(run, examples, name, batch, tmp_path):
     images, labels = examples
     classifier = fewshot.FewShotClassifier(run(name), hardware="cpu", batch=batch).fit(images, labels)
     assert classifier.classes_.tolist() == ["bright", "dark"]
@@ -108,7 +108,7 @@ def test_the_classifier_answers_as_predict_does(run, examples, name, batch, tmp_
     )
 
 
-def test_a_saved_classifier_gives_the_same_answers_and_holds_no_place(run, examples, tmp_path):
+def test_a_saved_classifier_gives_the_same_answers_and_contains_no_paths(run, examples, tmp_path):
     images, labels = examples
     classifier = fewshot.FewShotClassifier(run("protonet"), hardware="cpu").fit(images, labels)
     file = tmp_path / "mine.safetensors"
@@ -128,7 +128,7 @@ def test_any_encoder_classifies(examples):
     images, labels = examples
     encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     classifier = fewshot.FewShotClassifier(encoder, size=28, channels=1, normalise="range", hardware="cpu")
-    assert clone(classifier).size == 28  # scikit-learn's way to try settings
+    assert clone(classifier).size == 28  # as scikit-learn does to try settings
     assert classifier.fit(images, labels).predict(images).tolist() == labels
     with pytest.raises(FewShotError, match="only a classifier made from a run can be saved"):
         classifier.save("x")
@@ -141,17 +141,17 @@ def test_any_encoder_classifies(examples):
         ([np.zeros((4, 4, 2), np.uint8)], ["a"], r"uint8 \[4, 4, 2\]"),
         ([np.zeros((0, 4), np.uint8)], ["a"], r"no pixels: \[0, 4\]"),
         ([np.zeros((4, 4), np.uint8)] * 2, ["a", "a"], "two classes or more"),
-        ([np.zeros((4, 4), np.uint8)] * 2, ["a"], r"labels of the shape \[1\] for 2 images"),
+        ([np.zeros((4, 4), np.uint8)] * 2, ["a"], r"labels have shape \[1\] for 2 images"),
         ([], [], "two classes or more"),
         (["nowhere.png"], ["a"], "cannot read the image nowhere.png"),
     ],
 )
-def test_bad_examples_are_named(run, images, labels, message):
+def test_invalid_examples_are_reported(run, images, labels, message):
     with pytest.raises(FewShotError, match=message):
         fewshot.FewShotClassifier(run("protonet"), hardware="cpu").fit(images, labels)
 
 
-def test_what_is_not_fitted_or_not_there_is_named(run, tmp_path):
+def test_unfitted_classifiers_and_missing_models_are_reported(run, tmp_path):
     with pytest.raises(NotFittedError):
         fewshot.FewShotClassifier(run("protonet")).predict([])
     with pytest.raises(NotFittedError):
@@ -160,36 +160,36 @@ def test_what_is_not_fitted_or_not_there_is_named(run, tmp_path):
         fewshot.FewShotClassifier(tmp_path / "nowhere").fit([], [])
 
 
-def test_a_broken_or_hostile_file_is_refused(run, examples, tmp_path):
+def test_a_broken_or_hostile_file_is_rejected(run, examples, tmp_path):
     file = tmp_path / "mine.safetensors"
     fewshot.FewShotClassifier(run("protonet"), hardware="cpu").fit(*examples).save(file)
     tensors = load_file(file)
     with fewshot.estimator.safe_open(file, framework="pt") as opened:
         content = json.loads(opened.metadata()["fewshot"])
 
-    def refused(message, tensors=tensors, **changes):
+    def rejected(message, tensors=tensors, **changes):
         save_file(tensors, file, {"fewshot": json.dumps(content | changes)})
         with nothing_touched(), pytest.raises(FewShotError, match=message):
             fewshot.FewShotClassifier.load(file, hardware="cpu")
 
-    refused("its format is 2", format=2)
-    refused("do not fit its classes", classes=["a"])
-    refused("do not fit its classes", classes=["a", "a"])
-    refused("do not fit its classes", classes=["a", [1]])
-    refused("do not fit its classes", tensors | {"labels": tensors["labels"] + 1})
-    refused("do not fit its classes", tensors | {"support": tensors["support"][:, 1:].contiguous()})
-    refused("is broken: its configuration has the text .*HOME", config="${oc.env:HOME}")
-    refused("is broken: its configuration is no mapping", config="text")
+    rejected("its format is 2", format=2)
+    rejected("do not fit its classes", classes=["a"])
+    rejected("do not fit its classes", classes=["a", "a"])
+    rejected("do not fit its classes", classes=["a", [1]])
+    rejected("do not fit its classes", tensors | {"labels": tensors["labels"] + 1})
+    rejected("do not fit its classes", tensors | {"support": tensors["support"][:, 1:].contiguous()})
+    rejected("is broken: its configuration has the text .*HOME", config="${oc.env:HOME}")
+    rejected("is broken: its configuration is no mapping", config="text")
     method = content["config"]["method"]
-    refused("its method is os.system", config=content["config"] | {"method": {**method, "_target_": "os.system"}})
-    refused(
+    rejected("its method is os.system", config=content["config"] | {"method": {**method, "_target_": "os.system"}})
+    rejected(
         "its method is mine.Net; .*trust=mine",
         config=content["config"] | {"method": {**method, "_target_": "mine.Net"}},
     )
     weight = next(name for name in tensors if name.startswith("weights.") and name.endswith("weight"))
-    refused("do not fit the method", {name: value for name, value in tensors.items() if name != weight})
-    refused("is not finite", tensors | {weight: torch.full_like(tensors[weight], torch.nan)})
+    rejected("do not fit the method", {name: value for name, value in tensors.items() if name != weight})
+    rejected("is not finite", tensors | {weight: torch.full_like(tensors[weight], torch.nan)})
     for contents in (b"", b"\x80\x04.", pickle.dumps([1]), file.read_bytes()[:-9]):
         file.write_bytes(contents)
-        with pytest.raises(FewShotError, match="no classifier that this program saved"):
+        with pytest.raises(FewShotError, match="is not a saved classifier"):
             fewshot.FewShotClassifier.load(file)

@@ -13,7 +13,7 @@ ABSOLUTE = re.compile(r"""(?<![\w.:/~<])/[\w.-]+/[\w./-]*|\b[A-Z]:\\""")
 TINY = {"EPISODES": 4, "TESTED": 3}
 
 
-def test_they_are_all_there():
+def test_all_notebooks_exist():
     assert [path.stem for path in NOTEBOOKS] == ["episodes", "maml", "matching_networks", "prototypes", "quickstart"]
 
 
@@ -21,18 +21,18 @@ def test_they_are_all_there():
 def test_it_runs(path, tmp_path, cache_dir, monkeypatch):
     monkeypatch.setenv("FEWSHOT_CACHE_DIR", str(cache_dir))
     notebook = nbformat.read(path, as_version=4)
-    (place,) = (n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
+    (position,) = (n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
     changed = TINY | {"RUNS": str(tmp_path)}
-    names = re.findall(r"^(\w+) = ", notebook.cells[place].source, re.MULTILINE)
+    names = re.findall(r"^(\w+) = ", notebook.cells[position].source, re.MULTILINE)
     assert set(names) == set(changed)
     tiny = "\n".join(f"{name} = {changed[name]!r}" for name in names)
-    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(tiny))
+    notebook.cells.insert(position + 1, nbformat.v4.new_code_cell(tiny))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
     assert list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_holds_its_outputs_which_are_small_and_of_no_machine(path):
+def test_outputs_are_small_and_machine_independent(path):
     assert path.stat().st_size < 300_000
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]

@@ -21,7 +21,7 @@ def test_an_episode_is_drawn_with_its_wrong_answers(way, channels):
     assert [text.get_text() for text in unsolved.texts] == ["support", "queries"] and not unsolved.patches
 
 
-def test_few_classes_are_set_against_each_other_and_many_by_their_accuracy():
+def test_few_classes_are_drawn_as_a_matrix_and_many_by_their_accuracy():
     for count, panels in ((5, 2), (40, 2)):
         met = np.full((count, count), 4)
         met[-1] = met[:, -1] = 0  # a class that was in no episode
@@ -35,12 +35,12 @@ def test_few_classes_are_set_against_each_other_and_many_by_their_accuracy():
         else:
             assert "all 39 test classes" in figure.axes[0].get_title()
             assert figure.axes[1].patches[0].get_width() == 25
-            assert figure.axes[1].texts[0].get_text() == r"\$class 1"  # drawn as it is, and not as a formula
+            assert figure.axes[1].texts[0].get_text() == r"\$class 1"  # not a formula
 
 
-def test_confusions_are_shares_of_the_times_that_two_classes_met():
+def test_confusions_are_relative_to_queries_whose_episode_contained_both_classes():
     met, taken = np.array([[2, 0, 2], [0, 2, 2], [2, 2, 4]]), np.array([[1, 0, 1], [0, 0, 2], [0, 0, 4]])
     axes, _ = draw_confusion(met, taken, ["a", "b", "c"], np.array([2, 0, 1])).axes
     expected = np.ma.masked_invalid([[1, 0, 0], [0.5, 0.5, np.nan], [1, np.nan, 0]])
     np.testing.assert_array_equal(axes.images[0].get_array().filled(-1), expected.filled(-1))
-    assert [of.get_text() for of in axes.get_yticklabels()] == ["c", "a", "b"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "a", "b"]

@@ -1,4 +1,4 @@
-"""The README and the guides: commands and examples run, made small, and links lead somewhere."""
+"""README and guides: their commands and examples run, at a small size, and their links work."""
 
 import json
 import os
@@ -59,20 +59,20 @@ SMALLER = {
     "episodes=2000": "episodes=2",
     "episodes=10000": "episodes=2",
 }
-# Commands whose configuration is composed, and no more.
+# Commands of which only the configuration is composed.
 ELSEWHERE = {
-    r"torchrun|srun|hardware=ddp( |$)": "several machines or GPUs: tests/test_distributed.py has two processes",
-    r"launcher=(submitit|ray)": "a cluster",
-    r"figure=(maml_graph|time_profile)": "minutes: tests/figures",
-    r"fewshot demo": "it serves until it is stopped: tests/test_demo.py",
+    r"torchrun|srun|hardware=ddp( |$)": "needs several machines or GPUs; tests/test_distributed.py has two processes",
+    r"launcher=(submitit|ray)": "needs a cluster",
+    r"figure=(maml_graph|time_profile)": "takes minutes; see tests/figures",
+    r"fewshot demo": "serves until stopped; see tests/test_demo.py",
 }
-SUBPROCESS = r"launcher=joblib|hardware=ddp_cpu"  # other processes look for the program of the first
+SUBPROCESS = r"launcher=joblib|hardware=ddp_cpu"  # child processes run the main program's file
 SLOW = r"matching_distance|method=protonet,matching,maml|launcher=joblib|hardware=ddp_cpu|miniimagenet"
 
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory, cache_dir):
-    """What stands for the directories that the pages name."""
+    """Stand-ins for the directories that the pages name."""
     home = tmp_path_factory.mktemp("readme")
     for name, choice in (("run", "seed=0"), ("other", "seed=1"), ("maml", "method=maml")):
         train(compose(choice, *TINY, f"run_dir={home / name}", f"cache_dir={cache_dir}"))
@@ -96,7 +96,7 @@ def stand_ins(tmp_path_factory, cache_dir):
 
 
 def program(tokens: list[str]) -> tuple[str, list[str]]:
-    """The name of the fewshot command in a command line, and its arguments."""
+    """Return the name of the fewshot command in a command line, and its arguments."""
     if "fewshot" in tokens:
         name, *arguments = tokens[tokens.index("fewshot") + 1 :]
         return name, arguments
@@ -105,7 +105,7 @@ def program(tokens: list[str]) -> tuple[str, list[str]]:
 
 
 def small(name: str, arguments: list[str], stand_ins: Path, tmp_path: Path) -> list[str]:
-    """The arguments with existing directories, and so that the command does little."""
+    """Change the arguments to existing directories and small settings."""
     names = {
         r"OTHER_RUN_DIR": str(stand_ins / "other"),
         r"(?<!OTHER_)RUN_DIR|outputs/DATE/TIME_\w+": str(stand_ins / "run"),
@@ -190,7 +190,7 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
             )
             assert done.returncode == 0, done.stderr
             continue
-        # In this process, to save the start of another; what the program sets is put back.
+        # Run in this process to save the time of starting another; undo what the program changes.
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(Sweep, "folder", None)
         monkeypatch.setattr(HydraConfig.instance(), "cfg", HydraConfig.instance().cfg)
@@ -220,7 +220,7 @@ def test_python_example_runs(page, stand_ins, cache_dir, tmp_path, monkeypatch):
 
 
 def prose(page: Path) -> str:
-    """The text of a page or of a notebook, without fenced code."""
+    """Return the text of a page or a notebook without fenced code."""
     text = page.read_text()
     if page.suffix == ".ipynb":
         cells = json.loads(text)["cells"]
@@ -229,13 +229,13 @@ def prose(page: Path) -> str:
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page, as GitHub makes them."""
+    """Return the anchors of a page, as GitHub generates them."""
     titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links_work(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(page))):
         if re.match(r"https?://", target):
             continue
@@ -243,10 +243,10 @@ def test_links_lead_somewhere(page):
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), f"{target} does not exist"
         assert linked.is_relative_to(ROOT)
-        assert not anchor or anchor in headings(linked), f"{target} names no heading"
+        assert not anchor or anchor in headings(linked), f"{target}: no such heading"
 
 
-def test_readme_is_short_and_leads_to_every_guide():
+def test_readme_is_short_and_links_to_every_guide():
     text = README.read_text()
     assert len(text.splitlines()) <= 200
     assert all(f"(notebooks/guides/{guide.name})" in text for guide in GUIDES)
@@ -260,14 +260,14 @@ def test_extras_exist():
 
 
 def rows(text: str, first: str) -> list[dict[str, str]]:
-    """The rows of the table whose header begins with a column, each by the names of the columns."""
+    """Return the rows, by column name, of the table whose first column has the name ``first``."""
     table = re.search(rf"^\| {first} \|.*\n(?:\|.*\n)+", text, re.MULTILINE)
     assert table is not None
     header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()]
     return [dict(zip(header, line, strict=True)) for line in lines]
 
 
-def test_results_in_the_readme_are_those_of_the_generated_tables():
+def test_results_in_the_readme_match_the_generated_tables():
     generated = rows((ROOT / "notebooks" / "guides" / "reproduce.md").read_text(), "method")
     for row in rows(README.read_text(), "method"):
         assert any(row.items() <= line.items() for line in generated), row

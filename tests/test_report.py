@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("legible")
 
 
 def result(cell: str = CELL, *, seed: int = 0, split: str | None = "vinyals", images: int = 20, **other) -> dict:
-    """What a run of a cell leaves; other settings by their dotted keys below ``config``, or by those of the result."""
+    """Make the result of a run; other settings by their dotted keys below ``config``, or by keys of the result."""
     dataset, _, rest = cell.partition("/")
     name, way, shot = rest.replace("way", "").replace("shot", "").rsplit("_", 2)
     method, order = ("maml", int(name[5])) if name.startswith("maml") else (name.partition("_")[0], None)
@@ -74,7 +74,7 @@ def result(cell: str = CELL, *, seed: int = 0, split: str | None = "vinyals", im
 
 
 def evaluation(run: dict, way: int, shot: int, **other) -> dict:
-    """What an evaluation of a run leaves."""
+    """Make the result of an evaluation of a run."""
     config = {**run["config"], "way": way, "shot": shot}
     kept = {key: value for key, value in run.items() if key != "meta_batch"} | {"way": way, "shot": shot}
     marks = {"split": "test", "checkpoint": "run/checkpoints/best.ckpt", "weights": "best"}
@@ -95,35 +95,38 @@ def write_report(runs: Path, out: Path, readme: Path | None = None) -> list[Path
     return report(str(runs), CONFIG.tables, CONFIG.sources, str(out), str(readme) if readme else None)
 
 
-def test_results_are_found_at_any_depth_once_and_what_is_no_result_is_named_and_skipped(tmp_path, capsys):
+def test_results_are_found_at_any_depth_and_invalid_ones_are_reported_and_skipped(tmp_path, capsys):
     write(tmp_path / "a", result(seed=0))
     deep = write(tmp_path / "a" / "multirun" / "3", result(seed=1))
     for name, (content, reason) in {
         "broken": ('{"accuracy": 0.9', "it is broken"),
         "bytes": ("", "it is broken"),
-        "foreign": ({"accuracy": 0.9}, "it has no sound dataset, method, way"),
-        "list": ([1], "it is no mapping"),
+        "foreign": ({"accuracy": 0.9}, "missing or invalid: dataset, method, way"),
+        "list": ([1], "it is not a mapping"),
         "deep": ("[" * 100_000, "it is broken"),
-        "nan": (result(ci95=float("nan")), "it has no sound ci95"),
-        "typed": (result() | {"seed": "0"}, "it has no sound seed"),
-        "train": (result() | {"config": {}}, "its config has no sound train.episodes"),
-        "curve": (result() | {"validations": [{"accuracy": 0.9}]}, "it has no sound validations"),
-        "optional": (result() | {"machine": "abacus"}, "it has no sound machine"),
-        "over": (result(accuracy=98.0), "its accuracy is 98.0, and must be between 0 and 1"),
+        "nan": (result(ci95=float("nan")), "missing or invalid: ci95"),
+        "typed": (result() | {"seed": "0"}, "missing or invalid: seed"),
+        "train": (result() | {"config": {}}, "missing or invalid: config.train.episodes"),
+        "curve": (result() | {"validations": [{"accuracy": 0.9}]}, "missing or invalid: validations"),
+        "optional": (result() | {"machine": "abacus"}, "missing or invalid: machine"),
+        "over": (result(accuracy=98.0), "its accuracy is 98.0, but must be between 0 and 1"),
         "under": (result(accuracy=-0.1), "its accuracy is -0.1"),
-        "wide": (result(ci95=1.2), "its ci95 is 1.2, and must be between 0 and 1"),
+        "wide": (result(ci95=1.2), "its ci95 is 1.2, but must be between 0 and 1"),
         "inside out": (result(ci95=-0.01), "its ci95 is -0.01"),
-        "one": (result(episodes=1), "its episodes is 1, and must be at least 2"),
+        "one": (result(episodes=1), "its episodes is 1, but must be at least 2"),
         "back in time": (result(train_seconds=-3.0), "its train_seconds is -3.0"),
         "shot": (result() | {"shot": 0}, "its shot is 0"),
-        "way": (result() | {"way": 20}, "its way is 20, and its config says 5"),
-        "query": (result() | {"query": 1}, "its query is 1, and its config says 15"),
-        "crowd": (result("glyphs/none_20way_1shot"), "its episodes have 20 classes, and its data 12 for the test"),
-        "many": (result(**{"train.way": 9000}), "its config says train.way=9000, and its data have 4112 classes"),
+        "way": (result() | {"way": 20}, "its way is 20, but its config says 5"),
+        "query": (result() | {"query": 1}, "its query is 1, but its config says 15"),
+        "crowd": (result("glyphs/none_20way_1shot"), "its episodes have 20 classes, but its data only 12"),
+        "many": (result(**{"train.way": 9000}), "train.way=9000, but its data have only 4112 training classes"),
         "seed": (result() | {"config": {**result()["config"], "seed": -1}}, "its config says seed=-1"),
-        "no seed": (result() | {"config": {**result()["config"], "seed": "x"}}, "its config has no sound seed"),
-        "validated": (result() | {"validations": [{"trained_episodes": 1, "accuracy": 2.0}]}, "its validations hold"),
-        "data": (result() | {"data": {"split": "vinyals"}}, "it has no sound data"),
+        "no seed": (result() | {"config": {**result()["config"], "seed": "x"}}, "missing or invalid: config.seed"),
+        "validated": (
+            result() | {"validations": [{"trained_episodes": 1, "accuracy": 2.0}]},
+            "its validations contain",
+        ),
+        "data": (result() | {"data": {"split": "vinyals"}}, "missing or invalid: data, with"),
     }.items():
         path = write(tmp_path / "b" / name, content)
         if name == "bytes":
@@ -133,12 +136,12 @@ def test_results_are_found_at_any_depth_once_and_what_is_no_result_is_named_and_
         assert line.startswith(f"skipped {path}/results.json: ") and reason in line and len(line.splitlines()) == 1
     found = read_results([str(tmp_path), str(deep / "results.json"), str(tmp_path / "none")])
     assert sorted(run["seed"] for run in found) == [0, 1]
-    assert f"skipped {tmp_path / 'none'}: there is no such file or folder" in capsys.readouterr().err
+    assert f"skipped {tmp_path / 'none'}: no such file or directory" in capsys.readouterr().err
     with pytest.raises(FewShotError, match=rf"no results\.json .*{tmp_path}/b"):
         read_results(str(tmp_path / "b"))
 
 
-def test_what_does_not_record_its_data_or_its_best_weights_stays_out_of_the_tables(tmp_path, capsys):
+def test_results_without_a_record_of_data_or_best_weights_are_skipped(tmp_path, capsys):
     run = result()
     for name, (content, reason) in {
         "old": ({key: value for key, value in run.items() if key != "data"}, "older format: split unknown"),
@@ -149,7 +152,7 @@ def test_what_does_not_record_its_data_or_its_best_weights_stays_out_of_the_tabl
         path = write(tmp_path / name, content)
         if name == "old":
             assert len(read_results(str(path))) == 1  # a figure may draw it
-        else:  # never the test of a run
+        else:  # does not count as the test of a run
             with pytest.raises(FewShotError, match=rf"none of the 1 results below {path} can be reported"):
                 read_results(str(path))
             assert reason in capsys.readouterr().err
@@ -161,13 +164,13 @@ def test_what_does_not_record_its_data_or_its_best_weights_stays_out_of_the_tabl
     assert read_results(str(tmp_path), known_data=True) == [run]
 
 
-def test_a_cell_has_a_line_for_each_of_its_settings_and_one_where_it_did_not_run(capsys):
+def test_a_cell_has_a_line_for_each_setting_and_one_if_it_did_not_run(capsys):
     lines = collect(
         [
             result(seed=1, accuracy=0.98, ci95=0.003),
             result(seed=0, accuracy=0.99),
             result(seed=0, accuracy=0.99, overrides=["run_dir=copy"]),  # a copy
-            result(seed=1) | {"seed": 7},  # another, that claims to be of another seed
+            result(seed=1) | {"seed": 7},  # a copy whose own seed contradicts its configuration
             result(budget="paper", **{"train.episodes": 60_000}),
             result("omniglot/maml_2nd_20way_5shot", accuracy=0.96, experiment=None),
             result("glyphs/none_2way_3shot", split=None),
@@ -180,24 +183,24 @@ def test_a_cell_has_a_line_for_each_of_its_settings_and_one_where_it_did_not_run
     assert (found[0].accuracies, found[0].ci95) == ([99, 98], 0.3)
     assert found[0].seeds_sd == pytest.approx(0.5**0.5) and found[1].seeds_sd is None
     assert found[0].references["published"] == Reference(98.8, "vinyals")
-    assert [(line.number, line.of, line.trial) for line in found[:3]] == [(1, 2, False), (2, 2, True), (1, 1, False)]
+    assert [(line.number, line.total, line.trial) for line in found[:3]] == [(1, 2, False), (2, 2, True), (1, 1, False)]
     assert (found[1].settings, found[1].train["episodes"]) == ("paper", 60_000)
     assert (found[2].method, found[2].way, found[2].references["published"].accuracy) == ("MAML, 2nd order", 20, 98.9)
     assert [(line.dataset, line.method) for line in found[3:]] == [
         ("Other runs on glyphs", "none l2 conv4"),
         ("Other runs on omniglot", "protonet l2 resnet12"),
     ]
-    assert len(lines) == 24 + 18 + 1 + 2  # both tables, a second setting, the runs of no cell
-    told = capsys.readouterr().err.splitlines()
-    assert [line.partition(",")[2] for line in told] == [
-        f" tested 5-way 1-shot, seed {of}, same settings" for of in (0, 1)
+    assert len(lines) == 24 + 18 + 1 + 2  # both tables, a second setting, the runs that belong to no cell
+    messages = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[2] for line in messages] == [
+        f" tested 5-way 1-shot, seed {seed}, same settings" for seed in (0, 1)
     ]
 
 
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        ({"split": "random"}, None),  # has a column, and is no trial of the other
+        ({"split": "random"}, None),  # has a column, so it is not a trial
         ({"images": 40}, "data.images.train=164480"),
         ({"precision": "bf16-mixed", "hardware.precision": "bf16-mixed"}, "bf16-mixed"),
         ({"method.encoder.filters": 32, "encoder_parameters": 28_000}, "method.encoder.filters=32"),
@@ -208,7 +211,7 @@ def test_a_cell_has_a_line_for_each_of_its_settings_and_one_where_it_did_not_run
         ({"train.meta_batch": 4, "overrides": ["train.meta_batch=4"]}, "train.meta_batch=4"),
     ],
 )
-def test_runs_that_differ_in_more_than_their_seed_never_share_a_line_and_the_difference_is_named(other, named):
+def test_runs_that_differ_in_more_than_their_seed_have_separate_lines(other, named):
     lines = ran(result(seed=0), result(seed=1, **other), result(seed=2))
     assert [line.seeds for line in lines] == [[0, 2], [1]]
     assert [line.trial for line in lines] == [False, named is not None]
@@ -216,17 +219,17 @@ def test_runs_that_differ_in_more_than_their_seed_never_share_a_line_and_the_dif
     assert {"vinyals", other.get("split", "vinyals")} == {line.split for line in lines}
 
 
-def test_where_the_data_lay_and_what_trained_it_makes_no_difference():
-    places = {"dataset.source.data_dir": "there", "data_dir": "there", "cache_dir": "x", "run_dir": "y"}
+def test_paths_and_hardware_make_no_difference():
+    paths = {"dataset.source.data_dir": "there", "data_dir": "there", "cache_dir": "x", "run_dir": "y"}
     elsewhere = {"hardware.accelerator": "gpu", "log_every": 1, "pictures": False, "method.task_batching": "vmap"}
-    new = {"method.clip_norm": None}  # a key that an older version did not have
-    assert len(by_settings([result(seed=0), result(seed=1, **places), result(seed=2, **elsewhere, **new)])) == 1
+    new = {"method.clip_norm": None}  # a key that older versions do not have
+    assert len(by_settings([result(seed=0), result(seed=1, **paths), result(seed=2, **elsewhere, **new)])) == 1
 
 
-def test_an_evaluation_of_a_run_is_a_line_of_another_cell_and_never_one_of_its_own(capsys):
+def test_an_evaluation_adds_a_line_only_to_other_cells(capsys):
     runs = [result(seed=seed, **{"train.way": 60, "meta_batch": 1}) for seed in (0, 1)]
     found = [evaluation(run, way, shot) for run in runs for way, shot in ((5, 1), (20, 1))]
-    found[0]["episodes"] = 10_000  # of the same task, in more episodes
+    found[0]["episodes"] = 10_000  # same task, more episodes
     lines = ran(*found, *runs)
     assert [(line.way, line.shot, line.seeds, line.chosen_at) for line in lines] == [
         (5, 1, [0, 1], ""),
@@ -235,14 +238,14 @@ def test_an_evaluation_of_a_run_is_a_line_of_another_cell_and_never_one_of_its_o
     assert len(capsys.readouterr().err.splitlines()) == 2
     row = next(row for row in markdown(lines, CONFIG.sources).splitlines() if "20-way" in row)
     assert "| 60-way 1-shot, 4,000 episodes, chosen at 5-way 1-shot, 10 min |" in row
-    assert len(ran(*found[:2])) == 2  # where the run's own result is not at hand
+    assert len(ran(*found[:2])) == 2  # without the run's own result
     own = result("omniglot/protonet_20way_1shot", **{"train.way": 60})
     assert [line.chosen_at for line in ran(found[1], own)] == ["", "5-way 1-shot"]
     other = evaluation(runs[0], 20, 1, precision="bf16-mixed")
     assert "train.precision=32-true" in ran(found[1], other)[1].settings
 
 
-def test_overrides_that_no_other_column_shows_stand_beside_the_budget():
+def test_overrides_are_listed_unless_another_column_shows_them():
     overrides = [f"experiment={CELL}", "budget=cpu", "seed=1", "resume=auto", "hydra.run.dir=x", "train.query=9"]
     (line,) = ran(result(overrides=overrides))
     assert line.settings == "cpu, train.query=9"
@@ -251,7 +254,7 @@ def test_overrides_that_no_other_column_shows_stand_beside_the_budget():
     assert line.settings == "cpu"
 
 
-def test_accuracies_compare_on_the_same_split_only():
+def test_accuracies_are_compared_only_on_the_same_split():
     lines = ran(
         result(accuracy=0.95, machine={"processor": "an | <abacus>\nof wood"}),
         result("omniglot/protonet_20way_1shot", accuracy=0.999, split="lake"),
@@ -266,19 +269,17 @@ def test_accuracies_compare_on_the_same_split_only():
         ["published", "others"],
     ]
     text = markdown(lines, CONFIG.sources)
-    printed, _, article = (row for row in text.splitlines() if row.startswith("Beside *"))
-    assert (
-        "within the interval: MAML, 2nd order, 5-way 1-shot on Omniglot. Below it: Prototypical networks, 5" in printed
-    )
+    printed, _, article = (row for row in text.splitlines() if row.startswith("Compared with *"))
+    assert "within the interval: MAML, 2nd order, 5-way 1-shot on Omniglot. Below: Prototypical networks, 5" in printed
     assert "20-way" not in printed and "within the interval: Prototypical networks, 20-way 1-shot on Omn" in article
     assert "Machine 1: an \\| &lt;abacus&gt;\\\\nof wood." in text
-    # The files of a data set bring another split.
+    # Files with a different split.
     own = result("miniimagenet/protonet_5way_5shot", split=None)
     own["data"]["classes"] = {"train": 60, "val": 20, "test": 20}
     assert [line.split for line in ran(own)] == [""]
 
 
-def test_the_report_sets_ours_beside_the_figures_of_others_and_leaves_empty_what_did_not_run(tmp_path):
+def test_the_report_compares_results_and_leaves_cells_without_runs_empty(tmp_path):
     write(tmp_path / "runs" / "x", result(seed=0, accuracy=0.99))
     write(tmp_path / "runs" / "y", result(seed=3, accuracy=0.98))
     write(tmp_path / "runs" / "z", result("miniimagenet/protonet_5way_5shot", split=None, accuracy=0.6, machine=None))
@@ -302,11 +303,11 @@ def test_the_report_sets_ours_beside_the_figures_of_others_and_leaves_empty_what
         "111936",
     )
     assert values[1]["published"] == "99.7" and not values[1]["ours"]
-    # As wide as a page shows it.
+    # About the width of a page.
     assert [Image.open(path).width for path in (picture, curves)] == [990, 660]
 
 
-def test_every_cell_that_ran_has_a_panel_with_the_curves_of_its_trainings(tmp_path, monkeypatch):
+def test_every_cell_with_runs_has_a_panel_of_training_curves(tmp_path, monkeypatch):
     curve = [{"trained_episodes": 10 * step, "accuracy": 0.9 + step / 100} for step in range(1, 5)]
     short = result(accuracy=0.95, validations=curve)
     lines = ran(
@@ -325,12 +326,12 @@ def test_every_cell_that_ran_has_a_panel_with_the_curves_of_its_trainings(tmp_pa
     drawn = [line.get_xydata().tolist() for line in panel.lines]
     assert drawn.count([[10 * step, 90 + step] for step in range(1, 5)]) == 2
     assert [[40, 95]] in drawn and [[40, 96]] in drawn  # the test, at the best validation
-    # The run was validated on another task than this one.
+    # The run was validated on a different task.
     assert not [line for line in other.lines if len(line.get_xdata()) == 4]
     assert [[40, 95]] in [line.get_xydata().tolist() for line in other.lines]
 
 
-def test_figures_of_long_names_and_many_trials_are_legible(tmp_path):
+def test_figures_with_long_names_and_many_trials_are_legible(tmp_path):
     tables = OmegaConf.to_container(CONFIG.tables)
     tables["omniglot"]["methods"]["protonet"]["title"] = "Prototypical networks with $everything^ " + "and more " * 20
     tables["omniglot"]["title"] = "A data set of a very long name " * 5
@@ -350,17 +351,17 @@ def test_figures_of_long_names_and_many_trials_are_legible(tmp_path):
             split=None,
         )
     ]
-    for number, one in enumerate(found):
-        write(tmp_path / "runs" / str(number), one)
+    for number, run in enumerate(found):
+        write(tmp_path / "runs" / str(number), run)
     report(str(tmp_path / "runs"), OmegaConf.create(tables), CONFIG.sources, str(tmp_path / "out"), None)
 
 
-def test_the_readme_has_the_cells_that_ran_and_nothing_else_of_it_changes(tmp_path):
+def test_only_the_text_between_the_markers_of_a_page_changes(tmp_path):
     write(tmp_path / "runs", result(accuracy=1.0))
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text(f"before\n{OPENING}\nold | text\n{CLOSING}\nafter\n")
-    for _ in range(2):  # the second time there is nothing to do
+    for _ in range(2):  # the second time changes nothing
         write_report(tmp_path / "runs", tmp_path / "out", page)
         text = page.read_text()
         assert text.startswith(f"before\n{OPENING}\n") and text.endswith(f"{CLOSING}\nafter\n")
@@ -377,7 +378,7 @@ def test_the_guide_shows_the_committed_results(tmp_path):
     runs, page = ROOT / "notebooks" / "results" / "reproduction", ROOT / "notebooks" / "guides" / "reproduce.md"
     between = page.read_text().partition(OPENING)[2].partition(CLOSING)[0].strip()
     found = find_results([runs]).values()
-    if not any("data" in result for result in found):  # all of them older than the tables allow
+    if not any("data" in result for result in found):  # all are in an older format
         assert not between
         return
     copy = shutil.copy(page, tmp_path / page.name)
@@ -386,32 +387,32 @@ def test_the_guide_shows_the_committed_results(tmp_path):
     assert re.sub(r"\]\((\w+\.png)\)", r"](../results/reproduction/\1)", written) == between
 
 
-def test_the_command_takes_paths_first_from_any_directory_and_leaves_nothing_there(cli, tmp_path):
+def test_the_command_takes_paths_first_and_leaves_no_files_in_the_working_directory(cli, tmp_path):
     here = tmp_path / "elsewhere"
     odd = write(here / "it's {odd}, a=b", result())
     write(tmp_path / "more", result(seed=1))
     (tmp_path / "page.md").write_text(f"{OPENING}\n{CLOSING}")
-    given = (odd.name, tmp_path / "more", f"out={tmp_path / 'out'}", f"readme={tmp_path / 'page.md'}")
-    done = cli(*given, script="report.py", cwd=here)
+    arguments = (odd.name, tmp_path / "more", f"out={tmp_path / 'out'}", f"readme={tmp_path / 'page.md'}")
+    done = cli(*arguments, script="report.py", cwd=here)
     assert done.returncode == 0, done.stderr
     assert "| 0.00 (99.00 to 99.00) | 0, 1 |" in (tmp_path / "page.md").read_text()
     assert [path.name for path in here.iterdir()] == [odd.name]
     wrong = cli(tmp_path / "out", script="report.py")
     assert wrong.returncode == 1
-    assert wrong.stderr.startswith("error: no results.json") and len(wrong.stderr.splitlines()) == 1
+    assert wrong.stderr.startswith("error: there is no results.json") and len(wrong.stderr.splitlines()) == 1
     assert "# python src/report.py RUNS..." in cli("--help", script="report.py").stdout
 
 
-def test_only_leading_arguments_go_without_a_key(tmp_path, monkeypatch):
+def test_only_leading_arguments_may_omit_the_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a=b").mkdir()
-    for given, named in {
+    for typed, expected in {
         ("x",): ["runs=['x']"],
         ("x", "a=b", "out=y"): ["runs=['x','a=b']", "out=y"],
         ("out=y", "--cfg", "job"): ["out=y", "--cfg", "job"],
         ("--help",): ["--help"],
         (): [],
     }.items():
-        arguments = ["program", *given]
+        arguments = ["program", *typed]
         command_line.name_leading("runs", arguments)
-        assert arguments[1:] == named
+        assert arguments[1:] == expected

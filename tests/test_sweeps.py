@@ -38,14 +38,14 @@ def write_job(folder: Path, overrides: list[str], accuracy: float, **other) -> N
 
 @pytest.fixture(autouse=True)
 def no_sweep(monkeypatch):
-    """Whatever a test starts, the next one starts anew."""
+    """Reset the class attributes that a test may have set."""
     monkeypatch.setattr(Sweep, "folder", None)
     monkeypatch.setattr(Sweep, "again", "")
 
 
-def test_jobs_are_told_in_their_order_by_what_was_swept(tmp_path):
+def test_jobs_are_listed_in_order_with_their_swept_settings(tmp_path):
     for number in range(11):
-        resumed = ["resume=auto"] if number > 5 else []  # where it was interrupted
+        resumed = ["resume=auto"] if number > 5 else []  # as after an interruption
         swept = [f"optimizer.lr={number}", *(["+experiment/x=a"] if number == 2 else [])]
         write_job(tmp_path / str(number), ["seed=0", *resumed, *swept], 0.5 + number / 100)
     write_job(tmp_path / "11", ["seed=0", "optimizer.lr=11"], 0.5, validations=[])
@@ -63,14 +63,14 @@ def test_jobs_are_told_in_their_order_by_what_was_swept(tmp_path):
     assert Image.open(draw(jobs, tmp_path / "sweep.png")).height > 700
 
 
-def test_an_evaluation_of_a_job_is_no_job_unless_nothing_was_trained(tmp_path):
+def test_evaluations_count_as_jobs_only_if_nothing_was_trained(tmp_path):
     write_job(tmp_path / "0", ["optimizer.lr=0"], 0.5)
     write_job(tmp_path / "0" / "again", ["optimizer.lr=0"], 0.9, checkpoint="0/checkpoints/last.ckpt", weights="last")
     assert [job.name for job in read_jobs(tmp_path)] == ["0"]
     assert [job.name for job in read_jobs(tmp_path / "0" / "again")] == ["."]
 
 
-def test_names_of_jobs_and_settings_are_shown_as_text(tmp_path, capsys):
+def test_names_of_jobs_and_settings_are_escaped(tmp_path, capsys):
     odd = "x=[red]$_{[/lab]}$ \x1b[2J\n| y"
     write_job(tmp_path / "[bold]0", ["method.learning_rate=1", odd], 0.5)
     write_job(tmp_path / "[/lab]1", ["_y=2", "+z=$\\frac$"], 0.6)
@@ -86,14 +86,14 @@ def test_names_of_jobs_and_settings_are_shown_as_text(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == ["error: 1 of the jobs failed", "way=1: \ufffd\\x1b[2J"]
 
 
-def test_a_sweep_of_one_job_is_told_too(tmp_path):
+def test_a_sweep_of_one_job_is_summarised_too(tmp_path):
     write_job(tmp_path / "0", ["seed=0"], 0.5)
     (job,) = read_jobs(tmp_path)
     assert job.swept == {}
     draw([job], tmp_path / "sweep.png")
 
 
-def test_what_failed_is_forgotten_when_the_sweep_is_gone_on_with(tmp_path):
+def test_failure_notes_are_deleted_when_the_sweep_is_resumed(tmp_path):
     for number in (2, 10):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / FAILURE).write_text(f"way={number}: no")
@@ -103,14 +103,14 @@ def test_what_failed_is_forgotten_when_the_sweep_is_gone_on_with(tmp_path):
     assert failures(tmp_path) == []
 
 
-def test_a_search_for_the_worst_is_refused(tmp_path):
+def test_direction_minimize_is_rejected(tmp_path):
     sweeper = {"direction": "Direction.minimize"}
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": sweeper}})
     with pytest.raises(SystemExit, match="hydra/sweeper=search"):
         Sweep().on_multirun_start(config)
 
 
-def test_a_failure_that_cannot_be_written_down_is_raised(tmp_path, monkeypatch):
+def test_a_failure_that_cannot_be_recorded_is_raised(tmp_path, monkeypatch):
     config = OmegaConf.create(
         {"mode": "MULTIRUN", "runtime": {"output_dir": str(tmp_path / "none")}, "overrides": {"task": ["way=1"]}}
     )
@@ -127,26 +127,26 @@ def test_a_failure_that_cannot_be_written_down_is_raised(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONF.glob("*.yaml")])
-def test_every_entry_point_tells_the_jobs_that_failed(name):
+def test_every_entry_point_reports_failed_jobs(name):
     assert compose_unresolved(name=name).hydra.callbacks.sweep._target_ == "fewshot.sweeps.Sweep"
 
 
 def test_every_method_sweeps_over_shot_and_way(cli, tmp_path):
     grid = ["method=protonet,matching,maml", "shot=1,5", "way=5,20"]
-    tiny = [one for one in TINY if one != "train.way=5"]
+    tiny = [setting for setting in TINY if setting != "train.way=5"]
     done = cli(
         "-m", *grid, *tiny, "train.episodes=1", "val.episodes=2", "test.episodes=2", f"hydra.sweep.dir={tmp_path}"
     )
     assert done.returncode == 0, done.stderr
-    told = re.findall(r"│ (\d+) +│ (\w+) +│ (\d+) +│ (\d+) +│ +[\d.]+ ± +[\d.]+ +│ +[\d.]+ ± +[\d.]+ +│", done.stdout)
+    listed = re.findall(r"│ (\d+) +│ (\w+) +│ (\d+) +│ (\d+) +│ +[\d.]+ ± +[\d.]+ +│ +[\d.]+ ± +[\d.]+ +│", done.stdout)
     expected = [
         (method, shot, way) for method in ("protonet", "matching", "maml") for shot in "15" for way in ("5", "20")
     ]
-    assert told == [(str(number), *job) for number, job in enumerate(expected)]
+    assert listed == [(str(number), *job) for number, job in enumerate(expected)]
     assert Image.open(tmp_path / "sweep.png").width > 1000
 
 
-def test_jobs_of_other_processes_are_told_and_the_failed_are_named(cli, tmp_path):
+def test_jobs_of_other_processes_are_summarised_and_failures_reported(cli, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="no joblib launcher: pip install -e '.[joblib]'")
     done = cli(
         "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *TINY, "way=5,1", f"hydra.sweep.dir={tmp_path}"
@@ -158,13 +158,13 @@ def test_jobs_of_other_processes_are_told_and_the_failed_are_named(cli, tmp_path
     assert "Traceback" not in done.stderr + done.stdout
 
 
-def test_a_search_maximises_the_validation_accuracy_and_takes_its_path_again(cli, tmp_path):
+def test_a_search_maximises_validation_accuracy_and_repeats_its_path_when_resumed(cli, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="no Optuna sweeper: pip install -e '.[optuna]'")
     search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "optimizer.lr=tag(log,interval(0.0001,0.1))"]
     search += ["train.shot=1,99", f"hydra.sweep.dir={tmp_path}", "resume=auto"]
     first, again = (cli("-m", *search, *TINY) for _ in range(2))
     found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("results.json")}
-    best = max(found.values(), key=lambda of: of["val_accuracy"])
+    best = max(found.values(), key=lambda result: result["val_accuracy"])
     chosen = OmegaConf.load(tmp_path / "optimization_results.yaml")
     assert chosen.best_value == best["val_accuracy"]
     assert chosen.best_params["optimizer.lr"] == best["config"]["optimizer"]["lr"]
@@ -176,7 +176,7 @@ def test_a_search_maximises_the_validation_accuracy_and_takes_its_path_again(cli
     assert "episode 4: validation accuracy" not in again.stdout
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was(cli, cache_dir, tmp_path):
+def test_an_interrupted_sweep_is_resumed(cli, cache_dir, tmp_path):
     sweep = [
         "-m",
         *TINY,
@@ -193,12 +193,12 @@ def test_an_interrupted_sweep_goes_on_where_it_was(cli, cache_dir, tmp_path):
             assert running.poll() is None
             time.sleep(0.1)
         running.send_signal(signal.SIGINT)
-        _, told = running.communicate(timeout=60)
+        _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
     expected = (
         f"error: interrupted; go on with the sweep by the same command and hydra.sweep.dir={tmp_path} resume=auto"
     )
-    assert told.strip().splitlines()[-1] == expected
+    assert errors.strip().splitlines()[-1] == expected
     assert not (tmp_path / "0" / "results.json").exists()
     done = cli(*sweep)
     assert done.returncode == 0, done.stderr

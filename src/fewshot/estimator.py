@@ -1,4 +1,4 @@
-"""A few-shot classifier with scikit-learn's interface."""
+"""A few-shot classifier with the scikit-learn interface."""
 
 import json
 from collections.abc import Iterable
@@ -31,34 +31,34 @@ from fewshot.prediction import Pixels, Predictor
 from fewshot.trained import load_trained, restore
 from fewshot.trust import read_config
 
-FORMAT = 1  # of the files that ``save`` writes
-WEIGHTS = "weights."  # what the names of the method's tensors begin with in them
-LARGEST = 10**7  # characters of the text in such a file
+FORMAT = 1  # format version of files written by ``save``
+WEIGHTS = "weights."  # prefix of the method's tensors in these files
+LARGEST = 10**7  # limit for the length of the metadata in these files, characters
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
-    """Classifies images by a few labelled examples of each class; ``fit`` takes them, and trains nothing else.
+    """Classify images from a few labelled examples of each class; ``fit`` takes the examples, and trains nothing else.
 
     An image is a path, a PIL image, or an array: uint8 ``[height, width]`` or ``[height, width, channels]``. Images may
-    differ in size, and are brought to that of the model as ``fewshot.data.photos.prepare`` does.
+    differ in size; ``fewshot.data.photos.prepare`` converts them for the model.
 
     Args:
-        model: a run directory or one of its checkpoints; a file that ``save`` wrote; a method; or any encoder, a module
-            of images ``[images, channels, height, width]`` to embeddings ``[images, features]``, which classifies by
+        model: a run directory or one of its checkpoints; a file written by ``save``; a method; or any encoder, a module
+            that maps images ``[images, channels, height, width]`` to embeddings ``[images, features]``, to classify by
             the nearest prototype.
-        size: height and width of the images that a method or an encoder takes; a file says it itself, as it does the
-            next three.
-        channels: theirs: 1 for grey, 3 for RGB.
-        normalise: how they are normalised, see ``fewshot.data.images.normalise``.
-        ink: whether they are letters or drawings, bright on black.
-        hardware: an option of the group of that name.
-        batch: images that are embedded at once.
+        size: height and width of the images for a method or an encoder; this and the next three arguments are ignored
+            for a file, which records them.
+        channels: 1 for grey, 3 for RGB images.
+        normalise: how to normalise images, see ``fewshot.data.images.normalise``.
+        ink: whether the images are letters or drawings, bright on black.
+        hardware: an option of the configuration group ``hardware``.
+        batch: number of images embedded at once.
         trust: packages whose code the file may name.
 
     Attributes:
-        classes_: the labels, sorted, ``[way]``; in the order of ``predict_proba``.
+        classes_: the sorted labels, ``[way]``, in the order of ``predict_proba``.
         support_: the examples as the model sees them, uint8 ``[examples, size, size, channels]``.
-        labels_: the class of each, int64 ``[examples]``, by its place in ``classes_``.
+        labels_: the class of each example, int64 ``[examples]``, as an index into ``classes_``.
     """
 
     def __init__(
@@ -83,30 +83,30 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.trust = trust
 
     def fit(self, images: Iterable[Any], labels: ArrayLike) -> "FewShotClassifier":
-        """Learn the classes from examples of them; those of an earlier call are forgotten.
+        """Learn the classes from examples, and forget those of earlier calls.
 
         Args:
-            images: at least one of each class.
-            labels: the class of each image, text or numbers.
+            images: at least one image of each class.
+            labels: the class of each image, strings or numbers.
 
         Raises:
-            FewShotError: there is no such model; an image cannot be read; images and labels differ in number; or there
-                are fewer than two classes.
+            FewShotError: the model does not exist; an image cannot be read; images and labels differ in number; or
+                there are fewer than two classes.
         """
         predictor = self._make_predictor()
         support = [_prepare(image, predictor) for image in images]
-        given = np.asarray(labels)
-        if given.shape != (len(support),):
-            raise FewShotError(f"labels of the shape {list(given.shape)} for {len(support)} images; give one for each")
-        classes, numbers = np.unique(given, return_inverse=True)
+        names = np.asarray(labels)
+        if names.shape != (len(support),):
+            raise FewShotError(f"labels have shape {list(names.shape)} for {len(support)} images; give one label each")
+        classes, numbers = np.unique(names, return_inverse=True)
         return self._learn(predictor, classes, np.array(support), numbers)
 
     def decision_function(self, images: Iterable[Any]) -> NDArray[np.float32]:
-        """Logits ``[images, way]``.
+        """Return logits ``[images, way]``.
 
         Raises:
             FewShotError: an image cannot be read.
-            sklearn.exceptions.NotFittedError: ``fit`` was not called.
+            sklearn.exceptions.NotFittedError: ``fit`` has not been called.
         """
         check_is_fitted(self, "classes_")
         logits = [np.empty((0, len(self.classes_)), np.float32)]
@@ -119,42 +119,42 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return np.concatenate([*logits, self._classify(batch).numpy()] if batch else logits)
 
     def predict_proba(self, images: Iterable[Any]) -> NDArray[np.float32]:
-        """The softmax of the logits, ``[images, way]``: how likely each class is beside the others."""
+        """Return class probabilities, the softmax of the logits, ``[images, way]``."""
         return torch.from_numpy(self.decision_function(images)).softmax(dim=1).numpy()
 
     def predict(self, images: Iterable[Any]) -> NDArray[Any]:
-        """The most probable label of each image."""
+        """Return the most probable label of each image."""
         best = self.decision_function(images).argmax(axis=1)
         return np.asarray(self.classes_[best])
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the classifier to one file of safetensors: weights, configuration and examples, no code.
+        """Write the classifier to one safetensors file: weights, configuration and examples, no code.
 
         Raises:
-            FewShotError: it was made from a method or an encoder, which no configuration describes.
-            sklearn.exceptions.NotFittedError: ``fit`` was not called.
+            FewShotError: it was made from a method or an encoder, which has no configuration.
+            sklearn.exceptions.NotFittedError: ``fit`` has not been called.
         """
         check_is_fitted(self, "classes_")
         if isinstance(self.model, nn.Module):
-            raise FewShotError("only a classifier made from a run can be saved: its configuration says how to make it")
+            raise FewShotError("only a classifier made from a run can be saved: its configuration describes the method")
         content = {"format": FORMAT, "version": fewshot.__version__, "classes": self.classes_.tolist()}
-        _, config = self._open(places={"data_dir": "", "cache_dir": ""})  # no one else's business
+        _, config = self._open(places={"data_dir": "", "cache_dir": ""})  # private paths
         weights = self._predictor.method.state_dict().items()
-        tensors = {f"{WEIGHTS}{name}": one.clone(memory_format=torch.contiguous_format) for name, one in weights}
+        tensors = {f"{WEIGHTS}{name}": value.clone(memory_format=torch.contiguous_format) for name, value in weights}
         tensors |= {"support": torch.from_numpy(self.support_), "labels": torch.from_numpy(self.labels_)}
         text = json.dumps({**content, "config": {**config, "run_dir": None}})
         write_atomically(Path(path), save({name: value.cpu() for name, value in tensors.items()}, {"fewshot": text}))
 
     @classmethod
     def load(cls, path: str | PathLike[str], **settings: Any) -> "FewShotClassifier":
-        """Read a classifier that ``save`` wrote. The file may come from anyone: it runs no code.
+        """Load a classifier written by ``save``. The file may be untrusted: no code in it is run.
 
         Args:
-            path: of the file.
+            path: path of the file.
             settings: ``hardware``, ``batch`` and ``trust``, see the class.
 
         Raises:
-            FewShotError: it is no such file, is broken, or names code that is not trusted.
+            FewShotError: it is not a saved classifier, is broken, or names code that is not trusted.
         """
         loaded = cls(path, **settings)
         content, tensors = _read(Path(path))
@@ -195,7 +195,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return Predictor(method, OmegaConf.create(config["dataset"]), ink, hardware)
 
     def _open(self, places: dict[str, str] | None = None) -> tuple[FewShotMethod, dict[str, Any]]:
-        """The method in a file, and the configuration of its run."""
+        """Load the method in a file and the configuration of its run."""
         assert not isinstance(self.model, nn.Module)
         path = Path(self.model).expanduser()
         if not path.is_file() or path.suffix == ".ckpt":
@@ -206,7 +206,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             config = read_config(content.get("config"), path, trust=self.trust, places=places)
         except ValueError as error:
             raise FewShotError(f"{path} is broken: {error}; save the classifier again") from error
-        weights = {name.removeprefix(WEIGHTS): one for name, one in tensors.items() if name.startswith(WEIGHTS)}
+        weights = {name.removeprefix(WEIGHTS): value for name, value in tensors.items() if name.startswith(WEIGHTS)}
         return restore(path, config, weights), config
 
 
@@ -229,18 +229,18 @@ def _prepare(image: Any, predictor: Predictor) -> Pixels:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The text and the tensors in a file that ``save`` wrote."""
+    """Read the metadata and tensors of a file written by ``save``."""
     try:
         check_file(path)
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("fewshot", "")
             if len(text) > LARGEST:
-                raise ValueError("its text is too long")
+                raise ValueError("its metadata are too long")
             content = json.loads(text)
             if not isinstance(content, dict) or "format" not in content:
-                raise ValueError("it holds no classifier")
+                raise ValueError("it does not contain a classifier")
             if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']}, and this version reads {FORMAT}")
+                raise ValueError(f"its format is {content['format']}, but this version reads {FORMAT}")
             return content, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, RecursionError, SafetensorError, ValueError) as error:
-        raise FewShotError(f"{path} is no classifier that this program saved: {reason(error)}") from error
+        raise FewShotError(f"{path} is not a saved classifier: {reason(error)}") from error

@@ -1,4 +1,4 @@
-"""An encoder for other programs: ONNX, from pixels to embeddings."""
+"""Export an encoder as ONNX, from pixels to embeddings."""
 
 import logging
 import warnings
@@ -16,15 +16,15 @@ from fewshot.methods.base import MetricMethod
 from fewshot.text import say
 from fewshot.trained import load_trained
 
-TOLERANCE = 1e-3  # of the largest embedding value: what float32 in another order may differ by
-BATCHES = (1, 5)  # images in the inputs of the check
+TOLERANCE = 1e-3  # allowed difference, relative to the largest embedding value: float32 sums differ in their order
+BATCHES = (1, 5)  # batch sizes of the check
 
 
 class Embedder(nn.Module):
-    """An encoder with the normalisation that it was trained with.
+    """An encoder with the image normalisation of its training.
 
     Args:
-        encoder: normalised images to embeddings.
+        encoder: maps normalised images to embeddings.
         kind: see ``normalise``.
 
     Shape:
@@ -44,8 +44,8 @@ class Embedder(nn.Module):
 def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None = None) -> float:
     """Write the encoder of a checkpoint as ONNX, checked against PyTorch on random images.
 
-    Its input ``pixels`` is uint8 ``[images, size, size, channels]``, any number of images; its output ``embeddings``
-    float32 ``[images, features]``.
+    The input ``pixels`` is uint8 ``[images, size, size, channels]``, with any number of images; the output
+    ``embeddings`` is float32 ``[images, features]``.
 
     Args:
         checkpoint: see ``load_trained``.
@@ -53,29 +53,29 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
         trust: see ``load_trained``.
 
     Returns:
-        The largest difference from PyTorch that the check found, as a share of the largest value.
+        The largest difference from PyTorch in the check, as a share of the largest value.
 
     Raises:
-        FewShotError: the checkpoint is broken; its method has no encoder that stands by itself; the packages of the
-            extra ``export`` are not there; or the two programs do not agree.
+        FewShotError: the checkpoint is broken; its method changes the encoder for every support set; the packages of
+            the extra ``export`` are missing; or ONNX Runtime and PyTorch disagree.
     """
     if checkpoint is None:
-        raise FewShotError("no checkpoint is named; name the directory of a run by checkpoint=RUN_DIR")
+        raise FewShotError("no checkpoint is given; specify the directory of a run with checkpoint=RUN_DIR")
     trained = load_trained(checkpoint, trust=trust)
     if not isinstance(trained.method, MetricMethod):
         raise FewShotError(
-            f"the encoder in {trained.path} is of no use by itself, since its method changes it for every support set; "
-            "export one of method=protonet or method=matching"
+            f"the encoder in {trained.path} cannot be used by itself, since its method changes it for every support "
+            "set; export one of method=protonet or method=matching"
         )
     dataset = trained.config.dataset
     size, channels = dataset.size, dataset.channels
     embedder = Embedder(trained.method.encoder.float(), dataset.normalise).eval()
     content = _to_onnx(embedder, (max(BATCHES), size, size, channels))
     difference = _largest_difference(embedder, content, (size, size, channels))
-    if not difference <= TOLERANCE:  # nor is NaN
+    if not difference <= TOLERANCE:  # also rejects NaN
         raise FewShotError(
             f"ONNX Runtime differs from PyTorch by {difference:.2g} of the largest value, more than {TOLERANCE:g}, so "
-            "nothing was written; try other versions of onnxruntime and torch"
+            "nothing was written; try different versions of onnxruntime and torch"
         )
     path = Path(out).expanduser()
     write_atomically(path, content)
@@ -94,7 +94,7 @@ def _to_onnx(embedder: Embedder, shape: tuple[int, ...]) -> bytes:
         raise FewShotError(f"{error.name} is not installed; install the extra: pip install -e '.[export]'") from error
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter's own inside
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
         program: Any = torch.onnx.export(
             embedder,
             (torch.zeros(shape, dtype=torch.uint8),),
@@ -120,7 +120,7 @@ def _largest_difference(embedder: Embedder, content: bytes, shape: tuple[int, ..
             expected = embedder(pixels)
         if not expected.isfinite().all():
             raise FewShotError(
-                "the embeddings of random images are not finite, so nothing was written; train anew with a lower "
+                "the embeddings of random images are not finite, so nothing was written; train again with a lower "
                 "optimizer.lr"
             )
         (found,) = session.run(None, {"pixels": pixels.numpy()})

@@ -1,4 +1,4 @@
-"""Pictures of episodes, and of classes told apart: of the dashboard, of evaluations, and of the figures."""
+"""Pictures of episodes and of confusions between classes, for the dashboard, evaluations and figures."""
 
 from collections.abc import Sequence
 
@@ -15,21 +15,21 @@ from fewshot.data.episodes import EpisodeIndex, classes_of
 from fewshot.style import COLOURS, STYLE
 from fewshot.text import for_figure
 
-ROWS, SUPPORT, QUERIES = 10, 5, 15  # of an episode that are drawn: classes, support samples and queries of each
-MATRIX = 30  # classes that a confusion matrix has room for
-HARDEST = 20  # classes that are named where there are more
+ROWS, SUPPORT, QUERIES = 10, 5, 15  # limits for an episode: classes, and support samples and queries per class
+MATRIX = 30  # largest number of classes in a confusion matrix
+HARDEST = 20  # number of classes shown if there are more
 
 
 def draw_episode(bank: ImageBank, episode: EpisodeIndex, answers: NDArray[np.int64] | None = None) -> Figure:
-    """Draw an episode: a line a class, the support samples, and the queries with what they were taken for.
+    """Draw an episode, one row per class: the support samples, and the queries with the answers to them.
 
     Args:
         bank: the images.
-        episode: of positions in the bank.
-        answers: the label given to each query, int64 ``[queries]``; None: not solved yet.
+        episode: positions in the bank.
+        answers: the predicted label of each query, int64 ``[queries]``; None: not solved yet.
     """
     way = min(episode.way, ROWS)
-    sides = []  # for support and queries, the positions in the labels' order and which of them are drawn
+    sides = []  # for support and queries: the samples to draw, by label
     for labels, most in ((episode.support_labels, SUPPORT), (episode.query_labels, QUERIES)):
         sides.append([torch.nonzero(labels == label).flatten()[:most] for label in range(way)])
     columns = [max(map(len, side)) for side in sides]
@@ -40,18 +40,20 @@ def draw_episode(bank: ImageBank, episode: EpisodeIndex, answers: NDArray[np.int
         figure = Figure(figsize=(0.55 * (sum(columns) + 1) + 2.4, 0.55 * way + 0.7), layout="constrained")
         axes = figure.subplots()
         for label in range(way):
-            for of, positions, start in zip(sides, (episode.support, episode.query), (0, columns[0] + 1), strict=True):
-                for column, sample in enumerate(of[label].tolist(), start):
+            for drawn, positions, start in zip(
+                sides, (episode.support, episode.query), (0, columns[0] + 1), strict=True
+            ):
+                for column, sample in enumerate(drawn[label].tolist(), start):
                     y, x = label * cell + gap, column * cell + gap
                     canvas[y : y + side, x : x + side] = bank.images[positions[sample]].numpy()
                     if positions is episode.query and answers is not None:
                         _frame(axes, (x, y), side, gap, label, int(answers[sample]))
-        names = [_short(bank.names[of]) for of in classes_of(episode, bank.offsets[:-1])[:way]]
+        names = [_short(bank.names[number]) for number in classes_of(episode, bank.offsets[:-1])[:way]]
         axes.imshow(np.broadcast_to(canvas, (*canvas.shape[:2], 3)), interpolation="nearest")
         title = "queries"
         if answers is not None:
             right = int((answers == episode.query_labels.numpy()).sum())
-            title += f": {right} of {len(answers)} right; a thick frame: taken for the class of that number"
+            title += f": {right} of {len(answers)} right; thick frame: mistaken for the class with that number"
         for text, start in (("support", 0), (title, columns[0] + 1)):
             axes.text(start * cell + gap / 2, -gap, text, fontsize=9, va="bottom")
         axes.set_yticks(
@@ -67,7 +69,7 @@ def draw_episode(bank: ImageBank, episode: EpisodeIndex, answers: NDArray[np.int
 
 
 def draw_classes(met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequence[str]) -> Figure:
-    """Draw how well test classes were told apart: each from each other, or the hardest where there are many.
+    """Draw how well test classes were recognised: a confusion matrix, or the hardest classes if there are many.
 
     Args:
         met: see ``meetings_of``.
@@ -87,12 +89,12 @@ def draw_classes(met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequen
         all_.set(title=f"all {len(order)} test classes", xlabel="class, hardest first", ylabel="accuracy, %")
         all_.set_ylim(0, 103)
         hardest.barh(range(len(rows)), accuracies[rows], color=COLOURS[0])
-        for row, of in enumerate(rows):
-            others = np.where(np.arange(len(names)) == of, -1, taken[of])
+        for row, number in enumerate(rows):
+            others = np.where(np.arange(len(names)) == number, -1, taken[number])
             rival = names[int(others.argmax())] if others.max() > 0 else ""
             hardest.text(101, row, _short(rival), va="center", fontsize=7)
-        hardest.set_yticks(range(len(rows)), [_short(names[of]) for of in rows], fontsize=7)
-        hardest.set(title="the hardest, and what each was most taken for", xlabel="accuracy, %", xlim=(0, 100))
+        hardest.set_yticks(range(len(rows)), [_short(names[number]) for number in rows], fontsize=7)
+        hardest.set(title="the hardest, and what each was mistaken for most", xlabel="accuracy, %", xlim=(0, 100))
         hardest.set_ylim(len(rows) - 0.4, -0.6)
     return figure
 
@@ -100,18 +102,18 @@ def draw_classes(met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequen
 def draw_confusion(
     met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequence[str], classes: NDArray[np.int64]
 ) -> Figure:
-    """Draw how often queries of some classes were taken for each other, of the times that both were in the episode.
+    """Draw how often queries of one class were answered with another, relative to episodes that contained both.
 
-    Where two classes never met, nothing is drawn.
+    Pairs of classes that were never in the same episode are left blank.
 
     Args:
         met: see ``meetings_of``.
         taken: see ``meetings_of``.
         names: of all classes.
-        classes: the numbers of those to draw, in their order.
+        classes: indices of the classes to draw, in order.
     """
     shares = np.divide(taken, met, out=np.full(met.shape, np.nan), where=met > 0)[np.ix_(classes, classes)]
-    labels = [_short(names[of]) for of in classes]
+    labels = [_short(names[number]) for number in classes]
     side = 0.24 * len(classes) + 2.6
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
@@ -121,12 +123,12 @@ def draw_confusion(
         axes.set_yticks(range(len(labels)), labels, fontsize=7)
         axes.set(xlabel="answered", ylabel="class of the query")
         axes.grid(False)
-        figure.colorbar(image, shrink=0.7, label="share, of the times that both were in the episode")
+        figure.colorbar(image, shrink=0.7, label="share of the queries whose episode contained both")
     return figure
 
 
 def _frame(axes: Axes, corner: tuple[int, int], side: int, gap: int, label: int, answer: int) -> None:
-    """Around a query, its colour and width telling right from wrong; a wrong answer beside it."""
+    """Frame a query, with a colour and width that show whether the answer is right; show a wrong answer next to it."""
     wrong = answer != label
     x, y = corner[0] - gap / 2, corner[1] - gap / 2
     colour = COLOURS[1] if wrong else COLOURS[2]
@@ -139,5 +141,5 @@ def _frame(axes: Axes, corner: tuple[int, int], side: int, gap: int, label: int,
 
 
 def _short(name: str) -> str:
-    """Enough of a name to tell it, from its end: alphabets come first in those of characters."""
+    """Shorten a name to its end: the names of characters begin with their alphabets."""
     return for_figure(name if len(name) <= 22 else f"…{name[-21:]}")

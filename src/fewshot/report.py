@@ -1,4 +1,4 @@
-"""The report: printed accuracies, those of others and ours side by side, as Markdown, as CSV and as figures."""
+"""Report: published and measured accuracies side by side, as Markdown, CSV and figures."""
 
 import csv
 import math
@@ -26,33 +26,33 @@ from fewshot.style import COLOURS, LINES, MARKERS, STYLE
 from fewshot.text import for_csv, for_markdown
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
-# Overrides that change no accuracy, or that another column of the table shows; the others stand beside the budget.
+# Overrides that do not affect accuracy or are shown in other columns; all others are listed after the budget.
 HARMLESS = re.compile(
     r"[+~]*(experiment(/\w+)?|budget|seed|hardware|resume|trust|pictures|logger|(checkpoint|log)_every"
     r"|(run|data|cache)_dir|hydra\..*|dataset|dataset\.source\.split|method|distance|encoder|way|shot|test\.episodes)="
 )
-# Settings that other columns show.
+# Settings shown in other columns.
 SHOWN = {"way", "shot", "train.way", "train.shot", "train.episodes", "data.split", "dataset.source.split"} | {
     f"test.{key}" for key in ("way", "shot", "episodes")
 }
-REFERENCES = {"published": "printed", "others": "authors' code, others' hands", "article": "article"}
+REFERENCES = {"published": "printed", "others": "authors' code, run by others", "article": "article"}
 KNOWN = ("dataset", "method", "way", "shot", "split")
 OURS = ("ours", "ci95", "seeds_sd", "lowest", "highest", "seeds", "episodes")
 HOW = ("trial", "train_way", "train_shot", "chosen_at", "settings", "precision", "encoder_parameters")
 REST = ("train_episodes", "train_seconds", "machine", "experiment")
 SPLIT_MARKERS = {"vinyals": "o", "random": "s", "lake": "^", "ravi": "D"}
-# How the accuracies of others are drawn: colour, place in the row of a cell, line among curves.
+# How reference accuracies are drawn: colour, offset within the cell's row, line style in the curves.
 WHO = {"published": (COLOURS[4], -0.24, ":"), "others": (COLOURS[3], -0.08, "--"), "article": (COLOURS[1], 0.08, "-.")}
-WIDTH, DPI = 9, 110  # of a figure, inches and pixels an inch: about as wide as a page shows it
+WIDTH, DPI = 9, 110  # of a figure, in inches and pixels per inch: about the width of a page
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An accuracy of someone else.
+    """A reference accuracy, measured by others.
 
     Attributes:
         accuracy: on test classes, in %.
-        split: the rule that split the classes it was measured on.
+        split: the class split it was measured on.
     """
 
     accuracy: float
@@ -61,20 +61,20 @@ class Reference:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the report: what is known of one cell of the tables, or of runs that belong to none.
+    """A line of the report: one cell of the tables in one setting, or runs that belong to no cell.
 
     Attributes:
         dataset: as a title.
         method: as a title.
-        way: classes in an episode of the test.
-        shot: support samples a class in an episode of the test.
-        references: accuracies of others by the keys of ``REFERENCES``, those that are known.
-        runs: ours, one a seed, which differ in nothing else; none: not run.
-        number: of the line among those of the cell that ran, from 1.
-        of: how many those are.
-        trial: whether an earlier line of the cell has the same split, with settings nearer to the experiment's.
-        differs: what the settings differ in from that line, as far as no other column shows it.
-        unnamed_split: the split of ``runs`` whose data name none.
+        way: classes per test episode.
+        shot: support samples per class in a test episode.
+        references: known reference accuracies, by the keys of ``REFERENCES``.
+        runs: our runs, which differ only in their seed; empty: not run.
+        number: position of the line among the cell's lines with runs, from 1.
+        total: number of those lines.
+        trial: whether an earlier line of the cell has the same split and settings closer to the experiment's.
+        differs: settings that differ from that line, unless another column shows them.
+        unnamed_split: the split of ``runs`` whose data do not name one.
     """
 
     dataset: str
@@ -84,87 +84,87 @@ class Line:
     references: Mapping[str, Reference] = field(default_factory=dict)
     runs: Sequence[Result] = ()
     number: int = 1
-    of: int = 1
+    total: int = 1
     trial: bool = False
     differs: Sequence[str] = ()
     unnamed_split: str | None = None
 
     @property
     def cell(self) -> tuple[str, str, int, int]:
-        """What the lines of one cell share."""
+        """Identifies the cell."""
         return self.dataset, self.method, self.way, self.shot
 
     @property
     def task(self) -> str:
-        """Of the test."""
+        """Task of the test."""
         return f"{self.way}-way {self.shot}-shot"
 
     @property
     def split(self) -> str:
-        """The rule that split the classes; empty where there is none, or nothing ran."""
+        """Class split; empty if there is none, or no runs."""
         return (split_of(self.runs[0]) or self.unnamed_split or "") if self.runs else ""
 
     @property
     def accuracies(self) -> list[float]:
-        """Ours in %, of each seed."""
+        """Our accuracy of each seed, in %."""
         return [100 * run["accuracy"] for run in self.runs]
 
     @property
     def ours(self) -> float | None:
-        """Their mean; None: not run."""
+        """Our mean accuracy; None: not run."""
         return mean(self.accuracies) if self.runs else None
 
     @property
     def ci95(self) -> float:
-        """Half the width of the widest 95% interval of a seed over its test episodes, in percentage points.
+        """Half the width of the widest 95% interval over test episodes of any seed, in percentage points.
 
-        The seeds are tested on the same episodes, so the interval of their mean is not narrower by their number.
+        All seeds are tested on the same episodes, so averaging them does not narrow the interval.
         """
         return max(100 * run["ci95"] for run in self.runs)
 
     @property
     def seeds_sd(self) -> float | None:
-        """The standard deviation over the seeds, in percentage points; None where there is one."""
+        """Standard deviation over the seeds, in percentage points; None for a single seed."""
         return stdev(self.accuracies) if len(self.runs) > 1 else None
 
     @property
     def seeds(self) -> list[int]:
-        """Of the trainings, as configured."""
+        """Configured seeds of the trainings."""
         return [seed_of(run) for run in self.runs]
 
     @property
     def episodes(self) -> int:
-        """Of the test."""
+        """Number of test episodes."""
         return int(self.runs[0]["episodes"])
 
     @property
     def train(self) -> Mapping[str, Any]:
-        """The settings of the training."""
+        """Training settings."""
         run = self.runs[0]
         train = {key: run.get(key) for key in ("way", "shot")} | dict(run_config(run)["train"])
-        # A method that trains on classes has batches of images in place of tasks.
+        # Methods that train on classes have batches of images instead of tasks.
         return train if train.get("batch_size") is None else train | {"way": None, "shot": None}
 
     @property
     def train_seconds(self) -> float:
-        """Of one training, the mean."""
+        """Mean duration of a training."""
         return mean(run["train_seconds"] for run in self.runs)
 
     @property
     def chosen_at(self) -> str:
-        """The task on which the weights were chosen, where it is not that of the test."""
+        """Task on which the weights were chosen; empty if it is the test's."""
         run = run_config(self.runs[0])
         task = f"{run.get('way')}-way {run.get('shot')}-shot"
         return task if is_evaluation(self.runs[0]) and task != self.task else ""
 
     @property
     def precision(self) -> str:
-        """Of the training and the test."""
+        """Precision of training and test."""
         return str(settings(self.runs[0]).get("precision", ""))
 
     @property
     def settings(self) -> str:
-        """The budget of the experiment, the overrides, and what else differs from the line above."""
+        """Budget of the experiment, overrides, and other differences from the cell's first line with the same split."""
         named = [*changes(self.runs[0]), *self.differs]
         if self.precision not in ("", "32-true") and not any("precision" in setting for setting in named):
             named.append(f"precision={self.precision}")
@@ -172,12 +172,12 @@ class Line:
 
     @property
     def machine(self) -> str:
-        """What the runs were made on, each machine once; empty where no run tells."""
+        """Machines of the runs, each once; empty if no run records one."""
         machines = [run.get("machine") or {} for run in self.runs]
         return "; ".join(dict.fromkeys(_machine(machine) for machine in machines if machine))
 
     def compares(self, key: str) -> bool:
-        """Whether ours was measured on the split of a reference, so that one can be above or below the other."""
+        """Whether our accuracy was measured on the split of a reference, so that the two are comparable."""
         return bool(self.runs) and key in self.references and self.references[key].split == self.split
 
 
@@ -191,17 +191,17 @@ def report(
     """Collect results and write the report.
 
     Args:
-        runs: folders, or ``results.json`` files.
-        tables: what ours is set beside, see ``conf/report.yaml``.
-        sources: where that stands, by the keys of ``REFERENCES``.
-        out: a folder, made if need be.
-        readme: a Markdown file with a pair of markers, between which the tables of the cells that ran are written.
+        runs: directories, or ``results.json`` files.
+        tables: cells and their reference accuracies, see ``conf/report.yaml``.
+        sources: where the reference accuracies come from, by the keys of ``REFERENCES``.
+        out: output directory, created if missing.
+        readme: a Markdown file with a pair of markers, between which to write the tables of the cells that ran.
 
     Returns:
         The files written.
 
     Raises:
-        FewShotError: there are no results, or no markers in ``readme``.
+        FewShotError: there are no results, or ``readme`` has no markers.
     """
     lines = collect(read_results(runs, known_data=True), tables)
     folder = Path(out).expanduser()
@@ -221,14 +221,14 @@ def report(
 
 
 def collect(results: Sequence[Result], tables: Mapping[str, Any]) -> list[Line]:
-    """Sort results into the cells of the tables, by what their configuration says.
+    """Sort results into the cells of the tables, by their configurations.
 
     Args:
-        results: in any order; those that differ by their seed only share a line.
+        results: in any order; those that differ only in their seed share a line.
         tables: see ``conf/report.yaml``.
 
     Returns:
-        For every cell at least one line, and one for each other setting; the last lines are of no cell.
+        At least one line per cell, and one for each additional setting; runs that belong to no cell come last.
     """
     groups = by_settings(results)
     lines: list[Line] = []
@@ -256,23 +256,23 @@ def collect(results: Sequence[Result], tables: Mapping[str, Any]) -> list[Line]:
         names = [str(run[key]) for key in ("method", "distance", "encoder") if run.get(key)]
         key = (f"Other runs on {run['dataset']}", " ".join(names), run["way"], run["shot"])
         others.setdefault(key, []).append(group)
-    for key, of_key in others.items():
-        lines += _lines(Line(*key), of_key, None)
+    for key, other_groups in others.items():
+        lines += _lines(Line(*key), other_groups, None)
     return lines
 
 
 def changes(run: Result) -> list[str]:
-    """The overrides that make a run another one than its experiment, as far as no other column shows them."""
+    """Return the overrides that make a run differ from its experiment, unless another column shows them."""
     return [override for override in map(str, run["overrides"]) if not HARMLESS.match(override)]
 
 
 def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = "") -> str:
-    """The report's tables, one a data set, and what their columns mean.
+    """Format the report's tables, one per data set, with an explanation of the columns.
 
     Args:
-        lines: of the report.
+        lines: lines of the report.
         sources: see ``report``.
-        folder: that of the figures, as a link from where the text is to stand.
+        folder: directory of the figures, relative to the file that will contain the text.
     """
     machines = list(dict.fromkeys(line.machine for line in lines if line.machine))
     columns = ["method", "task", *REFERENCES.values(), "ours", "spread over seeds", "seeds", "test episodes"]
@@ -287,37 +287,37 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
         ]
         for line in lines:
             if line.dataset == dataset:
-                task = f"{line.task} ({line.number})" if line.of > 1 else line.task
+                task = f"{line.task} ({line.number})" if line.total > 1 else line.task
                 cells = [line.method, task, *(_reference(line, key) for key in REFERENCES), *_ours(line, machines)]
                 text.append(f"| {' | '.join(map(for_markdown, cells))} |")
         text.append("")
     text += [
-        "Accuracy in % on test classes, and in parentheses the split it was measured on: figures on different splits "
-        "do not compare. *Ours* comes from the weights that were best on validation classes: the mean over the seeds, "
-        "± the 95% interval over the test episodes of one training, the widest of them where there are several seeds "
-        "(all are tested on the same episodes). *Spread over seeds*: the standard deviation between trainings, with "
-        "the lowest and the highest. *Trained*: the task and number of training episodes (for MAML, tasks) and the "
-        "time of one training, validation and test left out; *chosen at*: the run's own task was another one, and its "
-        "best weights were tested on this one afterwards. *Settings*: the budget, `paper`, as published, or `cpu`, "
-        "what two cores do in under an hour, and what differs from the experiment or from the first line of the cell.",
+        "Accuracy in % on test classes, with the split it was measured on in parentheses: results on different splits "
+        "are not comparable. *Ours* uses the weights with the best validation accuracy: the mean over the seeds ± the "
+        "95% interval over the test episodes of one training (the widest, if there are several seeds; all are tested "
+        "on the same episodes). *Spread over seeds*: the standard deviation between trainings, with the lowest and "
+        "highest accuracy. *Trained*: task and number of the training episodes (for MAML, tasks) and the time of one "
+        "training without validation and test; *chosen at*: the weights were chosen on the run's own task and tested "
+        "on this one afterwards. *Settings*: the budget, `paper` (as published) or `cpu` (under an hour on two cores), "
+        "and differences from the experiment or from the first line of the cell.",
         "",
         *(f"*{name.capitalize()}*: {sources[key]}.\n" for key, name in REFERENCES.items()),
         *_verdicts(lines),
         *(f"Machine {number}: {for_markdown(machine)}.\n" for number, machine in enumerate(machines, 1)),
-        f"![Accuracy of each cell, of others and ours]({Path(folder, 'report.png').as_posix()})",
+        f"![Accuracy of each cell, published and ours]({Path(folder, 'report.png').as_posix()})",
         "",
-        "How the trainings went: validation accuracy on the task of the test, every seed a curve; the large points are "
-        "the test, with its 95% interval, of the weights chosen, at their training episode. Numbers are those of the "
-        "lines in the table; lines *chosen at* another task have no curve on this one.",
+        "Training curves: validation accuracy on the task of the test, one curve per seed. The large points show the "
+        "test accuracy, with its 95% interval, of the chosen weights, at their training episode. Numbers refer to the "
+        "lines of the table; lines *chosen at* a different task have no curve.",
         "",
-        f"![Accuracy against training episodes, a panel a cell]({Path(folder, 'curves.png').as_posix()})",
+        f"![Accuracy against training episodes, one panel per cell]({Path(folder, 'curves.png').as_posix()})",
         "",
     ]
     return "\n".join(text)
 
 
 def as_csv(lines: Sequence[Line]) -> str:
-    """The report as comma-separated values; accuracies in %, their intervals in percentage points."""
+    """Format the report as CSV, with accuracies in % and intervals in percentage points."""
     text = StringIO()
     references = [column for key in REFERENCES for column in (key, f"{key}_split")]
     table = csv.DictWriter(text, [*KNOWN, *references, *OURS, *HOW, *REST], lineterminator="\n")
@@ -338,10 +338,11 @@ def as_csv(lines: Sequence[Line]) -> str:
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Draw the accuracies of each cell in a row: of others, and ours where we ran, trials hollow."""
+    """Draw the accuracies of each cell in a row: references, and our runs, with hollow markers for trials."""
     shown = [line for line in lines if line.references or line.runs]
     rows = {
-        dataset: list(dict.fromkeys(of.cell for of in shown if of.dataset == dataset)) for dataset in _datasets(shown)
+        dataset: list(dict.fromkeys(line.cell for line in shown if line.dataset == dataset))
+        for dataset in _datasets(shown)
     }
     with mpl.rc_context(STYLE | {"font.size": 9}):
         height = 0.3 * sum(map(len, rows.values())) + 1.0 * len(rows) + 0.9
@@ -350,28 +351,28 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=ratios)[:, 0]
         for axes, (dataset, cells) in zip(panels, rows.items(), strict=True):
             _draw_rows(axes, cells, [line for line in shown if line.dataset == dataset])
-        splits = {of.split for line in shown for of in line.references.values()} | {
+        splits = {reference.split for line in shown for reference in line.references.values()} | {
             line.split for line in shown if line.runs
         }
-        figure.legend(handles=_who(shown), loc="outside upper center", ncols=3)
+        figure.legend(handles=_legend(shown), loc="outside upper center", ncols=3)
         shapes = [
             Line2D([], [], linestyle="", marker=_marker(split), color="#777777", label=f"{_name(split)} split")
             for split in sorted(splits)
         ]
-        _as_they_are(figure.legend(handles=shapes, loc="outside lower center", ncols=4))
+        _without_math(figure.legend(handles=shapes, loc="outside lower center", ncols=4))
         figure.savefig(path, dpi=DPI)
 
 
 def draw_curves(lines: Sequence[Line], path: Path) -> None:
-    """Draw how the trainings went, a panel a cell that ran, in all its settings."""
+    """Draw the training curves, one panel per cell with runs, for all its settings."""
     ran = [line for line in lines if line.runs]
     cells = list(dict.fromkeys(line.cell for line in ran))
     columns = min(3, len(cells))
     entries = [
-        line.of + len(line.references) for cell in cells for line in ran if line.cell == cell and line.number == 1
+        line.total + len(line.references) for cell in cells for line in ran if line.cell == cell and line.number == 1
     ]
     rows = [max(entries[first : first + columns]) for first in range(0, len(cells), columns)]
-    heights = [2.5 + 0.15 * math.ceil(of_row / 2) for of_row in rows]  # a legend has two columns
+    heights = [2.5 + 0.15 * math.ceil(row / 2) for row in rows]  # legends have two columns
     with mpl.rc_context(STYLE | {"font.size": 8}):
         figure = Figure(figsize=(WIDTH / 3 * columns, sum(heights)), layout="constrained")
         panels = list(figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights).flat)
@@ -383,15 +384,15 @@ def draw_curves(lines: Sequence[Line], path: Path) -> None:
 
 
 def refresh(page: Path, text: str) -> None:
-    """Write ``text`` between the markers of a Markdown file, in place of what stands there.
+    """Replace the text between the markers of a Markdown file.
 
     Raises:
-        FewShotError: there is no such pair of markers.
+        FewShotError: the markers are missing.
     """
     before, opening, rest = page.read_text(encoding="utf-8").partition(OPENING)
     _, closing, after = rest.partition(CLOSING)
     if not (opening and closing):
-        raise FewShotError(f"{page} has no lines {OPENING} and {CLOSING} for the tables to stand between; add them")
+        raise FewShotError(f"{page} has no lines {OPENING} and {CLOSING} to write the tables between; add them")
     page.write_text(f"{before}{OPENING}\n{text}{CLOSING}{after}", encoding="utf-8")
 
 
@@ -407,12 +408,12 @@ def _matches(result: Result, match: Mapping[str, Any]) -> bool:
 
 
 def _lines(cell: Line, groups: Sequence[list[Result]], unnamed: Mapping[str, Any] | None) -> list[Line]:
-    """The lines of a cell: of each split first the one whose settings are nearest to the experiment's."""
+    """Make the lines of a cell, sorted so that the settings closest to the experiment's come first."""
     ordered = sorted(groups, key=lambda group: (len(changes(group[0])), is_evaluation(group[0])))
     lines: list[Line] = []
     for number, group in enumerate(ordered, 1):
         name = unnamed["name"] if unnamed is not None and group[0]["data"]["classes"] == unnamed["classes"] else None
-        line = replace(cell, runs=group, number=number, of=len(ordered), unnamed_split=name)
+        line = replace(cell, runs=group, number=number, total=len(ordered), unnamed_split=name)
         first = next((other for other in lines if other.split == line.split), None)
         differs = [] if first is None else _differences(group[0], first.runs[0])
         lines.append(replace(line, trial=first is not None, differs=differs))
@@ -420,7 +421,7 @@ def _lines(cell: Line, groups: Sequence[list[Result]], unnamed: Mapping[str, Any
 
 
 def _differences(run: Result, first: Result) -> list[str]:
-    """The settings in which a run differs from another, unless an override or another column shows them."""
+    """Return the settings in which a run differs from ``first``, unless an override or another column shows them."""
     own, other = settings(run), settings(first)
     named = {change.lstrip("+~").partition("=")[0] for change in changes(run)}
     differences = []
@@ -433,7 +434,7 @@ def _differences(run: Result, first: Result) -> list[str]:
 
 
 def _verdicts(lines: Sequence[Line]) -> list[str]:
-    """Which cells reach the figures of others that were measured on the same split."""
+    """List which cells reach the reference accuracies measured on the same split."""
     text = []
     for key, name in REFERENCES.items():
         compared = [line for line in lines if not line.trial and line.compares(key)]
@@ -444,9 +445,9 @@ def _verdicts(lines: Sequence[Line]) -> list[str]:
             side = reached if line.ours + line.ci95 >= line.references[key].accuracy else below
             side.append(for_markdown(f"{line.method}, {line.task} on {line.dataset}"))
         if compared:
-            sides = (("at or above it, within the interval", reached), ("below it", below))
+            sides = (("at or above, within the interval", reached), ("below", below))
             verdict = ". ".join(f"{side.capitalize()}: {'; '.join(cells)}" for side, cells in sides if cells)
-            text.append(f"Beside *{name}*, where both were measured on the same split, first lines only. {verdict}.\n")
+            text.append(f"Compared with *{name}*, on the same split, first lines only. {verdict}.\n")
     return text
 
 
@@ -483,8 +484,8 @@ def _datasets(lines: Sequence[Line]) -> list[str]:
     return list(dict.fromkeys(line.dataset for line in lines))
 
 
-def _who(lines: Sequence[Line]) -> list[Line2D]:
-    """The entries of the legend that say whose a figure is, colour by colour."""
+def _legend(lines: Sequence[Line]) -> list[Line2D]:
+    """Make the legend entries of the sources, by colour."""
     plain: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 6}
     handles = [
         Line2D([], [], color=colour, fillstyle="none", label=REFERENCES[key], **plain)
@@ -495,7 +496,7 @@ def _who(lines: Sequence[Line]) -> list[Line2D]:
         handles.append(Line2D([], [], color=COLOURS[0], label="ours, with the 95% interval", **plain))
     if any(line.trial for line in lines):
         trial = plain | {"markersize": 4, "markerfacecolor": "white"}
-        handles.append(Line2D([], [], color=COLOURS[0], label="ours, with other settings", **trial))
+        handles.append(Line2D([], [], color=COLOURS[0], label="ours, with different settings", **trial))
     return handles
 
 
@@ -504,7 +505,7 @@ def _marker(split: str) -> str:
 
 
 def _draw_rows(axes: Axes, cells: Sequence[tuple[str, str, int, int]], lines: Sequence[Line]) -> None:
-    """A row a cell: above each other in it the figures of others, then ours, trials below."""
+    """Draw one row per cell, from top to bottom: references, ours, trials."""
     for line in lines:
         row = cells.index(line.cell)
         if line.number == 1:
@@ -528,14 +529,14 @@ def _draw_rows(axes: Axes, cells: Sequence[tuple[str, str, int, int]], lines: Se
             )
     axes.set(
         xscale="log",
-        xlabel="test accuracy, % (the scale is that of the error)",
+        xlabel="test accuracy, % (log scale of the error)",
     )
     axes.set_title(_short(lines[0].dataset, 50, 1)[0], parse_math=False)
     axes.invert_xaxis()
     most, least = axes.get_xlim()
     ticks: list[float] = []
     for error in (90, 80, 70, 60, 50, 40, 30, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01):
-        # No nearer to the one before than a label is wide.
+        # Keep ticks at least a label's width apart.
         apart = math.log(most / least) * 0.07
         if least < error < most and (not ticks or math.log(ticks[-1] / error) > apart):
             ticks.append(error)
@@ -547,7 +548,7 @@ def _draw_rows(axes: Axes, cells: Sequence[tuple[str, str, int, int]], lines: Se
 
 
 def _error(percent: float) -> float:
-    return max(100 - percent, 0.01)  # no error at all has no place on the axis
+    return max(100 - percent, 0.01)  # zero has no place on a log axis
 
 
 def _draw_curves(axes: Axes, lines: Sequence[Line]) -> None:
@@ -559,7 +560,7 @@ def _draw_curves(axes: Axes, lines: Sequence[Line]) -> None:
             reference.accuracy, color=colour, linestyle=style, linewidth=1, label=f"{name}, {_name(reference.split)}"
         )
     for position, line in enumerate(lines):
-        # As many styles as there are pairs of the two, whose numbers have no common factor.
+        # The numbers of colours and line styles have no common factor, so every combination is used.
         colour, style = COLOURS[position % len(COLOURS)], LINES[position % len(LINES)]
         marker = MARKERS[position % len(MARKERS)]
         label = f"{line.number}, {_name(line.split)}" if line.split else str(line.number)
@@ -579,23 +580,23 @@ def _draw_curves(axes: Axes, lines: Sequence[Line]) -> None:
     axes.set_title("\n".join(title), fontsize="medium", parse_math=False)
     figure = axes.get_figure(root=True)
     assert figure is not None
-    below = axes.transAxes + ScaledTranslation(0, -32 / 72, figure.dpi_scale_trans)  # the axis and its label
-    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, 0), "bbox_transform": below}
-    _as_they_are(axes.legend(fontsize="small", ncols=2, frameon=False, **place))
+    below = axes.transAxes + ScaledTranslation(0, -32 / 72, figure.dpi_scale_trans)  # below the axis and its label
+    anchor: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, 0), "bbox_transform": below}
+    _without_math(axes.legend(fontsize="small", ncols=2, frameon=False, **anchor))
 
 
 def _name(split: str) -> str:
     return _short(split, 16, 1)[0] if split else "unnamed"
 
 
-def _as_they_are(legend: Legend) -> None:
-    """No formulas: a name may hold a dollar sign."""
+def _without_math(legend: Legend) -> None:
+    """Disable math text: a name may contain a dollar sign."""
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
 def _short(text: str, width: int, lines: int) -> list[str]:
-    """A text in at most so many lines."""
+    """Wrap a string into at most ``lines`` lines."""
     parts = wrap(text, width)
     return parts if len(parts) <= lines else [*parts[: lines - 1], f"{parts[lines - 1][: width - 1]}…"]
 

@@ -1,4 +1,4 @@
-"""The results that trainings and evaluations leave: found anywhere below some folders, checked, and grouped."""
+"""Results of trainings and evaluations: find them, check them, and group them by settings."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from fewshot.errors import FewShotError
 from fewshot.files import read_json
 from fewshot.text import say
 
-Result = Mapping[str, Any]  # the content of a results.json, as fewshot.training writes it
+Result = Mapping[str, Any]  # contents of a results.json, as written by fewshot.training
 Settings = dict[str, Any]  # dotted keys and their values
 
-# What the readers of results need of one.
+# Required keys.
 NEEDED = {
     "dataset": str,
     "method": str,
@@ -28,7 +28,7 @@ NEEDED = {
     "overrides": list,
     "config": dict,
 }
-# What may be absent or null: older results lack some, methods without a distance and trainings others.
+# Keys that may be missing or null: not every version, method and program writes all of them.
 OPTIONAL = {
     "experiment": str,
     "budget": str,
@@ -47,15 +47,15 @@ OPTIONAL = {
     "run_config": dict,
 }
 SPLITS = ("train", "val", "test")
-# Parts of a run's configuration that do not change its accuracy: places, hardware (what an accelerator rounds
-# differently is no other setting), logging, and names that other keys spell out. Every other key counts.
+# Configuration keys that do not affect accuracy: paths, hardware (rounding differences between devices do not count as
+# different settings), logging, and names that other keys spell out. All other keys count.
 NOT_DECISIVE = (
-    "seed",  # what the runs of a line differ in
-    "test",  # in the result itself, as is the task
+    "seed",  # runs of one line differ in it
+    "test",  # the result itself records it, like the task
     "choices",
-    "distance",  # once more in method, where the method has one
-    "encoder",  # once more in method
-    "hardware",  # but for the precision, which is in the result
+    "distance",  # repeated in method, if the method has one
+    "encoder",  # repeated in method
+    "hardware",  # except the precision, which the result records
     "data_dir",
     "dataset.source.data_dir",
     "cache_dir",
@@ -73,26 +73,28 @@ NOT_DECISIVE = (
 
 
 def read_results(runs: str | Sequence[str], *, known_data: bool = False) -> list[Result]:
-    """Read every ``results.json`` anywhere below some folders; what is broken or foreign is named, and left out.
+    """Read every ``results.json`` below some directories; report and skip those that are broken or of other programs.
 
-    The same holds for evaluations of other weights than the best, or on other classes than the test's: they are never
-    taken for the test of a run.
+    Evaluations of weights other than the best, or on classes other than the test's, are skipped, too: they must not
+    count as the test of a run.
 
     Args:
-        runs: the folders, or such files themselves; a file that is reached twice counts once.
-        known_data: leave out, and name, results that do not record the data they were measured on as well.
+        runs: directories, or ``results.json`` files; a file found twice counts once.
+        known_data: also report and skip results that do not record the data they were measured on.
 
     Returns:
         The results, in the order of ``runs`` and of the paths below each.
 
     Raises:
-        FewShotError: there are none.
+        FewShotError: there are no results.
     """
-    places = [Path(run).expanduser() for run in ([runs] if isinstance(runs, str) else runs)]
-    found = find_results(places)
-    below = ", ".join(map(str, places))
+    paths = [Path(run).expanduser() for run in ([runs] if isinstance(runs, str) else runs)]
+    found = find_results(paths)
+    below = ", ".join(map(str, paths))
     if not found:
-        raise FewShotError(f"no results.json of a run lies below {below}; run it first, or name its folder: runs=PATH")
+        raise FewShotError(
+            f"there is no results.json of a run below {below}; train first, or specify the directory with runs=PATH"
+        )
     reasons = {path: _not_counted(result, known_data) for path, result in found.items()}
     for path, reason in reasons.items():
         if reason:
@@ -101,18 +103,18 @@ def read_results(runs: str | Sequence[str], *, known_data: bool = False) -> list
     if not found:
         raise FewShotError(
             f"none of the {len(reasons)} results below {below} can be reported, see the lines above; train again, or "
-            "name another folder: runs=PATH"
+            "specify a different directory with runs=PATH"
         )
     return list(found.values())
 
 
-def find_results(places: Sequence[Path]) -> dict[Path, Result]:
-    """The same, each with the path of its file; there may be none."""
+def find_results(paths: Sequence[Path]) -> dict[Path, Result]:
+    """Read every valid ``results.json`` at or below some paths, by the path of its file; there may be none."""
     found: dict[Path, Result] = {}
-    for place in places:
-        if not place.exists():
-            _skip(place, "there is no such file or folder")
-        for path in [place] if place.is_file() else sorted(place.rglob("results.json")):
+    for root in paths:
+        if not root.exists():
+            _skip(root, "no such file or directory")
+        for path in [root] if root.is_file() else sorted(root.rglob("results.json")):
             try:
                 result = read_json(path)
             except OSError as error:
@@ -129,10 +131,10 @@ def find_results(places: Sequence[Path]) -> dict[Path, Result]:
 
 
 def by_settings(results: Sequence[Result]) -> list[list[Result]]:
-    """Group the results that differ in their seed only, each seed once, by ascending seed.
+    """Group results that differ only in their seed, each seed once, in ascending order.
 
-    A repeated result is named on the standard error and left out, since it says nothing new: a copy of a run, and an
-    evaluation of a run on the task of the run's own test.
+    Duplicates are reported on standard error and skipped: copies of a run, and evaluations of a run on the task of its
+    own test.
     """
     unique: dict[str, Result] = {}
     own = {_test_of(result): result for result in results if not is_evaluation(result)}
@@ -153,9 +155,9 @@ def by_settings(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def settings(result: Result) -> Settings:
-    """All that decides an accuracy but the seed: data, precision, configuration, and the task of the test.
+    """Return everything that affects accuracy except the seed: data, precision, configuration and the test's task.
 
-    Keys without a value are left out, so that a key which a later version adds makes no difference by itself.
+    Keys without a value are left out, so that keys added by later versions make no difference by themselves.
     """
     run = run_config(result)
     decisive = {
@@ -164,12 +166,14 @@ def settings(result: Result) -> Settings:
         "encoder_init": (result.get("encoder_init") or {}).get("sha256"),
         "test.episodes": result["episodes"],
     }
-    if len(result.get("precisions") or []) > 1:  # the run was resumed with another one
+    if len(result.get("precisions") or []) > 1:  # the run was resumed with a different precision
         decisive["precisions"] = ", ".join(map(str, result["precisions"]))
-    # The best weights were chosen on episodes of the run's own task, and an evaluation may test them on others.
+    # The best weights were chosen on the run's own task, but an evaluation may use a different one.
     test = {key: result.get(key) for key in ("way", "shot", "query")} | {"eval_seed": result["config"].get("eval_seed")}
     decisive |= {f"test.{key}": value for key, value in test.items() if value != run.get(key)}
-    if result.get("meta_batch") != decisive.get("train.meta_batch"):  # more processes than that take an episode each
+    if result.get("meta_batch") != decisive.get(
+        "train.meta_batch"
+    ):  # with more processes than that, each takes one episode
         decisive["meta_batch"] = result.get("meta_batch")
     hardware = run.get("hardware")
     if isinstance(hardware, dict) and hardware.get("precision") != decisive.get("precision"):
@@ -184,30 +188,30 @@ def settings(result: Result) -> Settings:
 
 
 def run_config(result: Result) -> Mapping[str, Any]:
-    """The configuration of the training; in the result of an evaluation, ``config`` is that of the test."""
+    """Return the training configuration; in the result of an evaluation, ``config`` is that of the evaluation."""
     config: Mapping[str, Any] = result.get("run_config") or result["config"]
     return config
 
 
 def seed_of(result: Result) -> int:
-    """The seed that the configuration of the training says; a copy may claim another one."""
+    """Return the seed in the training configuration, which takes precedence over the result's own ``seed``."""
     seed: int = run_config(result).get("seed", result["seed"])
     return seed
 
 
 def split_of(result: Result) -> str | None:
-    """The rule that split the classes; None where the data set knows only one, or the result does not say."""
+    """Return the name of the class split; None if the data set has only one, or the result does not record it."""
     data = result.get("data")
     return None if data is None else data.get("split")
 
 
 def is_evaluation(result: Result) -> bool:
-    """Whether ``src/evaluate.py`` wrote it, and not a training."""
+    """Whether ``src/evaluate.py`` wrote the result, rather than a training."""
     return "checkpoint" in result
 
 
 def _test_of(result: Result) -> str:
-    """Which run a result is of, and what task it was tested on, in however many episodes."""
+    """Identify the run and the test task of a result, regardless of the number of episodes."""
     free = ("test.episodes", "test.query", "test.eval_seed", "meta_batch")
     same = {key: value for key, value in settings(result).items() if key not in free}
     return json.dumps([same, seed_of(result)], sort_keys=True)
@@ -226,50 +230,50 @@ def _is_below(key: str, parents: Sequence[str]) -> bool:
 
 
 def _not_counted(result: Result, known_data: bool) -> str | None:
-    """Why a sound result has no place in a table; None if it has."""
+    """Return why a valid result must not be reported, or None."""
     if known_data and result.get("data") is None:
         return "older format: split unknown; run it again"
     if not is_evaluation(result):
         return None
     if result.get("split") != "test":
-        return f"an evaluation on {result.get('split')} classes, and not on those of the test"
+        return f"an evaluation on {result.get('split')} classes instead of test classes"
     if result.get("data") is not None and not isinstance(result.get("run_config"), dict):
         return "an evaluation that does not record the configuration of its run"
-    weights = result.get("weights") or Path(str(result["checkpoint"])).stem  # of an older format
+    weights = result.get("weights") or Path(str(result["checkpoint"])).stem  # older format
     if weights != "best":
         return f"an evaluation of weights {weights}; only the best weights of a run count"
     methods = [config["method"].get("_target_") for config in (result["config"], run_config(result))]
-    return None if methods[0] == methods[1] else "an evaluation of another method than the run's"
+    return None if methods[0] == methods[1] else "an evaluation of a different method than the run's"
 
 
 def wrong(result: Any) -> str | None:
-    """What keeps some JSON from being a result; None if nothing does."""
+    """Return why some JSON is not a valid result, or None."""
     if not isinstance(result, dict):
-        return "it is no mapping"
+        return "it is not a mapping"
     if result.get("weights") == "untrained":
         return "an evaluation without training"
-    return _wrong_fields(result) or _absurd(result) or _wrong_data(result)
+    return _wrong_fields(result) or _impossible(result) or _wrong_data(result)
 
 
 def _wrong_fields(result: Result) -> str | None:
-    """The first field that is missing, or has a wrong type."""
-    unsound = [key for key, kind in NEEDED.items() if not _is(result.get(key), kind)]
-    unsound += [key for key, kind in OPTIONAL.items() if result.get(key) is not None and not _is(result[key], kind)]
-    if unsound:
-        return f"it has no sound {', '.join(unsound)}"
+    """Return the fields that are missing or have a wrong type, or None."""
+    invalid = [key for key, kind in NEEDED.items() if not _is(result.get(key), kind)]
+    invalid += [key for key, kind in OPTIONAL.items() if result.get(key) is not None and not _is(result[key], kind)]
+    if invalid:
+        return f"missing or invalid: {', '.join(invalid)}"
     if not _is(seed_of(result), int):
-        return "its config has no sound seed"
+        return "missing or invalid: config.seed"
     train = run_config(result).get("train")
     if not isinstance(train, dict) or not _is(train.get("episodes"), int):
-        return "its config has no sound train.episodes"
+        return "missing or invalid: config.train.episodes"
     curve = [point if isinstance(point, dict) else {} for point in result["validations"]]
     if not all(_is(point.get("trained_episodes"), int) and _is(point.get("accuracy"), float) for point in curve):
-        return "it has no sound validations"
+        return "missing or invalid: validations"
     return None
 
 
-def _absurd(result: Result) -> str | None:
-    """The first value that no test can give, or that contradicts the configuration."""
+def _impossible(result: Result) -> str | None:
+    """Return the first value that is impossible, or that contradicts the configuration."""
     for key, least, most in (
         ("accuracy", 0, 1),
         ("ci95", 0, 1),
@@ -283,12 +287,12 @@ def _absurd(result: Result) -> str | None:
     ):
         if result.get(key) is not None and not least <= result[key] <= most:
             bound = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            return f"its {key} is {result[key]}, and must be {bound}"
+            return f"its {key} is {result[key]}, but must be {bound}"
     if not all(0 <= point["accuracy"] <= 1 and point["trained_episodes"] >= 0 for point in result["validations"]):
-        return "its validations hold an accuracy that is not between 0 and 1, or a negative number of episodes"
+        return "its validations contain an accuracy that is not between 0 and 1, or a negative number of episodes"
     for key in ("way", "shot", "query"):
         if result["config"].get(key) not in (None, result.get(key)):
-            return f"its {key} is {result.get(key)}, and its config says {result['config'][key]}"
+            return f"its {key} is {result.get(key)}, but its config says {result['config'][key]}"
     if seed_of(result) < 0:
         return f"its config says seed={seed_of(result)}"
     if run_config(result)["train"]["episodes"] < 1:
@@ -297,7 +301,7 @@ def _absurd(result: Result) -> str | None:
 
 
 def _wrong_data(result: Result) -> str | None:
-    """What is wrong with the record of the data; None if nothing is, or there is none."""
+    """Return what is wrong with the record of the data, or None."""
     data = result.get("data")
     if data is None:
         return None
@@ -305,17 +309,17 @@ def _wrong_data(result: Result) -> str | None:
     names = data.get("class_names_sha256")
     if (
         not isinstance(data.get("split"), str | None)
-        or not all(isinstance(of, dict) and all(_is(of.get(split), int) for split in SPLITS) for of in counts)
+        or not all(isinstance(count, dict) and all(_is(count.get(name), int) for name in SPLITS) for count in counts)
         or not isinstance(names, dict)
         or not all(isinstance(digest, str) for digest in (*names.values(), data.get("images_sha256")))
     ):
-        return "it has no sound data: a split, counts of classes and images, and digests of their names and pixels"
+        return "missing or invalid: data, with a split, numbers of classes and images, and digests of names and pixels"
     if data["classes"]["test"] < result["way"]:
-        return f"its episodes have {result['way']} classes, and its data {data['classes']['test']} for the test"
+        return f"its episodes have {result['way']} classes, but its data only {data['classes']['test']} test classes"
     way = run_config(result)["train"].get("way")
     on_episodes = run_config(result)["train"].get("batch_size") is None
     if on_episodes and _is(way, int) and data["classes"]["train"] < way:
-        return f"its config says train.way={way}, and its data have {data['classes']['train']} classes for training"
+        return f"its config says train.way={way}, but its data have only {data['classes']['train']} training classes"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The one style of the project's figures: told apart in grey, and by the colour-blind."""
+"""Figure style: distinguishable in greyscale and by colour-blind readers."""
 
 from typing import Any
 

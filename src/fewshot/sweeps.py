@@ -1,4 +1,4 @@
-"""The end of a sweep: one table, one figure, and the jobs that failed, whichever process or machine they ran in."""
+"""Sweep summary: a table, a figure and the failed jobs, whichever process or machine they ran on."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,27 +15,27 @@ from fewshot.results import Result, find_results, is_evaluation
 from fewshot.style import COLOURS, STYLE
 from fewshot.text import for_figure, make_table, say
 
-FAILURE = "failure.txt"  # in a job's directory: why it failed
+FAILURE = "failure.txt"  # in the directory of a failed job: why it failed
 
 
 class Sweep(Callback):
-    """Hydra's callback around a sweep.
+    """Hydra callback around a sweep.
 
-    Its jobs may run elsewhere, so that all there is to know about them are the files below the sweep's folder.
+    Jobs may run on other machines, so everything known about them comes from files in the sweep's directory.
 
     Attributes:
-        folder: of the sweep that this process has started; None: of none.
-        again: what to add to the command line to go on with it.
+        folder: directory of the sweep that this process started; None: no sweep.
+        again: overrides to add to the command line to resume the sweep.
     """
 
     folder: ClassVar[Path | None] = None
     again: ClassVar[str] = ""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Forget what failed in the sweep that is resumed; refuse a search for the worst."""
+        """Delete the failure notes of a sweep that is resumed; reject direction=minimize."""
         if str(OmegaConf.select(config, "hydra.sweeper.direction")).endswith("minimize"):
             raise SystemExit(
-                "error: hydra.sweeper.direction=minimize looks for the lowest validation accuracy; choose "
+                "error: hydra.sweeper.direction=minimize searches for the lowest validation accuracy; choose "
                 "hydra/sweeper=search, or hydra.sweeper.direction=maximize"
             )
         Sweep.folder = Path(config.hydra.sweep.dir).absolute()
@@ -44,7 +44,7 @@ class Sweep(Callback):
             note.unlink()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002
-        """Print the table, draw the figure."""
+        """Print the table and draw the figure."""
         assert Sweep.folder is not None
         jobs = read_jobs(Sweep.folder)
         if jobs:
@@ -52,19 +52,19 @@ class Sweep(Callback):
 
 
 def failures(folder: Path) -> list[str]:
-    """The jobs of a sweep that failed, and why, one line each."""
+    """Return one line for each failed job of a sweep, with the reason."""
     return [note.read_text(encoding="utf-8", errors="replace") for note in sorted(folder.rglob(FAILURE), key=_natural)]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a sweep that came to its end.
+    """A finished job of a sweep.
 
     Attributes:
-        name: its directory, below the sweep's.
-        swept: its value of each key in which the jobs differ; empty where it has none.
+        name: its directory, relative to the sweep's.
+        swept: its value for each key in which the jobs differ; empty if it has none.
         validation: accuracy of the chosen weights and half the width of its 95% interval, in %.
-        test: the same on test classes.
+        test: the same for test classes.
     """
 
     name: str
@@ -74,30 +74,30 @@ class Job:
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """The jobs of a sweep that left results, in their order; evaluations of its runs are none."""
+    """Return the jobs of a sweep that left results, in order. Evaluations of its runs do not count as jobs."""
     found = find_results([folder])
-    if not all(map(is_evaluation, found.values())):  # else it is a sweep of evaluations
+    if not all(map(is_evaluation, found.values())):  # otherwise it is a sweep of evaluations
         found = {path: result for path, result in found.items() if not is_evaluation(result)}
     paths = sorted(found, key=_natural)
     settings = [_settings(found[path]) for path in paths]
     keys = [
         key
-        for key in dict.fromkeys(key for of in settings for key in of)
-        if len({of.get(key, "") for of in settings}) > 1
+        for key in dict.fromkeys(key for overrides in settings for key in overrides)
+        if len({overrides.get(key, "") for overrides in settings}) > 1
     ]
     return [
         Job(
             name=str(path.parent.relative_to(folder.resolve())),
-            swept={key: of.get(key, "") for key in keys},
-            validation=_percent(max(found[path]["validations"], key=lambda one: one["accuracy"], default={})),
+            swept={key: overrides.get(key, "") for key in keys},
+            validation=_percent(max(found[path]["validations"], key=lambda point: point["accuracy"], default={})),
             test=_percent(found[path]),
         )
-        for path, of in zip(paths, settings, strict=True)
+        for path, overrides in zip(paths, settings, strict=True)
     ]
 
 
 def tabulate(jobs: Sequence[Job]) -> Table:
-    """The accuracies of all jobs by what was swept."""
+    """Make a table of the jobs' accuracies by the swept settings."""
     accuracies = ("validation", "test")
     return make_table(
         "The jobs of this sweep: accuracy in %, with its 95% interval",
@@ -108,7 +108,7 @@ def tabulate(jobs: Sequence[Job]) -> Table:
 
 
 def draw(jobs: Sequence[Job], path: Path) -> Path:
-    """Draw the same, a line a job; returns the path."""
+    """Draw the jobs' accuracies, one line per job; return the path."""
     import matplotlib as mpl  # noqa: PLC0415  slow, and the command line imports this file
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -140,7 +140,7 @@ def draw(jobs: Sequence[Job], path: Path) -> Path:
 
 
 def _settings(result: Result) -> dict[str, str]:
-    """The overrides of a run by their keys; whether it was resumed is none of what it was."""
+    """Return the overrides of a run by key, without ``resume``, which is not a setting."""
     pairs = (str(override).lstrip("+~").partition("=") for override in result["overrides"])
     return {key: value for key, _, value in pairs if key != "resume"}
 
@@ -154,5 +154,5 @@ def _accuracy(accuracy: float, interval: float) -> str:
 
 
 def _natural(path: Path) -> list[tuple[str, int]]:
-    """For an order in which 10 comes after 2."""
+    """Sort key that orders 10 after 2."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
