@@ -67,7 +67,7 @@ ELSEWHERE = {
     r"fewshot demo": "serves until stopped; see tests/test_demo.py",
 }
 SUBPROCESS = r"launcher=joblib|hardware=ddp_cpu"  # child processes run the main program's file
-SLOW = r"matching_distance|method=protonet,matching,maml|launcher=joblib|hardware=ddp_cpu|miniimagenet"
+SLOW = r"matching_distance|method=protonet,matching,maml|launcher=joblib|hardware=ddp_cpu|miniimagenet|source\.split"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,47 @@
+"""Committed results: what the guides say of them, and that they name nobody's directories."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fewshot.results import wrong
+
+RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
+GUIDE = RESULTS.parent / "guides" / "reproduce.md"
+
+
+@pytest.mark.parametrize("study", ["splits", "reproduction"])
+def test_committed_results_are_sound_and_name_no_directory_outside(study):
+    paths = sorted((RESULTS / study).rglob("results.json"))
+    assert paths
+    for path in paths:
+        result = json.loads(path.read_text())
+        assert wrong(result) is None and result["data"]["split"] is not None, path
+        absolute = [text for text in _strings(result["config"]) if text.startswith(("/", "~"))]
+        assert absolute == [], path
+
+
+def _strings(value):
+    if isinstance(value, dict):
+        value = value.values()
+    if isinstance(value, str):
+        yield value
+    elif not isinstance(value, int | float | None):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def test_the_table_of_splits_shows_the_committed_results():
+    cells = {}
+    for path in (RESULTS / "splits").rglob("results.json"):
+        result = json.loads(path.read_text())
+        assert (result["way"], result["shot"], result["episodes"]) == (20, 1, 10_000)
+        shown = f"{100 * result['accuracy']:.2f} ± {100 * result['ci95']:.2f}"
+        cells[result["data"]["split"], result["seed"]] = str(result["data"]["classes"]["test"] // 4), shown
+    guide = GUIDE.read_text(encoding="utf-8")
+    for split in ("vinyals", "lake", "random"):
+        row = re.search(rf"^\| {split} \| (\d+) \| [^|]+ \| (.+) \| (.+) \|$", guide, re.MULTILINE)
+        assert row is not None
+        assert [(row[1], row[2]), (row[1], row[3])] == [cells[split, seed] for seed in (0, 1)]
