@@ -195,6 +195,17 @@ def test_the_best_weights_are_written_anew_where_the_last_are_the_best(place, ca
     assert "was not there; the last checkpoint holds the same weights" in capsys.readouterr().out and path.exists()
 
 
+def test_a_kill_between_the_best_and_the_last_checkpoint_does_not_stop_a_resume(place, cache_dir):
+    path, last = place / "run" / "checkpoints" / "best.ckpt", place / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    validations = checkpoint["callbacks"]["Record"]["validations"]
+    validations.append({**validations[-1], "trained_episodes": 6})
+    torch.save(checkpoint, path)
+    train(compose(*settings(place, cache_dir, "resume=auto", "train.episodes=6")))
+    results = json.loads((place / "run" / "results.json").read_text())
+    assert [point["trained_episodes"] for point in results["validations"]] == [2, 4, 6]
+
+
 def test_results_without_their_checkpoint_are_not_overwritten(place, cache_dir):
     (place / "run" / "checkpoints" / "last.ckpt").unlink()
     with pytest.raises(FewShotError, match=r"holds the results of a run without checkpoints/last\.ckpt"):
