@@ -3,7 +3,7 @@ PYTHON ?= $(or $(shell for version in 3.13 3.12 3.11; do python$$version -c 'imp
     echo python$$version && break; done),python3)
 VENV ?= .venv
 
-.PHONY: train test test-all lint bench reproduce report dashboard notebooks demo
+.PHONY: train test test-all lint bench reproduce report dashboard notebooks demo docs
 train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
 	$(VENV)/bin/python src/train.py
 
@@ -43,6 +43,9 @@ demo: $(VENV)/installed-demo  ## try the newest complete run below outputs on yo
 notebooks: $(VENV)/installed-dev  ## rerun all notebooks in place; a minute or two each
 	rm -rf outputs/notebooks
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
+
+docs: $(VENV)/installed-dev  ## write the API reference to outputs/api, from the docstrings
+	$(VENV)/bin/python .ci/docs.py outputs/api
 
 # Stamp files: a second call installs nothing unless pyproject.toml has changed.
 $(VENV)/installed: pyproject.toml
