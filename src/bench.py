@@ -1,4 +1,4 @@
-"""Time this project beside the ways others do the same: see ``--help``."""
+"""Benchmark this project against other implementations: see ``--help``."""
 
 from fewshot import cli
 

@@ -1,4 +1,4 @@
-"""Show a page where images are classified by a few examples of each class, until Ctrl-C: see ``--help``."""
+"""Serve a web page that classifies images from a few examples of each class, until Ctrl-C: see ``--help``."""
 
 from fewshot import cli
 

@@ -1,4 +1,4 @@
-"""Test the weights of a checkpoint, at any way and shot, class by class, alone or against others: see ``--help``."""
+"""Test a checkpoint at any way and shot, per class, alone or against a second one: see ``--help``."""
 
 from fewshot import cli
 

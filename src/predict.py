@@ -1,4 +1,4 @@
-"""Classify your own images by a few examples of each class: see ``--help``."""
+"""Classify your own images from a few examples of each class: see ``--help``."""
 
 from fewshot import cli
 

@@ -1,4 +1,4 @@
-"""Set the results of runs beside the published ones: see ``--help``."""
+"""Compare the results of runs with published ones: see ``--help``."""
 
 from fewshot import cli
 

@@ -399,7 +399,7 @@ def test_the_command_takes_paths_first_and_leaves_no_files_in_the_working_direct
     assert [path.name for path in here.iterdir()] == [odd.name]
     wrong = cli(tmp_path / "out", script="report.py")
     assert wrong.returncode == 1
-    assert wrong.stderr.startswith("error: there is no results.json") and len(wrong.stderr.splitlines()) == 1
+    assert wrong.stderr.startswith("error: no results.json") and len(wrong.stderr.splitlines()) == 1
     assert "# python src/report.py RUNS..." in cli("--help", script="report.py").stdout
 
 

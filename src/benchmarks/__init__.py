@@ -1,1 +1,1 @@
-"""How long things take, beside the way others do them: ``make bench``."""
+"""Benchmarks against other implementations: ``make bench``."""

@@ -1,4 +1,4 @@
-"""Contests between programs that compute the same: each in a process of its own, taking turns."""
+"""Contests between programs that compute the same result, each in a separate process, taking turns."""
 
 import json
 import multiprocessing
@@ -27,21 +27,21 @@ from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.text import make_table, say
 
-# Does the work once, and returns the numbers that the others must find too.
+# Does the work once, and returns numbers that all entrants must agree on.
 Work = Callable[[], NDArray[Any]]
-# What a build function returns: the work, and what has to go on in the main thread for it, if anything has.
+# Returned by build functions: the work, and optionally a function that must run in the main thread meanwhile.
 Built = Work | tuple[Work, Callable[[], None]]
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """One of the programs.
+    """A program in a contest.
 
     Attributes:
-        name: as the table shows it.
-        build: a module's function; makes the work from the settings, in the entrant's own process.
-        settings: its arguments.
-        keep_memory: whether the process keeps freed memory, as ours does by itself.
+        name: shown in the table.
+        build: a module-level function that makes the work from the settings, in the entrant's process.
+        settings: arguments of ``build``.
+        keep_memory: whether the process keeps freed memory, as our programs do.
     """
 
     name: str
@@ -52,15 +52,15 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Contest:
-    """Programs that compute the same, ours first.
+    """Programs that compute the same result, ours first.
 
     Attributes:
         title: what is computed.
         entrants: the programs.
-        items: how many the work handles, and what they are called, for a rate.
-        tolerance: the largest difference of results, over the norm of ours.
-        pause: seconds before each turn, for what an entrant still does in the background after its own.
-        rounds: of this contest, if not as many as of the others.
+        items: number and name of the items that the work processes, to show a rate.
+        tolerance: largest allowed difference of results, relative to the norm of ours.
+        pause: seconds before each turn, to let background work of the previous entrant finish.
+        rounds: number of rounds; None: as in other contests.
     """
 
     title: str
@@ -72,18 +72,18 @@ class Contest:
 
 
 def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
-    """Check that all entrants find the same, then time them in turn, the order reversed every other round.
+    """Check that all entrants agree, then time them in turn, in reverse order every other round.
 
     Args:
-        contest: who competes.
-        rounds: how often each one works.
+        contest: the contest.
+        rounds: how often each entrant runs.
 
     Returns:
-        For each entrant its name, the ``seconds`` of each round, their ``median``, the ``ratio`` of that to the first
-        one's, and ``peak_bytes``, the most memory its process held beyond that of the loaded libraries.
+        For each entrant its name, the ``seconds`` of each round, their ``median``, its ``ratio`` to that of the first
+        entrant, and ``peak_bytes``, the peak memory of its process beyond the loaded libraries.
 
     Raises:
-        FewShotError: an entrant failed, or found something else than the first.
+        FewShotError: an entrant failed, or its result differs from the first entrant's.
     """
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], []
@@ -111,28 +111,28 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
             process.kill()
             process.join()
         scratch.cleanup()
-    medians = [statistics.median(of) for of in seconds]
+    medians = [statistics.median(times) for times in seconds]
     return [
         {
             "name": entrant.name,
-            "seconds": of,
+            "seconds": times,
             "median": median,
             "ratio": median / medians[0],
             "peak_bytes": peak,
         }
-        for entrant, of, median, peak in zip(contest.entrants, seconds, medians, peaks, strict=True)
+        for entrant, times, median, peak in zip(contest.entrants, seconds, medians, peaks, strict=True)
     ]
 
 
-def tell(contest: Contest, found: Sequence[Mapping[str, Any]]) -> None:
-    """Print a contest's table."""
+def show(contest: Contest, results: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table of a contest."""
     numbers = (*([f"{contest.items[1]}/s"] if contest.items else []), "median", "range", "times ours", "MiB")
     rows = []
-    for of in found:
-        rate = [f"{contest.items[0] / of['median']:.3g}"] if contest.items else []
-        spread = f"{_duration(min(of['seconds']))} to {_duration(max(of['seconds']))}"
-        memory = f"{of['peak_bytes'] / 2**20:,.0f}"
-        rows.append([of["name"], *rate, _duration(of["median"]), spread, f"{of['ratio']:.2f}", memory])
+    for result in results:
+        rate = [f"{contest.items[0] / result['median']:.3g}"] if contest.items else []
+        spread = f"{_duration(min(result['seconds']))} to {_duration(max(result['seconds']))}"
+        memory = f"{result['peak_bytes'] / 2**20:,.0f}"
+        rows.append([result["name"], *rate, _duration(result["median"]), spread, f"{result['ratio']:.2f}", memory])
     say(make_table(contest.title, ["", *numbers], rows, numbers))
 
 
@@ -141,11 +141,11 @@ def _duration(seconds: float) -> str:
 
 
 def bench(contests: Mapping[str, Contest], rounds: int, out: Path) -> None:
-    """Run contests one after another; print a table of each and write all to ``out``.
+    """Run contests one after another; print a table for each and write all results to ``out``.
 
     Args:
         contests: by name.
-        rounds: of each.
+        rounds: number of rounds of each.
         out: a JSON file, rewritten after each contest.
     """
     report: dict[str, Any] = {
@@ -155,20 +155,20 @@ def bench(contests: Mapping[str, Contest], rounds: int, out: Path) -> None:
         "contests": {},
     }
     for name, contest in contests.items():
-        found = run(contest, rounds)
-        tell(contest, found)
-        report["contests"][name] = {"title": contest.title, "entrants": found}
+        results = run(contest, rounds)
+        show(contest, results)
+        report["contests"][name] = {"title": contest.title, "entrants": results}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _serve(pipe: Connection, entrant: Entrant, scratch: str) -> None:
-    """Be an entrant: build, work once for the result, then work whenever asked."""
+    """Run an entrant's process: build, work once for the result, then work on request."""
     tempfile.tempdir = scratch
     try:
         if entrant.keep_memory:
             keep_freed_memory()
-        before = _most_memory()
+        before = _peak_memory()
         built = entrant.build(**entrant.settings)
         if isinstance(built, tuple):
             work, stay = built
@@ -186,13 +186,13 @@ def _answer(pipe: Connection, work: Work, before: int) -> None:
     try:
         pipe.send(("result", work()))
         while True:
-            wanted = pipe.recv()
-            if wanted == "peak":
-                pipe.send((wanted, _most_memory() - before))
+            request = pipe.recv()
+            if request == "peak":
+                pipe.send((request, _peak_memory() - before))
             else:
                 start = time.perf_counter()
                 work()
-                pipe.send((wanted, time.perf_counter() - start))
+                pipe.send((request, time.perf_counter() - start))
     except EOFError:
         os._exit(0)  # the contest is over
     except Exception as error:
@@ -204,18 +204,18 @@ def _fail(pipe: Connection, error: Exception) -> None:
     pipe.send(("error", repr(error)))
 
 
-def _most_memory() -> int:
-    """The most this process ever held, in bytes."""
-    try:  # the kernel's own record: that of getrusage begins with what the parent held
+def _peak_memory() -> int:
+    """Return the peak memory of this process, in bytes."""
+    try:  # more exact than getrusage, which starts at the parent's memory
         status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _ask(pipe: Connection, entrant: Entrant, wanted: str) -> Any:
-    if wanted != "result":
-        pipe.send(wanted)
+def _ask(pipe: Connection, entrant: Entrant, request: str) -> Any:
+    if request != "result":
+        pipe.send(request)
     try:
         kind, answer = pipe.recv()
     except EOFError:
@@ -227,10 +227,10 @@ def _ask(pipe: Connection, entrant: Entrant, wanted: str) -> Any:
 
 def _compare(contest: Contest, results: Sequence[NDArray[Any]]) -> None:
     ours = results[0]
-    for entrant, found in zip(contest.entrants[1:], results[1:], strict=True):
-        miss = float(np.linalg.norm(np.subtract(found, ours, dtype=float)) / np.linalg.norm(ours))
-        if not miss <= contest.tolerance:
+    for entrant, theirs in zip(contest.entrants[1:], results[1:], strict=True):
+        error = float(np.linalg.norm(np.subtract(theirs, ours, dtype=float)) / np.linalg.norm(ours))
+        if not error <= contest.tolerance:
             raise FewShotError(
-                f"{contest.title}: {entrant.name!r} computes something else than {contest.entrants[0].name!r}; "
-                f"they differ by {miss:.2g} of the norm"
+                f"{contest.title}: the results of {entrant.name!r} and {contest.entrants[0].name!r} differ by "
+                f"{error:.2g} of the norm, more than {contest.tolerance:g}"
             )

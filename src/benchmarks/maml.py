@@ -1,4 +1,4 @@
-"""One meta-step of MAML: ours, and the ways of others."""
+"""One meta-step of MAML: ours and other implementations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,13 +24,13 @@ PATHS = {"threads": "ours, a thread a task", "loop": "ours, loop", "vmap": "ours
 def make_tasks(
     tasks: int, way: int, shot: int, query: int, channels: int, size: int, dtype: torch.dtype = torch.float32
 ) -> Episode:
-    """A meta-batch of noise, always the same."""
+    """Make a meta-batch of fixed noise."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(way).expand(tasks, way)
 
     def images(per_class: int) -> torch.Tensor:
         pixels = torch.randn(tasks, way * per_class, size, size, channels, generator=generator)
-        return pixels.to(dtype).movedim(-1, -3)  # laid out as the data module gives them: the channels last
+        return pixels.to(dtype).movedim(-1, -3)  # channels last, as from the data module
 
     return Episode(
         images(shot), labels.repeat_interleave(shot, 1), images(query), labels.repeat_interleave(query, 1), way
@@ -38,7 +38,7 @@ def make_tasks(
 
 
 def ours(order: int, batching: str, task: Mapping[str, Any], recompute: bool = False) -> Work:
-    """``method=maml``, its meta-gradient and Adam."""
+    """Our implementation: the meta-gradient of ``method=maml``, and Adam."""
     method = make_maml(order, batching, task, recompute)
     batch = make_tasks(**{key: task[key] for key in TASK_KEYS})
     optimizer = torch.optim.Adam(method.parameters())
@@ -54,7 +54,7 @@ def ours(order: int, batching: str, task: Mapping[str, Any], recompute: bool = F
 
 
 def make_maml(order: int, batching: str, task: Mapping[str, Any], recompute: bool = False) -> MAML:
-    """The method, with the weights of ``textbook``."""
+    """Make the method, with the weights of the textbook network."""
     method = MAML(
         Conv4(task["channels"], task["size"]),
         way=task["way"],
@@ -72,12 +72,13 @@ def make_maml(order: int, batching: str, task: Mapping[str, Any], recompute: boo
 
 
 def theirs(order: int, way: str, task: Mapping[str, Any], dtype: str = "float32") -> Work:
-    """The ways in ``references``, and Adam."""
+    """Implementations in ``references``, with Adam."""
     kind: torch.dtype = getattr(torch, dtype)
     model = _textbook(task).to(kind)
     batch = make_tasks(**{key: task[key] for key in TASK_KEYS}, dtype=kind)
     tasks = [
-        one._replace(support=one.support.contiguous(), query=one.query.contiguous()) for one in list(batch.tasks())
+        episode._replace(support=episode.support.contiguous(), query=episode.query.contiguous())
+        for episode in batch.tasks()
     ]
     optimizer = torch.optim.Adam(model.parameters())
 
@@ -95,7 +96,7 @@ def theirs(order: int, way: str, task: Mapping[str, Any], dtype: str = "float32"
 
 
 def contests() -> dict[str, Contest]:
-    """Omniglot's 5-way 1-shot meta-step, second and first order; and how much memory a large one takes."""
+    """Meta-steps of Omniglot 5-way 1-shot, second and first order, and the memory of a large meta-step."""
     small = "32 tasks, 5-way 1-shot 1 query, 1x28x28, 1 inner step, Adam included"
     large = "4 tasks, 5-way 5-shot 15 queries, 3x84x84, 5 inner steps, Adam included"
     second = [
@@ -117,7 +118,7 @@ def contests() -> dict[str, Contest]:
     return {
         "maml_second_order": Contest(f"MAML, a second-order meta-step: {small}", second),
         "maml_first_order": Contest(f"MAML, a first-order meta-step: {small}", first),
-        # In float32, rounding grows to 2% on its way through five steps and back; in float64 they agree to 1e-13.
+        # In float32, rounding errors grow to 2% through five steps and back; in float64 the results agree to 1e-13.
         "maml_memory": Contest(f"MAML, a second-order meta-step: {large}", memory, tolerance=5e-2, rounds=3),
     }
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, and how far the step is from what this processor's convolutions allow."""
+"""Profile of a training step, and the processor's peak convolution speed."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-# Kinds of work, by parts of the names that PyTorch's profiler gives to operations and to what calls them.
+# Kinds of work, by substrings of the names of operations and their callers in PyTorch's profiler.
 KINDS = {
     "convolution": ("conv",),
     "batch norm": ("batch_norm", "batchnorm"),
@@ -24,12 +24,12 @@ KINDS_AND_ELSE = (*KINDS, OTHER)
 
 
 class Profile(NamedTuple):
-    """Of one step.
+    """Profile of one step.
 
     Attributes:
-        seconds: the median.
-        shares: of the seconds, by kind of work; they add up to 1.
-        flops: of its convolutions and matrix products, a multiplication and an addition being two.
+        seconds: median time.
+        shares: share of the time by kind of work; they add up to 1.
+        flops: floating-point operations of convolutions and matrix products; a multiply-add counts as two.
     """
 
     seconds: float
@@ -38,10 +38,10 @@ class Profile(NamedTuple):
 
 
 def profile_step(work: Callable[[], Any], rounds: int) -> Profile:
-    """Time a step, count its arithmetic, and share its time out among the kinds of work.
+    """Time a step, count its floating-point operations, and attribute its time to kinds of work.
 
     Args:
-        work: the step; all of it in this thread.
+        work: the step; it must run in this thread.
         rounds: how often it is timed.
     """
     work()
@@ -59,7 +59,7 @@ def profile_step(work: Callable[[], Any], rounds: int) -> Profile:
 
 
 def _kind(event: Any) -> str:
-    """Of the innermost call around an operation that tells."""
+    """Return the kind of the innermost caller with a known name."""
     while event is not None:
         name = event.name.lower()
         for kind, parts in KINDS.items():
@@ -70,10 +70,10 @@ def _kind(event: Any) -> str:
 
 
 def convolution_peak(rounds: int) -> float:
-    """The most floating-point operations a second that a 3x3 convolution of 64 filters does on this processor.
+    """Measure the peak floating-point operations per second of a 3x3 convolution with 64 filters on this processor.
 
     Args:
-        rounds: how often each of several sizes of image is timed; the best median counts.
+        rounds: how often each of several image sizes is timed; the best median counts.
     """
     weight = torch.randn(64, 64, 3, 3).to(memory_format=torch.channels_last)
     best = 0.0

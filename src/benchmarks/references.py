@@ -1,4 +1,4 @@
-"""The ways others do it, written as their published programs do: plain, and not tuned."""
+"""Reference implementations, written like other published programs: plain and not tuned."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from fewshot.data.episodes import Episode, EpisodeDataset, EpisodeNumber
 
 
 def textbook_conv4(channels: int, size: int, way: int | None = None, **norm: bool) -> nn.Sequential:
-    """Conv4 as it is usually written: channels first, ReLU before pooling; with a linear layer for a ``way``."""
+    """Conv4 as usually written: channels first, ReLU before pooling; with a linear head if ``way`` is given."""
     blocks: list[nn.Module] = []
     for inputs in (channels, 64, 64, 64):
         blocks.append(
@@ -26,17 +26,17 @@ def textbook_conv4(channels: int, size: int, way: int | None = None, **norm: boo
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` the parameters of ``source``, which has as many, of the same shapes and in the same order."""
+    """Copy the parameters of ``source`` to ``target``, whose parameters have the same shapes and order."""
     for parameter, value in zip(target.parameters(), source.parameters(), strict=True):
         parameter.data.copy_(value.data)
 
 
 class PngEpisodes(Dataset[Episode]):
-    """The same episodes as ``episodes``, but every image is opened from its file, and made a tensor, one by one.
+    """The same episodes as ``episodes``, but each image is opened from its own file and converted to a tensor.
 
     Args:
-        episodes: give the positions.
-        folder: holds the image of each position: ``0.png``, ``1.png``, ...
+        episodes: provides the positions.
+        folder: contains the image of each position: ``0.png``, ``1.png``, ...
     """
 
     def __init__(self, episodes: EpisodeDataset, folder: Path) -> None:
@@ -45,7 +45,8 @@ class PngEpisodes(Dataset[Episode]):
     def __getitem__(self, number: EpisodeNumber) -> Episode:
         episode = self.episodes[number]
         support, query = (
-            torch.stack([self._open(position) for position in of]) for of in (episode.support, episode.query)
+            torch.stack([self._open(position) for position in positions])
+            for positions in (episode.support, episode.query)
         )
         return Episode(support, episode.support_labels, query, episode.query_labels, episode.way)
 
@@ -55,7 +56,7 @@ class PngEpisodes(Dataset[Episode]):
 
 
 def textbook_protonet(model: nn.Module) -> Callable[[Episode], torch.Tensor]:
-    """Prototypical networks with prototypes class by class, and distances by broadcasting."""
+    """Prototypical networks with a loop over classes for the prototypes, and distances by broadcasting."""
 
     def solve(episode: Episode) -> torch.Tensor:
         embeddings = model(torch.cat([episode.support, episode.query]))
@@ -67,7 +68,7 @@ def textbook_protonet(model: nn.Module) -> Callable[[Episode], torch.Tensor]:
 
 
 def clone_and_adapt(model: nn.Module, tasks: Sequence[Episode], order: int, steps: int, rate: float) -> torch.Tensor:
-    """A meta-step as the best-known library has it: a copy for each task, adapted, then a backward pass through it.
+    """Do a meta-step like the best-known library: adapt a copy for each task, then backpropagate through it.
 
     Leaves the meta-gradient in the parameters' ``grad``.
 
@@ -91,10 +92,10 @@ def clone_and_adapt(model: nn.Module, tasks: Sequence[Episode], order: int, step
 
 
 def article_meta_step(model: nn.Module, tasks: Sequence[Episode], steps: int, rate: float) -> torch.Tensor:
-    """A second-order meta-step as the article's program has it: every task's graph kept, and gone through twice.
+    """Do a second-order meta-step like the article's program, which keeps every task's graph and traverses it twice.
 
-    Its backward pass for each task is thrown away in second order, where all tasks are gone through together at the
-    end. Leaves the meta-gradient in the parameters' ``grad``.
+    The program discards the backward pass of each task in second order and backpropagates through all tasks together
+    at the end. Leaves the meta-gradient in the parameters' ``grad``.
 
     Returns:
         The mean loss.

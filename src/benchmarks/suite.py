@@ -8,10 +8,10 @@ from fewshot.errors import FewShotError
 
 
 def choose(only: Sequence[str] | None) -> dict[str, Contest]:
-    """The contests to run.
+    """Select the contests to run.
 
     Args:
-        only: their names, or the beginnings of their names; None: all.
+        only: names of contests, or prefixes of them; None: all.
 
     Raises:
         FewShotError: a name is unknown.
@@ -21,5 +21,5 @@ def choose(only: Sequence[str] | None) -> dict[str, Contest]:
         return known
     for name in only:
         if not any(contest.startswith(name) for contest in known):
-            raise FewShotError(f"only={name} is not a benchmark: choose of {', '.join(known)}")
+            raise FewShotError(f"only={name} is not a benchmark: choose from {', '.join(known)}")
     return {name: contest for name, contest in known.items() if name.startswith(tuple(only))}

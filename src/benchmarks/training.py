@@ -1,4 +1,4 @@
-"""Training, evaluation, episode making and bank building: ours, and the ways of others."""
+"""Training, evaluation, episode making and bank building: ours and other implementations."""
 
 import contextlib
 import os
@@ -36,21 +36,21 @@ LEARNING_RATE = 1e-3
 
 
 def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
-    """``method=protonet`` as ``src/train.py`` trains it, some steps at a time; the training goes on in between."""
-    steps, asked, reported = shape["steps"], queue.SimpleQueue[None](), queue.SimpleQueue[Any]()
+    """Train ``method=protonet`` like ``src/train.py``, some steps at a time, with the training paused in between."""
+    steps, requests, reported = shape["steps"], queue.SimpleQueue[None](), queue.SimpleQueue[Any]()
 
     class Gate(pl.Callback):
         losses: ClassVar[list[torch.Tensor]] = []
 
         def on_train_start(self, *_: Any) -> None:
-            asked.get()
+            requests.get()
 
         def on_train_batch_end(self, _: Any, __: Any, outputs: Any, *___: Any) -> None:
             self.losses.append(outputs["loss"])
             if len(self.losses) == steps:
                 reported.put(torch.stack(self.losses).numpy())
                 self.losses.clear()
-                asked.get()
+                requests.get()
 
     config = _config(shape, episodes=10**6)
     data, method = _data(config, shape), _method(config, shape)
@@ -63,7 +63,7 @@ def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
             reported.put(error)
 
     def work() -> NDArray[Any]:
-        asked.put(None)
+        requests.put(None)
         found = reported.get()
         if isinstance(found, Exception):
             raise found
@@ -73,7 +73,7 @@ def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
 
 
 def bare_loop(shape: dict[str, Any]) -> Work:
-    """The same model in the shortest loop, on episodes that lie ready as normalised tensors."""
+    """The same model in a minimal loop, on episodes that are already normalised tensors."""
     config = _config(shape, episodes=10**6)
     method = _method(config, shape).train()
     bank, dataset = _noise(shape), _episodes(shape)
@@ -84,7 +84,7 @@ def bare_loop(shape: dict[str, Any]) -> Work:
 
 
 def textbook(shape: dict[str, Any]) -> Work:
-    """A DataLoader whose workers open a file for every image, and Conv4 as it is usually written."""
+    """A DataLoader whose workers open a file for every image, and Conv4 as usually written."""
     model = _textbook(shape)
     return _loop(textbook_protonet(model), model.parameters(), iter(_png_loader(shape, 10**5)), shape["steps"])
 
@@ -124,7 +124,7 @@ def evaluate(shape: dict[str, Any], episodes: int) -> Work:
 
 
 def textbook_evaluate(shape: dict[str, Any], episodes: int) -> Work:
-    """Every image of every episode opened and embedded anew."""
+    """Open and embed every image of every episode again."""
     model = _textbook(shape)
     solve, loader = textbook_protonet(model.eval()), _png_loader(shape, episodes, "test")
 
@@ -140,7 +140,7 @@ def textbook_evaluate(shape: dict[str, Any], episodes: int) -> Work:
 
 
 def make_episodes(shape: dict[str, Any], episodes: int) -> Work:
-    """The loader of the data module, and the gather after it."""
+    """The loader of the data module, and the gathering of images after it."""
     config = _config(shape, episodes=episodes)
     data = _data(config, shape)
     data.setup()
@@ -161,7 +161,7 @@ def textbook_make_episodes(shape: dict[str, Any], episodes: int) -> Work:
 
 
 def build_bank(images: int) -> Work:
-    """A bank of class folders of JPEG files, built anew."""
+    """Build a bank from JPEG files with one folder per class."""
     folder = _jpegs(images)
 
     def work() -> NDArray[Any]:
@@ -173,7 +173,7 @@ def build_bank(images: int) -> Work:
 
 
 def textbook_build(images: int) -> Work:
-    """The same files opened one after another into one array."""
+    """Open the same files one after another into one array."""
     folder = _jpegs(images) / "miniimagenet"
 
     def work() -> NDArray[Any]:
@@ -184,7 +184,7 @@ def textbook_build(images: int) -> Work:
 
 
 def contests() -> dict[str, Contest]:
-    """Prototypical networks on Omniglot's and miniImageNet's shapes; noise for images."""
+    """Prototypical networks with the shapes of Omniglot and miniImageNet, on noise."""
     title = "{} steps of prototypical networks, {}-way {}-shot {} queries, {}x{}x{}"
     keys = ("steps", "way", "shot", "query", "channels", "size", "size")
     found = {}
@@ -231,10 +231,10 @@ def contests() -> dict[str, Contest]:
 
 def _config(shape: dict[str, Any], episodes: int, test: int = 2) -> DictConfig:
     run_dir = tempfile.mkdtemp()
-    make = [f"{key}={shape[key]}" for key in ("way", "shot", "query")]
+    task = [f"{key}={shape[key]}" for key in ("way", "shot", "query")]
     return compose(
-        *make,
-        *(f"train.{of}" for of in make),
+        *task,
+        *(f"train.{override}" for override in task),
         f"train.episodes={episodes}",
         f"val.every={episodes}",
         f"checkpoint_every={episodes}",
@@ -266,7 +266,7 @@ def _textbook(shape: dict[str, Any]) -> torch.nn.Sequential:
 
 
 def _noise(shape: dict[str, Any]) -> ImageBank:
-    """A bank of noise, always the same."""
+    """Make a bank of fixed noise."""
     count = shape["classes"] * shape["images"]
     pixels = np.random.default_rng(0).integers(
         0, 256, (count, shape["size"], shape["size"], shape["channels"]), dtype=np.uint8
@@ -282,7 +282,7 @@ def _episodes(shape: dict[str, Any], split: str = "train") -> EpisodeDataset:
 
 
 def _png_loader(shape: dict[str, Any], episodes: int, split: str = "train") -> DataLoader[Episode]:
-    """The same episodes, out of a file for each image."""
+    """Load the same episodes from one file per image."""
     folder = Path(tempfile.gettempdir()) / f"images{shape['size']}"
     bank = _noise(shape)
     if not folder.exists():
@@ -295,16 +295,16 @@ def _png_loader(shape: dict[str, Any], episodes: int, split: str = "train") -> D
 
 
 def _jpegs(images: int) -> Path:
-    """Class folders of noise."""
+    """Write images of noise, one folder per class."""
     folder = Path(tempfile.gettempdir()) / "jpegs"
     if not folder.exists():
         random = np.random.default_rng(0)
         for number in range(images):
             split = "train" if number < images - 40 else "val" if number < images - 20 else "test"
-            of_class = folder / "miniimagenet" / split / f"{split}{number // 20:05d}"
-            of_class.mkdir(parents=True, exist_ok=True)
+            class_folder = folder / "miniimagenet" / split / f"{split}{number // 20:05d}"
+            class_folder.mkdir(parents=True, exist_ok=True)
             pixels = random.integers(0, 256, (84, 84, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(of_class / f"{number:05d}.jpg")
+            Image.fromarray(pixels).save(class_folder / f"{number:05d}.jpg")
     return folder
 
 

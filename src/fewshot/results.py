@@ -93,7 +93,7 @@ def read_results(runs: str | Sequence[str], *, known_data: bool = False) -> list
     below = ", ".join(map(str, paths))
     if not found:
         raise FewShotError(
-            f"there is no results.json of a run below {below}; train first, or specify the directory with runs=PATH"
+            f"no results.json of a run below {below}; train first, or specify the directory with runs=PATH"
         )
     reasons = {path: _not_counted(result, known_data) for path, result in found.items()}
     for path, reason in reasons.items():

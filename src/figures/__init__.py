@@ -1,1 +1,1 @@
-"""The figures of the guides and the notebooks, in one style: ``python src/figure.py figure=NAME`` draws each."""
+"""The figures of the guides and notebooks: ``python src/figure.py figure=NAME``."""

@@ -1,4 +1,4 @@
-"""Figures of MAML: its autograd graphs, and how it adapts."""
+"""Figures of MAML: its autograd graphs and its adaptation."""
 
 from collections.abc import Mapping, Sequence
 from graphlib import TopologicalSorter
@@ -31,9 +31,9 @@ def maml_graph(task: Mapping[str, Any], steps: Sequence[int], out: Path) -> list
     """Draw the autograd graph of one task's meta-step, first and second order, and peak memory against inner steps.
 
     Args:
-        task: the settings of one meta-step, as ``benchmarks.maml`` takes them; its graph is drawn for one inner step.
-        steps: the numbers of inner steps to measure memory at; each one starts a process.
-        out: an existing folder.
+        task: settings of a meta-step, as in ``benchmarks.maml``; the graph is drawn for one inner step.
+        steps: numbers of inner steps to measure memory for; each starts a process.
+        out: an existing directory.
 
     Returns:
         The file written.
@@ -59,21 +59,21 @@ def maml_graph(task: Mapping[str, Any], steps: Sequence[int], out: Path) -> list
                 entrant = Entrant(label, ours, {**settings, "recompute": recompute})
                 peaks.append(run(Contest(f"{label}, {number} steps", [entrant]), rounds=1)[0]["peak_bytes"] / 2**20)
             memory.plot(steps, peaks, line, color=colour, marker=marker, label=label)
-        make = f"{task['way']}-way {task['shot']}-shot, {task['query']} queries, {task['size']}x{task['size']}"
-        figure.suptitle(f"A meta-step of MAML, one inner step, as autograd sees it; and what more steps take ({make})")
+        shape = f"{task['way']}-way {task['shot']}-shot, {task['query']} queries, {task['size']}x{task['size']}"
+        figure.suptitle(f"A meta-step of MAML, one inner step, as autograd sees it; and memory of more steps ({shape})")
         memory.set(title="peak memory", xlabel="inner steps", ylabel="MiB", ylim=(0, None))
         memory.legend()
     return [save(figure, out / "maml_graph.png")]
 
 
 def adaptation(runs: str, steps: int, episodes: int, out: Path) -> list[Path]:
-    """Draw how MAML gets better at test tasks with each inner step, beside the network that nobody trained.
+    """Draw how MAML improves on test tasks with each inner step, compared with an untrained network.
 
     Args:
-        runs: a folder with runs of MAML anywhere below it, a curve each.
-        steps: inner steps, at most.
-        episodes: test tasks that the means are over, with their 95% intervals.
-        out: an existing folder.
+        runs: a directory with runs of MAML anywhere below it; each becomes a curve.
+        steps: largest number of inner steps.
+        episodes: number of test tasks to average over, with 95% intervals.
+        out: an existing directory.
 
     Returns:
         The file written.
@@ -89,15 +89,15 @@ def adaptation(runs: str, steps: int, episodes: int, out: Path) -> list[Path]:
         if result["method"] == "maml" and not is_evaluation(result)
     }
     if not found:
-        raise FewShotError(f"no run of method=maml lies below {runs}; name the folder of one: runs=PATH")
+        raise FewShotError(f"no run of method=maml below {runs}; specify the directory of one with runs=PATH")
     curves: dict[str, tuple[int | None, NDArray[np.float64]]] = {}
-    for place in found:
-        trained, data = open_run(str(place))
+    for run_dir in found:
+        trained, data = open_run(str(run_dir))
         tasks = [find_episode(data, number).load(data.images) for number in range(episodes)]
         if not curves:
             curves["before training"] = None, _adapted(make_method(trained.config), tasks, steps)
         settings = trained.config.method
-        label = for_figure(f"{'second' if settings.order == 2 else 'first'} order, {place.name}")
+        label = for_figure(f"{'second' if settings.order == 2 else 'first'} order, {run_dir.name}")
         curves[label] = settings.inner_steps, _adapted(trained.method, tasks, steps)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.8), layout="constrained")
@@ -125,53 +125,53 @@ def adaptation(runs: str, steps: int, episodes: int, out: Path) -> list[Path]:
 
 
 def _adapted(method: FewShotMethod, tasks: Sequence[Episode], steps: int) -> NDArray[np.float64]:
-    """Accuracy in % and loss of the queries of each task after each number of steps: ``[tasks, 2, steps + 1]``."""
+    """Compute accuracy in % and loss of each task's queries after each number of steps: ``[tasks, 2, steps + 1]``."""
     assert isinstance(method, MAML)
     values = np.empty((len(tasks), 2, steps + 1))
-    for task, of_task in zip(tasks, values, strict=True):
+    for task, (accuracies, losses) in zip(tasks, values, strict=True):
         weights = method.weights()
         for step in range(steps + 1):
             with torch.no_grad():
                 logits = method.classify(weights, task.query)
-                of_task[0, step] = 100 * (logits.argmax(1) == task.query_labels).double().mean()
-                of_task[1, step] = total_cross_entropy(logits, task.query_labels)
+                accuracies[step] = 100 * (logits.argmax(1) == task.query_labels).double().mean()
+                losses[step] = total_cross_entropy(logits, task.query_labels)
             weights = method.adapt(weights, task.support, task.support_labels, 1)
     return values
 
 
 def _draw_graph(axes: Axes, tensor: torch.Tensor, title: str) -> None:
-    """Nodes by their distance from the loss at the top, each near the middle of those that lead to it."""
+    """Draw nodes by their distance from the loss at the top, each near the middle of its predecessors."""
     nodes, edges = autograd_graph(tensor)
     depth, weight = [0] * len(nodes), np.zeros(len(nodes))
     for position in _from_the_loss_down(len(nodes), edges):
         for later, earlier in edges:
             if later == position:
                 depth[earlier] = max(depth[earlier], depth[later] + 1)
-    place, level_of = np.zeros(len(nodes)), np.array(depth)
+    x, level_of = np.zeros(len(nodes)), np.array(depth)
     for level in range(max(depth) + 1):
         here = np.flatnonzero(level_of == level)
         for position in here.tolist():
-            above = [place[later] for later, earlier in edges if earlier == position]
+            above = [x[later] for later, earlier in edges if earlier == position]
             weight[position] = np.mean(above) if above else 0
         order = here[np.argsort(weight[here], kind="stable")]
-        place[order] = np.arange(len(order)) - (len(order) - 1) / 2
+        x[order] = np.arange(len(order)) - (len(order) - 1) / 2
     ends = np.array(edges)
-    axes.plot(place[ends].T, -level_of[ends].T, color="#999999", linewidth=0.3, zorder=1)
+    axes.plot(x[ends].T, -level_of[ends].T, color="#999999", linewidth=0.3, zorder=1)
     kinds = [_kind(node.name()) for node in nodes]
     for kind, colour, marker in (
         ("forward operation", COLOURS[0], "o"),
         ("derivative of a gradient", COLOURS[1], "^"),
         ("parameter", COLOURS[4], "s"),
     ):
-        of_kind = [position for position, other in enumerate(kinds) if other == kind]
+        members = [position for position, other in enumerate(kinds) if other == kind]
         axes.scatter(
-            place[of_kind],
-            -level_of[of_kind],
+            x[members],
+            -level_of[members],
             s=14,
             color=colour,
             marker=marker,
             zorder=2,
-            label=f"{kind}: {len(of_kind)}",
+            label=f"{kind}: {len(members)}",
         )
     axes.set(title=f"{title}: {len(nodes)} nodes", xticks=[], yticks=[])
     axes.grid(False)
@@ -180,7 +180,7 @@ def _draw_graph(axes: Axes, tensor: torch.Tensor, title: str) -> None:
 
 
 def _from_the_loss_down(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:
-    """The nodes in an order in which each comes after all that lead to it."""
+    """Sort the nodes so that each comes after all of its predecessors."""
     sorter: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(range(count), ()))
     for later, earlier in edges:
         sorter.add(earlier, later)

@@ -18,15 +18,15 @@ from figures.shared import save
 
 
 def attention_bound(scales: Sequence[float], out: Path) -> list[Path]:
-    """Draw how much attention one of ``way`` support samples can get from a softmax over scaled cosines.
+    """Draw the largest attention that a softmax over scaled cosines can give to one of ``way`` support samples.
 
     With the cosine times s in [-s, s], the largest weight is e^s / (e^s + (way - 1) e^-s): for s = 1 the bound
-    e / (e + (way - 1) / e) of plain matching networks. An encoder that ends in a ReLU, as Conv4 does, has cosines
-    in [0, 1] only, and reaches e^s / (e^s + way - 1).
+    e / (e + (way - 1) / e) of plain matching networks. The embeddings of an encoder that ends in a ReLU, like Conv4,
+    have cosines in [0, 1] only, so that the largest weight is e^s / (e^s + way - 1).
 
     Args:
-        scales: the factors s, a curve each.
-        out: an existing folder.
+        scales: the factors s, one curve each.
+        out: an existing directory.
 
     Returns:
         The file written.
@@ -51,11 +51,11 @@ def attention_bound(scales: Sequence[float], out: Path) -> list[Path]:
 def distance_study(runs: str, out: Path) -> list[Path]:
     """Draw validation accuracy against training episodes by distance, and write a table of the test accuracies.
 
-    Runs that differ only in their seed make one line, the mean, with a band from the worst to the best.
+    Runs that differ only in their seed become one line, their mean, with a band from the worst to the best.
 
     Args:
-        runs: a folder with ``results.json`` files anywhere below it.
-        out: an existing folder.
+        runs: a directory with ``results.json`` files anywhere below it.
+        out: an existing directory.
 
     Returns:
         The files written: a figure and a Markdown table.
@@ -68,7 +68,9 @@ def distance_study(runs: str, out: Path) -> list[Path]:
         if seeds[0].get("distance") is not None:
             groups[seeds[0]["way"]].append((_distance(seeds[0]), seeds))
     if not groups:
-        raise FewShotError(f"no run below {runs} compares by a distance; name the folder of the study: runs=PATH")
+        raise FewShotError(
+            f"no run below {runs} has a method with a distance; specify the directory of the study with runs=PATH"
+        )
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.5 * len(groups) + 2.5, 4), layout="constrained")
         panels = figure.subplots(1, len(groups), squeeze=False)[0]

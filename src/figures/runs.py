@@ -25,12 +25,12 @@ from figures.shared import find_episode, open_run, save
 
 
 def episode(run: str | None, number: int, out: Path) -> list[Path]:
-    """Draw a test episode, its classes never seen in training, as a trained method solves it.
+    """Draw a test episode, of classes unseen in training, as a trained method solves it.
 
     Args:
         run: the directory of the training.
-        number: of the episode, among those that the run was tested on.
-        out: an existing folder.
+        number: number of the test episode.
+        out: an existing directory.
 
     Returns:
         The file written.
@@ -46,18 +46,18 @@ def episode(run: str | None, number: int, out: Path) -> list[Path]:
 
 
 def intervals(run: str | None, episodes: int, out: Path) -> list[Path]:
-    """Draw how much the accuracy differs from test episode to test episode, and how the mean settles.
+    """Draw how much the accuracy varies between test episodes, and how its mean converges.
 
     Args:
         run: the directory of a training.
-        episodes: how many to solve.
-        out: an existing folder.
+        episodes: number of episodes to solve.
+        out: an existing directory.
 
     Returns:
         The file written.
 
     Raises:
-        FewShotError: there is no such run, or too few episodes are asked for.
+        FewShotError: there is no such run, or ``episodes`` is too small.
     """
     if episodes < 2:
         raise FewShotError(f"figure.episodes={episodes} must be at least 2: an interval needs two")
@@ -99,25 +99,25 @@ def intervals(run: str | None, episodes: int, out: Path) -> list[Path]:
 
 
 def prototypes(run: str | None, way: int, shot: int, query: int, number: int, out: Path) -> list[Path]:
-    """Draw the embeddings of a test episode before and after training, its prototypes, and what is nearest to each.
+    """Draw the embeddings of a test episode before and after training, its prototypes, and their regions.
 
-    The plane is that of the two principal axes of the prototypes, and the regions are those of the nearest prototype in
-    it. Three prototypes span that plane, and what lies outside of it adds the same to the squared distance from each:
-    the regions are then those of the method, and nothing is lost. Of more prototypes it is a shadow.
+    The plane is spanned by the two principal axes of the prototypes, and the regions are those of the nearest prototype
+    in it. Three prototypes span that plane, and the component outside it adds the same to the squared distance from
+    each: the regions are then exactly those of the method. With more prototypes it is only a projection.
 
     Args:
         run: the directory of a training of prototypical networks.
         way: classes in the episode, 3 to 7.
-        shot: support samples a class.
-        query: queries a class.
-        number: of the episode among the test episodes of that way, shot and query.
-        out: an existing folder.
+        shot: support samples per class.
+        query: queries per class.
+        number: number of the test episode with that way, shot and query.
+        out: an existing directory.
 
     Returns:
         The file written.
 
     Raises:
-        FewShotError: there is no such run or episode, or the run is of another method or distance.
+        FewShotError: there is no such run or episode, or the run has a different method or distance.
     """
     if not 3 <= way <= len(MARKERS):
         raise FewShotError(f"figure.way={way} must be 3 to {len(MARKERS)}")
@@ -137,24 +137,22 @@ def prototypes(run: str | None, way: int, shot: int, query: int, number: int, ou
             axes.set_title(f"{when} training: {right} of {way * query} queries right")
         for label, marker in (
             ("support sample", {"s": 28, "facecolors": "none", "edgecolors": "#555555"}),
-            ("prototype, the mean of those", {"s": 170, "facecolors": "#bbbbbb", "edgecolors": "black"}),
+            ("prototype, their mean", {"s": 170, "facecolors": "#bbbbbb", "edgecolors": "black"}),
             ("query answered wrong", {"s": 75, "facecolors": "none", "edgecolors": "black"}),
         ):
             panels[0].scatter([], [], label=label, **marker)
-        seen = (
-            "the plane through the prototypes" if way == 3 else "the plane of the prototypes' principal axes, a shadow"
-        )
-        figure.suptitle(f"Embeddings of {way} unseen classes, in {seen}\n", fontsize=12)
+        plane = "the plane through the prototypes" if way == 3 else "a projection on the prototypes' principal axes"
+        figure.suptitle(f"Embeddings of {way} unseen classes, in {plane}\n", fontsize=12)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return [save(figure, out / "prototypes.png")]
 
 
 def flattening(centres: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The projection on the plane of the two principal axes of some points.
+    """Make the projection on the plane of the two principal axes of some points.
 
     Args:
-        centres: ``[points, features]``, three or more. The plane goes through all of three, and a point's squared
-            distances from those are what they are in the plane, plus one number.
+        centres: ``[points, features]``, three or more. Exactly three lie in the plane, and the squared distances of a
+            point from them are those in the plane plus a constant.
 
     Returns:
         A function from ``[..., features]`` to ``[..., 2]``.
@@ -167,7 +165,7 @@ def flattening(centres: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 def _draw_regions(
     axes: Axes, method: PrototypicalNetwork, task: Episode, samples: Sequence[torch.Tensor], names: Sequence[str]
 ) -> int:
-    """The embeddings of a task in the plane of its prototypes, each of which has a sample beside it; right answers."""
+    """Draw a task's embeddings in the plane of its prototypes, with a sample per class; count the right answers."""
     with torch.no_grad():
         support, query = method.encoder(task.support), method.encoder(task.query)
         embedded = EmbeddedEpisode(support, task.support_labels, query, task.query_labels, task.way)
@@ -192,15 +190,17 @@ def _draw_regions(
     )
     for label, (name, colour, marker, sample) in enumerate(zip(names, colours, MARKERS, samples, strict=False)):
         axes.contour(x.numpy(), y.numpy(), nearest == label, levels=[0.5], colors="black", linewidths=0.7)
-        asked = task.query_labels == label
-        own, mistaken = query[asked].T.numpy(), query[asked & wrong].T.numpy()
-        given, (x_of, y_of) = support[task.support_labels == label].T.numpy(), centres[label].tolist()
-        axes.scatter(own[0], own[1], 28, color=colour, marker=marker, linewidths=0, label=name, zorder=3)
-        axes.scatter(given[0], given[1], 28, marker=marker, facecolors="none", edgecolors=colour, zorder=2)
-        axes.scatter(x_of, y_of, 170, color=colour, marker=marker, edgecolors="black", linewidths=1.5, zorder=5)
+        in_class = task.query_labels == label
+        queries, mistaken = query[in_class].T.numpy(), query[in_class & wrong].T.numpy()
+        shots, centre = support[task.support_labels == label].T.numpy(), centres[label].tolist()
+        axes.scatter(queries[0], queries[1], 28, color=colour, marker=marker, linewidths=0, label=name, zorder=3)
+        axes.scatter(shots[0], shots[1], 28, marker=marker, facecolors="none", edgecolors=colour, zorder=2)
+        axes.scatter(
+            centre[0], centre[1], 170, color=colour, marker=marker, edgecolors="black", linewidths=1.5, zorder=5
+        )
         axes.scatter(mistaken[0], mistaken[1], 90, facecolors="none", edgecolors="black", zorder=4)
         pixels = np.broadcast_to(sample.numpy(), (*sample.shape[:2], 3))
         box = OffsetImage(pixels, zoom=18 / len(sample))
-        axes.add_artist(AnnotationBbox(box, (x_of, y_of), (20, 20), boxcoords="offset points", pad=0.1))
+        axes.add_artist(AnnotationBbox(box, (centre[0], centre[1]), (20, 20), boxcoords="offset points", pad=0.1))
     axes.grid(False)
     return int((~wrong).sum())

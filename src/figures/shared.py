@@ -1,4 +1,4 @@
-"""What several figures need: a trained run with its data, a test episode, a small PNG file."""
+"""Shared by the figures: loading a run with its data, finding a test episode, saving a small PNG file."""
 
 from pathlib import Path
 
@@ -15,17 +15,17 @@ from fewshot.training import make_data
 
 
 def open_run(run: str | None, **task: int) -> tuple[Trained, EpisodeDataModule]:
-    """Load a trained method, on the CPU, and its data.
+    """Load a trained method on the CPU, and its data.
 
     Args:
         run: the directory of the training.
-        task: ``way``, ``shot`` and ``query`` of the episodes, where they differ from the run's.
+        task: ``way``, ``shot`` and ``query`` of the episodes, if they differ from the run's.
 
     Raises:
-        FewShotError: no run is named, or it cannot be loaded.
+        FewShotError: ``run`` is None, or cannot be loaded.
     """
     if run is None:
-        raise FewShotError("no run is named; name the directory that a training left: run=RUN_DIR")
+        raise FewShotError("no run is given; specify the directory of a training with run=RUN_DIR")
     trained = load_trained(run)
     trained.config.merge_with(task)
     trained.config.hardware = OmegaConf.load(CONF / "hardware" / "cpu.yaml")
@@ -35,7 +35,7 @@ def open_run(run: str | None, **task: int) -> tuple[Trained, EpisodeDataModule]:
 
 
 def find_episode(data: EpisodeDataModule, number: int) -> EpisodeIndex:
-    """A test episode by its number.
+    """Return a test episode by its number.
 
     Raises:
         FewShotError: the number is negative.
@@ -46,7 +46,7 @@ def find_episode(data: EpisodeDataModule, number: int) -> EpisodeIndex:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as a PNG of 256 colours: it looks the same, and takes half the space or less."""
+    """Save a figure as a PNG with 256 colours, which looks the same and takes at most half the space."""
     figure.savefig(path, dpi=150)
     with Image.open(path) as image:
         few = image.convert("RGB").quantize()

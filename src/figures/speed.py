@@ -1,4 +1,4 @@
-"""The figure of where a training step's time goes."""
+"""Figure of where the time of a training step goes."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from figures.shared import save
 
 
 def time_profile(rounds: int, out: Path) -> list[Path]:
-    """Draw where the time of a training step goes, and what its arithmetic would take at this processor's peak.
+    """Draw where the time of a training step goes, and how long its arithmetic would take at this processor's peak.
 
-    The peak is that of a large convolution, measured here and now with all threads.
+    The peak is that of a large convolution, measured with all threads.
 
     Args:
-        rounds: how often each thing is timed; the median counts.
-        out: an existing folder.
+        rounds: how often each step is timed; the median counts.
+        out: an existing directory.
 
     Returns:
         The file written.
@@ -51,6 +51,6 @@ def time_profile(rounds: int, out: Path) -> list[Path]:
         axes.set(xlabel="share of the time of a step, %", xlim=(0, 100))
         axes.invert_yaxis()
         axes.grid(False)
-        figure.suptitle(f"A training step beside the measured convolution peak, {peak / 1e9:.0f} GFLOP/s")
+        figure.suptitle(f"A training step compared with the measured convolution peak, {peak / 1e9:.0f} GFLOP/s")
         figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return [save(figure, out / "time_profile.png")]

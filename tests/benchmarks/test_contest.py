@@ -27,7 +27,7 @@ def contest(*others, **settings):
     return Contest("sleeping", [Entrant("ours", sleeper, {"seconds": 0.01, "megabytes": 64}), *others], **settings)
 
 
-def test_medians_ratios_and_memory_are_those_of_each_entrants_own_work(tmp_path, capsys):
+def test_medians_ratios_and_memory_are_measured_per_entrant(tmp_path, capsys):
     slow = Entrant("slow", sleeper, {"seconds": 0.04})
     bench({"sleep": contest(slow, items=(10, "naps"))}, 3, tmp_path / "deep" / "bench.json")
     report = json.loads((tmp_path / "deep" / "bench.json").read_text())
@@ -36,21 +36,21 @@ def test_medians_ratios_and_memory_are_those_of_each_entrants_own_work(tmp_path,
     assert ours["ratio"] == 1 and other["ratio"] == pytest.approx(other["median"] / ours["median"])
     assert ours["median"] >= 0.01 and other["median"] >= 0.04  # a busy machine may take longer
     assert ours["peak_bytes"] - other["peak_bytes"] > 50 * MIB
-    told = capsys.readouterr().out
-    assert "sleeping" in told and "naps/s" in told and "slow" in told
+    shown = capsys.readouterr().out
+    assert "sleeping" in shown and "naps/s" in shown and "slow" in shown
 
 
-def test_an_entrant_that_finds_something_else_is_refused():
-    with pytest.raises(FewShotError, match="'wrong' computes something else than 'ours'"):
+def test_an_entrant_with_a_different_result_is_rejected():
+    with pytest.raises(FewShotError, match="the results of 'wrong' and 'ours' differ by"):
         run(contest(Entrant("wrong", sleeper, {"seconds": 0, "result": 1.1})), 1)
 
 
-def test_an_entrant_that_fails_is_named():
+def test_error_names_an_entrant_that_fails():
     with pytest.raises(FewShotError, match=r"'broken' failed: ValueError.'nothing to build'"):
         run(contest(Entrant("broken", breaker)), 1)
 
 
-def test_an_unknown_contest_is_refused_with_those_there_are(cli):
+def test_error_lists_the_contests_for_an_unknown_name(cli):
     done = cli("only=[mamal]", script="bench.py")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: only=mamal is not a benchmark: choose of protonet_omniglot")
+    assert done.stderr.startswith("error: only=mamal is not a benchmark: choose from protonet_omniglot")

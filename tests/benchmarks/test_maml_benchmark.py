@@ -7,7 +7,7 @@ TASK = {"tasks": 3, "way": 3, "shot": 2, "query": 1, "channels": 1, "size": 16, 
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_the_ways_of_others_compute_the_same_meta_gradient(order):
+def test_all_implementations_compute_the_same_meta_gradient(order):
     expected = ours(order, "loop", TASK)()
     ways = [{"way": "clone"}, {"way": "clone", "dtype": "float64"}, *([{"way": "article"}] if order == 2 else [])]
     for settings in ways:
@@ -16,6 +16,6 @@ def test_the_ways_of_others_compute_the_same_meta_gradient(order):
     assert np.linalg.norm(ours(3 - order, "loop", TASK)() - expected) > 1e-2 * np.linalg.norm(expected)
 
 
-def test_the_images_are_laid_out_as_in_training():
+def test_images_have_the_memory_layout_of_training():
     task = next(make_tasks(2, 3, 1, 1, 1, 8).tasks())
     assert task.support.stride() == (64, 1, 8, 1)

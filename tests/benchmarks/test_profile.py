@@ -17,7 +17,7 @@ def step():
     return work
 
 
-def test_the_time_of_a_step_is_shared_out_whole_and_its_arithmetic_counted(step):
+def test_all_of_the_time_is_attributed_and_operations_are_counted(step):
     found = profile_step(step, rounds=3)
     assert sum(found.shares.values()) == pytest.approx(1)
     assert list(found.shares) == list(KINDS_AND_ELSE)
@@ -26,9 +26,9 @@ def test_the_time_of_a_step_is_shared_out_whole_and_its_arithmetic_counted(step)
     assert found.shares["distance and loss"] == 0
     assert found.shares[OTHER] < 0.5
     forward = 2 * (5 * 8 * 8) * 4 * (2 * 3 * 3)
-    assert found.flops == 2 * forward  # and the gradient of the weights: the images need none
+    assert found.flops == 2 * forward  # forward and weight gradient; the images need no gradient
     assert found.seconds > 0
 
 
-def test_the_peak_is_one_that_a_processor_has():
+def test_the_peak_is_plausible():
     assert 1e8 < convolution_peak(rounds=1) < 1e15

@@ -13,7 +13,7 @@ def scratch(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
-def test_all_ways_of_training_have_the_same_losses_step_after_step():
+def test_all_training_loops_have_the_same_losses():
     lightning, fit = training.through_lightning(SHAPE)
     threading.Thread(target=fit, daemon=True).start()
     works = [lightning, training.bare_loop(SHAPE), training.textbook(SHAPE)]
@@ -24,15 +24,15 @@ def test_all_ways_of_training_have_the_same_losses_step_after_step():
     np.testing.assert_allclose(lightning(), works[2](), rtol=1e-2)  # the next three
 
 
-def test_all_ways_of_testing_have_the_same_accuracy():
+def test_all_evaluations_have_the_same_accuracy():
     assert training.evaluate(SHAPE, 30)() == pytest.approx(training.textbook_evaluate(SHAPE, 30)(), abs=0.01)
 
 
-def test_all_ways_of_making_episodes_make_the_same():
+def test_all_loaders_make_the_same_episodes():
     found, expected = training.make_episodes(SHAPE, 7)(), training.textbook_make_episodes(SHAPE, 7)()
     assert found.shape == (7,)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_the_bank_holds_what_the_files_do():
+def test_the_bank_matches_the_files():
     np.testing.assert_array_equal(training.build_bank(100)(), training.textbook_build(100)())

@@ -8,7 +8,7 @@ from PIL import Image
 from figures.maml import adaptation, maml_graph
 
 
-def test_adaptation_ends_where_the_runs_test_did(run, tmp_path, monkeypatch):
+def test_adaptation_matches_the_runs_test(run, tmp_path, monkeypatch):
     drawn = {}
     plot = Axes.plot
 
@@ -21,12 +21,12 @@ def test_adaptation_ends_where_the_runs_test_did(run, tmp_path, monkeypatch):
     untrained, trained = drawn["before training"], drawn[f"second order, {run('maml').name}"]
     results = json.loads((run("maml") / "results.json").read_text())
     assert trained[0][results["config"]["method"]["test_inner_steps"]] == pytest.approx(100 * results["accuracy"])
-    assert trained[1][0] > trained[1][-1]  # the loss falls, if only by a little
+    assert trained[1][0] > trained[1][-1]  # the loss falls, if only slightly
     assert not np.allclose(untrained, trained)
     assert Image.open(picture).width > 1000
 
 
-def test_the_graphs_of_maml_are_drawn_with_their_nodes_counted(tmp_path, monkeypatch):
+def test_graphs_are_drawn_with_their_numbers_of_nodes(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(Axes, "set", lambda _, **named: titles.append(named.get("title")))
     task = {"tasks": 1, "way": 2, "shot": 1, "query": 1, "channels": 1, "size": 16, "rate": 0.1}

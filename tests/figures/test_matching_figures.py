@@ -27,7 +27,7 @@ def write_run(folder, way, distance, seed, accuracy, scale=10.0, learn=False, **
     (folder / "results.json").write_text(json.dumps(results))
 
 
-def test_the_study_gathers_runs_by_way_and_distance_with_the_seeds_side_by_side(tmp_path):
+def test_the_study_groups_runs_by_way_and_distance_over_seeds(tmp_path):
     for number, run in enumerate(
         [
             (5, "l2", 0, 0.98),
@@ -39,7 +39,7 @@ def test_the_study_gathers_runs_by_way_and_distance_with_the_seeds_side_by_side(
     ):
         write_run(tmp_path / "runs" / "deep" / str(number), *run)
     write_run(tmp_path / "runs" / "maml", 5, None, 0, 0.96)  # no distance to compare
-    for name in ("last", "best"):  # found before the run, and of other weights, or of the same task as its own test
+    for name in ("last", "best"):  # evaluations, of different weights or of the task of the run's own test
         marks = {"split": "test", "checkpoint": f"0/checkpoints/{name}.ckpt", "weights": name}
         write_run(tmp_path / "runs" / "again" / name, 5, "l2", 0, 0.5, **marks)
     (tmp_path / "runs" / "results.json").write_text('{"accuracy": 1}')  # of another program
@@ -53,21 +53,21 @@ def test_the_study_gathers_runs_by_way_and_distance_with_the_seeds_side_by_side(
     assert Image.open(picture).width > 1000
 
 
-def test_the_committed_study_is_what_its_results_say(tmp_path):
+def test_the_committed_study_matches_its_results(tmp_path):
     results = ROOT / "notebooks" / "results"
     _, table = distance_study(str(results / "distance_study"), tmp_path)
     assert table.read_text() == (results / "distance_study.md").read_text()
 
 
-def test_where_there_are_no_results_it_says_so(tmp_path):
+def test_missing_results_are_reported(tmp_path):
     with pytest.raises(FewShotError, match=r"no results\.json .* runs=PATH"):
         distance_study(str(tmp_path), tmp_path)
     write_run(tmp_path / "maml", 5, None, 0, 0.96)
-    with pytest.raises(FewShotError, match=r"by a distance.* runs=PATH"):
+    with pytest.raises(FewShotError, match=r"with a distance.* runs=PATH"):
         distance_study(str(tmp_path), tmp_path)
 
 
-def test_the_attention_bound_is_reached_and_is_the_articles_for_the_plain_cosine(tmp_path, monkeypatch):
+def test_the_attention_bound_is_tight_and_matches_the_article_for_the_plain_cosine(tmp_path, monkeypatch):
     drawn = []
     plot = Axes.plot
 
@@ -80,14 +80,14 @@ def test_the_attention_bound_is_reached_and_is_the_articles_for_the_plain_cosine
     plain, scaled, plain_after_relu, _ = drawn
     assert plain[5] == pytest.approx(math.e / (math.e + 4 / math.e)) == pytest.approx(0.65, abs=0.005)
     assert scaled[50] > 0.999
-    # A query equal to one support sample: the others opposite to it, or at right angles where nothing is negative.
+    # The query equals one support sample; the others are opposite to it, or orthogonal if nothing can be negative.
     query = torch.tensor([[1.0, 0.0]])
     for bound, others in ((plain, [-1.0, 0.0]), (plain_after_relu, [0.0, 1.0])):
         support = torch.cat([query, torch.tensor([others]).expand(4, 2)])
         assert (-cosine(query, support)).softmax(1)[0, 0].item() == pytest.approx(bound[5], rel=1e-5)
 
 
-def test_the_command_draws_from_any_directory_and_leaves_nothing_there(cli, tmp_path):
+def test_the_command_leaves_no_files_in_the_working_directory(cli, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     done = cli(f"out={tmp_path / 'figures'}", script="figure.py", cwd=tmp_path / "elsewhere")
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ def results_of(run):
 
 
 @pytest.mark.parametrize("method", ["protonet", "matching", "maml"])
-def test_an_episode_is_solved_as_the_runs_test_solved_it(run, tmp_path, monkeypatch, method):
+def test_episodes_are_solved_as_in_the_runs_test(run, tmp_path, monkeypatch, method):
     right = []
 
     def record(_, positions, answers):
@@ -31,7 +31,7 @@ def test_an_episode_is_solved_as_the_runs_test_solved_it(run, tmp_path, monkeypa
     assert picture == tmp_path / "episode.png" and picture.exists()
 
 
-def test_the_interval_drawn_is_that_of_the_runs_test(run, tmp_path, monkeypatch):
+def test_the_interval_matches_the_runs_test(run, tmp_path, monkeypatch):
     notes, labels = [], []
     monkeypatch.setattr(Axes, "annotate", lambda _, text, *__, **___: notes.append(text))
     axvline = Axes.axvline
@@ -43,7 +43,7 @@ def test_the_interval_drawn_is_that_of_the_runs_test(run, tmp_path, monkeypatch)
     assert Image.open(picture).width > 1000
 
 
-def test_the_plane_of_three_prototypes_decides_as_all_dimensions_do_and_that_of_more_does_not():
+def test_regions_are_exact_for_three_prototypes_only():
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(500, 20, generator=generator, dtype=torch.float64)
     for way, same in ((3, True), (6, False)):
@@ -53,7 +53,7 @@ def test_the_plane_of_three_prototypes_decides_as_all_dimensions_do_and_that_of_
         assert torch.equal(l2(flat(points), flat(centres)).argmin(1), l2(points, centres).argmin(1)) == same
 
 
-def test_prototypes_are_drawn_before_and_after_training_with_the_wrong_answers_circled(run, tmp_path, monkeypatch):
+def test_prototypes_are_drawn_before_and_after_training(run, tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(Axes, "set_title", lambda _, title: titles.append(title))
     (picture,) = prototypes(str(run("protonet")), 4, 2, 3, 1, tmp_path)
@@ -65,7 +65,7 @@ def test_prototypes_are_drawn_before_and_after_training_with_the_wrong_answers_c
 @pytest.mark.parametrize(
     ("figure", "settings", "message"),
     [
-        (episode, {"run": None, "number": 0}, "no run is named; .* run=RUN_DIR"),
+        (episode, {"run": None, "number": 0}, "no run is given; .* run=RUN_DIR"),
         (episode, {"run": "protonet", "number": -1}, r"figure\.number=-1 must be at least 0"),
         (intervals, {"run": "protonet", "episodes": 1}, r"figure\.episodes=1 must be at least 2"),
         (
@@ -79,11 +79,11 @@ def test_prototypes_are_drawn_before_and_after_training_with_the_wrong_answers_c
             "is not a run of method=protonet",
         ),
         (prototypes, {"run": "protonet", "way": 3, "shot": 99, "query": 1, "number": 0}, "lower shot or query"),
-        (adaptation, {"runs": "protonet", "steps": 1, "episodes": 2}, "no run of method=maml lies below .* runs=PATH"),
+        (adaptation, {"runs": "protonet", "steps": 1, "episodes": 2}, "no run of method=maml below .* runs=PATH"),
         (adaptation, {"runs": "maml", "steps": 0, "episodes": 2}, r"figure\.steps=0 must be at least 1"),
     ],
 )
-def test_what_cannot_be_drawn_is_explained(run, tmp_path, figure, settings, message):
-    places = {key: str(run(name)) for key, name in settings.items() if key in ("run", "runs") and name is not None}
+def test_invalid_settings_are_reported(run, tmp_path, figure, settings, message):
+    paths = {key: str(run(name)) for key, name in settings.items() if key in ("run", "runs") and name is not None}
     with pytest.raises(FewShotError, match=message):
-        figure(**{**settings, **places}, out=tmp_path)
+        figure(**{**settings, **paths}, out=tmp_path)

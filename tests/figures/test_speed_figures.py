@@ -5,9 +5,9 @@ from PIL import Image
 from figures.speed import time_profile
 
 
-def test_the_time_of_a_step_is_drawn_beside_the_peak(tmp_path, monkeypatch):
+def test_the_time_of_a_step_is_compared_with_the_peak(tmp_path, monkeypatch):
     labels = []
-    monkeypatch.setattr(Axes, "text", lambda *given, **_: labels.append(given[-1]))
+    monkeypatch.setattr(Axes, "text", lambda *arguments, **_: labels.append(arguments[-1]))
     layer, images = torch.nn.Conv2d(1, 2, 3), torch.randn(2, 1, 8, 8)
     for name in ("bare_loop", "ours"):
         monkeypatch.setattr(f"figures.speed.{name}", lambda *_: lambda: layer(images).sum().backward())
