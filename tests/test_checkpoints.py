@@ -67,7 +67,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(good, tmp_
         path.write_bytes(pickle.dumps(evil))
     else:
         torch.save(evil, path, _use_new_zipfile_serialization=how == "torch")
-    refused(path, "no checkpoint of this program")
+    refused(path, "not a checkpoint of this program")
     assert not flag.exists()
     torch.load(path, weights_only=False) if how != "pickle" else pickle.loads(path.read_bytes())
     assert flag.exists()  # it would have
@@ -149,5 +149,5 @@ def test_a_checkpoint_of_an_earlier_version_is_named_as_such(good, tmp_path):
     whole = content(good)
     whole["hyper_parameters"]["method"]["learning_rate"] = 0.001
     torch.save(whole, tmp_path / "old.ckpt")
-    with pytest.raises(FewShotError, match=r"old\.ckpt is of an earlier version of fewshot, which knew method\.learn"):
+    with pytest.raises(FewShotError, match=r"old\.ckpt is from an earlier version of fewshot, which had method\.learn"):
         load_checkpoint(tmp_path / "old.ckpt")

@@ -242,22 +242,22 @@ def end(signal_, whom, run_dir, *overrides):
 
 
 def test_a_process_that_ends_ends_all_and_the_run_goes_on(cache_dir, tmp_path):
-    go_on = f"go on with: python {ROOT / 'src' / 'train.py'} resume={tmp_path}"
+    resume = f"resume with: python {ROOT / 'src' / 'train.py'} resume={tmp_path}"
     start = [*SMALL, "hardware=ddp_cpu", "train.episodes=1000000", "checkpoint_every=6", "val.every=1000000"]
     start += [f"cache_dir={cache_dir}", f"hydra.run.dir={tmp_path}"]
     assert end(signal.SIGINT, "all", tmp_path, *start) == (
         130,
-        ["finishing the step at hand; once more to stop at once", f"error: interrupted; {go_on}"],
+        ["finishing the current step; interrupt again to stop immediately", f"error: interrupted; {resume}"],
     )
     status, told = end(signal.SIGKILL, "second", tmp_path, f"resume={tmp_path}")
     # Lightning looks every few seconds whether processes have died, and may be the first to see it.
     if status == 1:
-        assert told == [f"error: process 1 of 2 has ended with status -9, and the run with it; {go_on}"]
+        assert told == [f"error: process 1 of 2 has ended with status -9, and the run with it; {resume}"]
     else:
         assert status == -signal.SIGKILL and "terminated with code -9" in told[0]
     status, told = end(signal.SIGKILL, "first", tmp_path, f"resume={tmp_path}")
     assert status == -signal.SIGKILL
-    assert told == [f"error: process 1: the first process has ended, and the run with it; {go_on}"]
+    assert told == [f"error: process 1: the first process has ended, and the run with it; {resume}"]
 
 
 def test_what_does_not_go_together_is_refused(tmp_path, cache_dir, monkeypatch):

@@ -196,7 +196,7 @@ def test_compiling_without_a_compiler_is_refused(gpus, monkeypatch, accelerator,
     gpus()
     asked = {**CARD, "accelerator": accelerator, "compile": True}
     monkeypatch.setenv(variable, "no-such-compiler")
-    with pytest.raises(FewShotError, match="no-such-compiler was not found; install one, name it by"):
+    with pytest.raises(FewShotError, match="no-such-compiler was not found; install one, name it with"):
         check_hardware(asked)
     monkeypatch.delenv(variable)
     monkeypatch.setenv("PATH", "")

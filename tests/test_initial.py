@@ -87,7 +87,7 @@ def test_another_architecture_is_refused_by_its_first_difference(override, diffe
     config = configure(override, f"encoder.init={source}") if not tiny else None
     if config is None:
         config = compose(*tiny, override, f"encoder.init={source}", f"run_dir={source}-other")
-    with pytest.raises(FewShotError, match=f"encoder.init=.*another architecture: {difference}") as caught:
+    with pytest.raises(FewShotError, match=f"encoder.init=.*different architecture: {difference}") as caught:
         train(config)
     assert "\n" not in str(caught.value)
 

@@ -97,7 +97,7 @@ def test_a_checkpoint_chooses_neither_logger_nor_callbacks(run, tmp_path, capsys
     assert config.logger._target_ == "fewshot.loggers.TensorBoard" and config.callbacks is None
     assert config.logger.save_dir == str(tmp_path / "run")
     shown = capsys.readouterr().out
-    assert "started with logger=csv, and this command is not" in shown and "reboot" not in shown
+    assert "started with logger=csv, but this command was not" in shown and "reboot" not in shown
     config, _ = load_for_resume(
         compose(*TINY, f"run_dir={tmp_path / 'run'}", f"resume={tmp_path / 'run'}", "logger=csv")
     )
@@ -131,7 +131,7 @@ def test_a_training_that_a_callback_ends_is_counted_as_far_as_it_came(tmp_path, 
 @pytest.mark.parametrize(
     ("node", "line"),
     [
-        ({"_target_": "pytorch_lightning.Callback"}, "makes no logger of Lightning"),
+        ({"_target_": "pytorch_lightning.Callback"}, "is not a logger of Lightning"),
         ({"_target_": "fewshot.loggers.CSV"}, "logger=fewshot.loggers.CSV cannot be made: .*save_dir"),
         ({"one": 3}, r"logger\.one has no _target_"),
         ({"save_dir": "x"}, r"logger\.save_dir has no _target_"),

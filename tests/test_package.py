@@ -142,7 +142,7 @@ def test_the_wheel_alone_trains_evaluates_predicts_and_resumes(wheel, tmp_path):
     for command in ("bench", "figure"):
         done = call(command)
         assert done.returncode == 1
-        assert done.stderr.startswith(f"error: fewshot {command} works in a checkout of the project only")
+        assert done.stderr.startswith(f"error: fewshot {command} works only in a checkout of the project")
         assert len(done.stderr.splitlines()) == 1
     done = call("train", "wya=3")
     assert done.stderr == "error: Could not override 'wya'. (did you mean way?) (see fewshot train --help)\n"

@@ -185,16 +185,16 @@ def test_a_complete_run_is_told_again_and_not_run_again(run, tmp_path, capsys):
     results = json.loads(path.read_text())
     assert results["episodes"] == 9
     path.write_text(json.dumps(results | {"checkpoint": "run/checkpoints/last.ckpt"}))
-    with pytest.raises(FewShotError, match=r"is broken \(it is that of an evaluation\); delete it"):
+    with pytest.raises(FewShotError, match=r"is broken \(it is the result of an evaluation\); delete it"):
         train(compose(*run("run", "resume=auto")))
 
 
 def test_a_directory_holds_one_run_and_one_at_a_time(run, tmp_path):
     train(compose(*run("run")))
     here = tmp_path / "run"
-    with pytest.raises(FewShotError, match=f"{here} holds a run already: go on with it by resume={here}"):
+    with pytest.raises(FewShotError, match=f"{here} already contains a run: resume it with resume={here}"):
         train(compose(*run("run")))
-    with pytest.raises(FewShotError, match=r"run with other settings: seed=1 \(there 0\); "):
+    with pytest.raises(FewShotError, match=r"run with different settings: seed=1 \(there 0\); "):
         train(compose(*run("run", "resume=auto", "seed=1")))
     with pytest.raises(FewShotError, match=r"distance=cosine \(there l2\)"):
         train(compose(*run("run", "resume=auto", "distance=cosine")))
@@ -202,7 +202,7 @@ def test_a_directory_holds_one_run_and_one_at_a_time(run, tmp_path):
         FewShotError, match=r"train\.episodes=21 is less than the 22 that the run .* has trained on already"
     ):
         train(compose(*run("run", "resume=auto", "train.episodes=21")))
-    with FileLock(here / ".lock"), pytest.raises(FewShotError, match=f"another run is at work in {here}"):
+    with FileLock(here / ".lock"), pytest.raises(FewShotError, match=f"another run is using {here}"):
         train(compose(*run("run", "resume=auto")))
 
 
@@ -226,7 +226,7 @@ def test_a_run_whose_checkpoint_was_tampered_with_is_refused_in_one_line(run, tm
     checkpoint = torch.load(path, weights_only=True)
     forge(checkpoint)
     torch.save(checkpoint, path)
-    with pytest.raises(FewShotError, match=f"the run cannot be gone on with: {path} is broken, or of another version"):
+    with pytest.raises(FewShotError, match=f"the run cannot be resumed: {path} is broken, or from a different version"):
         train(compose(*run("run", "schedule.step_size=5", "resume=auto", "train.episodes=24")))
 
 
@@ -243,9 +243,9 @@ def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
     assert results["overrides"] == [*SHORT, "seed=5", "shot=2"]
     assert (here / ".hydra" / "overrides.yaml").read_text() == started
     for overrides, told in (
-        ([f"resume={tmp_path / 'none'}"], f"there is no {tmp_path}/none/checkpoints/last.ckpt to go on from"),
-        ([f"resume={here}", "distance=cosine"], "distance=cosine: a run that is resumed keeps its distance"),
-        ([f"resume={here}", "seed=6"], "run with other settings: seed=6 (there 5)"),
+        ([f"resume={tmp_path / 'none'}"], f"there is no {tmp_path}/none/checkpoints/last.ckpt to resume from"),
+        ([f"resume={here}", "distance=cosine"], "distance=cosine: a resumed run keeps its distance"),
+        ([f"resume={here}", "seed=6"], "run with different settings: seed=6 (there 5)"),
     ):
         done = cli(*overrides)
         assert done.returncode == 1
@@ -259,7 +259,7 @@ def test_a_command_that_is_refused_leaves_the_record_of_a_run_as_it_is(cli, run,
     record.parent.mkdir()
     record.write_text("- train.episodes=4\n")
     done = cli(*SHORT, "train.way=9", f"hydra.run.dir={here}")
-    assert done.returncode == 1 and "holds a run already" in done.stderr, done.stderr
+    assert done.returncode == 1 and "already contains a run" in done.stderr, done.stderr
     assert record.read_text() == "- train.episodes=4\n" and list(record.parent.iterdir()) == [record]
 
 
@@ -375,9 +375,7 @@ def test_a_loss_scaler_may_pass_over_steps_but_not_over_all(run, tmp_path, monke
     scale, steps = last("whole")
     assert steps > 10 and scale == 2 ** (16 - (22 - steps))  # each one that it passed over halved it
     spoil(monkeypatch, at=range(10, 1000), value=float("nan"))
-    with pytest.raises(
-        FewShotError, match=r"gradient of training episode \d+ is nan .* by however little 16-mixed mult"
-    ):
+    with pytest.raises(FewShotError, match=r"gradient of training episode \d+ is nan .* however small the loss scale"):
         train(compose(*run("run", "train.episodes=100")))
     last("run")
     train(compose(*run("skipped", "train.episodes=12", "train.on_nan=skip")))
@@ -428,7 +426,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_once_there_is_room(cl
 
 
 def test_the_newest_run_is_the_complete_one_that_ended_last(tmp_path):
-    with pytest.raises(FewShotError, match=r"no complete run lies below .*; train one first by make train"):
+    with pytest.raises(FewShotError, match=r"there is no complete run below .*; train one first with make train"):
         newest_run(tmp_path / "outputs")
     for age, (name, files) in enumerate(
         {

@@ -88,15 +88,15 @@ def other_images(data: Path) -> str:
 
 @pytest.mark.parametrize("change", [added, removed, renamed, moved, moved_and_renamed, other_images])
 def test_other_data_are_refused_before_anything_is_trained_or_tested(place, cache_dir, change, monkeypatch, capsys):
-    told = change(place / "data")
+    message = change(place / "data")
     before = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*.*")}
     monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda *_, **__: pytest.fail("trained"))
     monkeypatch.setattr("pytorch_lightning.Trainer.test", lambda *_, **__: pytest.fail("tested"))
     for more in ([], ["train.episodes=6"], ["test.episodes=3"]):
-        with pytest.raises(FewShotError, match=f"are not those that .*run was trained on: .*{told}") as caught:
+        with pytest.raises(FewShotError, match=f"run was trained on different data: .*{message}") as caught:
             train(compose(*settings(place, cache_dir, "resume=auto", *more)))
-        assert "train anew into another directory" in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(FewShotError, match=rf"{told}.*allow_other_classes=true"):
+        assert "train again in another directory" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(FewShotError, match=rf"{message}.*allow_other_classes=true"):
         evaluate(test_config(place, cache_dir))
     assert "%" not in capsys.readouterr().out and not (place / "out").exists()
     assert {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*.*")} == before
@@ -130,7 +130,7 @@ def test_what_was_renamed_is_known_by_its_images(place, cache_dir):
 )
 def test_settings_of_the_data_are_those_of_the_run(place, cache_dir, changed):
     key, _, value = changed.partition("=")
-    with pytest.raises(FewShotError, match=rf"run with other settings: .*{re.escape(key)}={value} \(there "):
+    with pytest.raises(FewShotError, match=rf"run with different settings: .*{re.escape(key)}={value} \(there "):
         train(compose(*settings(place, cache_dir, "resume=auto", changed)))
 
 
@@ -155,12 +155,12 @@ def test_resume_by_directory_reads_the_data_that_are_named(place, cache_dir, cli
     assert done.returncode == 1 and "removed: a (train)" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_another_precision_is_told_and_in_the_results(place, cache_dir, capsys):
+def test_a_different_precision_is_reported_and_in_the_results(place, cache_dir, capsys):
     again = settings(place, cache_dir, "resume=auto", "hardware.precision=64-true")
     train(compose(*again))
-    assert "the run is complete, with hardware.precision=32-true, and not 64-true" in capsys.readouterr().out
+    assert "the run was completed with hardware.precision=32-true, not 64-true" in capsys.readouterr().out
     train(compose(*again, "train.episodes=6"))
-    assert "hardware.precision=32-true so far, and goes on with 64-true" in capsys.readouterr().out
+    assert "hardware.precision=32-true so far, and continues with 64-true" in capsys.readouterr().out
     results = json.loads((place / "run" / "results.json").read_text())
     assert results["precisions"] == ["32-true from 0", "64-true from 4"] and results["precision"] == "64-true"
 
@@ -179,8 +179,8 @@ def test_the_best_weights_are_made_anew_or_missed_before_the_training(place, cac
         path.write_bytes(b"x")
     asked = compose(*settings(place, cache_dir, "resume=auto", "train.episodes=6"))
     monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda *_, **__: pytest.fail("trained"))
-    told = r"is not there, which holds .* \(after 2 training" if fault == "deleted" else "is broken, or of another run"
-    with pytest.raises(FewShotError, match=rf"best\.ckpt {told}"):
+    message = r"is missing, which holds .* \(after 2 training" if fault == "deleted" else "is broken, or from another"
+    with pytest.raises(FewShotError, match=rf"best\.ckpt {message}"):
         train(asked)
 
 
@@ -192,7 +192,7 @@ def test_the_best_weights_are_written_anew_where_the_last_are_the_best(place, ca
     torch.save(checkpoint, last)
     path.unlink()
     train(compose(*settings(place, cache_dir, "resume=auto", "test.episodes=3")))
-    assert "was not there; the last checkpoint holds the same weights" in capsys.readouterr().out and path.exists()
+    assert "was missing; the last checkpoint holds the same weights" in capsys.readouterr().out and path.exists()
 
 
 def test_a_kill_between_the_best_and_the_last_checkpoint_does_not_stop_a_resume(place, cache_dir):
@@ -208,7 +208,7 @@ def test_a_kill_between_the_best_and_the_last_checkpoint_does_not_stop_a_resume(
 
 def test_results_without_their_checkpoint_are_not_overwritten(place, cache_dir):
     (place / "run" / "checkpoints" / "last.ckpt").unlink()
-    with pytest.raises(FewShotError, match=r"holds the results of a run without checkpoints/last\.ckpt"):
+    with pytest.raises(FewShotError, match=r"contains the results of a run, but not its checkpoints/last\.ckpt"):
         train(compose(*settings(place, cache_dir, "resume=auto")))
 
 

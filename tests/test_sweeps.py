@@ -195,9 +195,7 @@ def test_an_interrupted_sweep_is_resumed(cli, cache_dir, tmp_path):
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
-    expected = (
-        f"error: interrupted; go on with the sweep by the same command and hydra.sweep.dir={tmp_path} resume=auto"
-    )
+    expected = f"error: interrupted; resume the sweep with the same command and hydra.sweep.dir={tmp_path} resume=auto"
     assert errors.strip().splitlines()[-1] == expected
     assert not (tmp_path / "0" / "results.json").exists()
     done = cli(*sweep)

@@ -152,7 +152,7 @@ def test_a_program_goes_on_when_nobody_reads_any_more(unbuffered):
         talking.stdout.close()
         told = talking.stderr.read().decode().splitlines()
     assert talking.returncode == 0
-    line = "the standard output takes no more (nobody reads it any more); the program goes on without it"
+    line = "cannot write to the standard output (its reader is gone); the program continues without it"
     assert told == [line, "the end"]
 
 

@@ -266,8 +266,8 @@ def test_an_interrupt_ends_in_one_line_that_tells_how_to_go_on(cache_dir, tmp_pa
         running.send_signal(signal.SIGINT)
         _, told = running.communicate(timeout=60)
     assert running.returncode == 130
-    expected = f"error: interrupted; go on with: python {ROOT / 'src' / 'train.py'} resume={tmp_path}"
-    assert told.strip().splitlines() == ["finishing the step at hand; once more to stop at once", expected]
+    expected = f"error: interrupted; resume with: python {ROOT / 'src' / 'train.py'} resume={tmp_path}"
+    assert told.strip().splitlines() == ["finishing the current step; interrupt again to stop immediately", expected]
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 

@@ -217,15 +217,15 @@ def test_text_is_never_read_as_a_mapping(good, read, text, path):
         ),
         (("method", "_args_"), [1], "its method has the key _args_"),
         (("method", "encoder", "_recursive_"), False, "its encoder has the key _recursive_"),
-        (("dataset", "_convert_"), "all", "the key _convert_ where no object is made"),
+        (("dataset", "_convert_"), "all", "the key _convert_ in a node without _target_"),
         (("dataset", "size"), 60_000, "its dataset.size is 60000, more than 1,024"),
         (("dataset", "source", "samples"), 10**9, "its dataset.source.samples is 1000000000"),
         (("test", "episodes"), 10**12, "its test.episodes is 1000000000000"),
         (("dataset", "channels"), 2, "its dataset.channels is 2"),
         (("method", "encoder", "filters"), 10**6, "encoder.0.0.weight is [4, 1, 3, 3], and must be [1000000, 1, 3, 3]"),
         (("seed",), 2**70, "a number of more than 64 bits"),
-        (("way",), {1.5: 2}, "a key that is no text"),
-        (("way",), b"x", "a bytes, which is no plain value"),
+        (("way",), {1.5: 2}, "a key that is not a string"),
+        (("way",), b"x", "a bytes, which is not plain data"),
     ],
 )
 def test_what_is_wrong_with_a_configuration_is_told(good, read, path, value, message):
@@ -288,7 +288,7 @@ def test_trust_reaches_no_further_than_the_package(good, tmp_path):
 def test_what_takes_more_memory_than_disk_is_refused(good, tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save({**good, "state_dict": {"encoder.0.0.weight": torch.zeros(1).expand(10**9)}}, path)
-    with pytest.raises(FewShotError, match="holds no weights"):
+    with pytest.raises(FewShotError, match="contains no weights"):
         load_checkpoint(path)
     torch.save(good, path)
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "small.ckpt", "w", zipfile.ZIP_DEFLATED) as small:
@@ -346,7 +346,7 @@ def test_results_are_data(run_dir, tmp_path, monkeypatch, key, value):
 
 def test_results_in_a_pipe_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "results.json")
-    with pytest.raises(FewShotError, match="it is no regular file"):
+    with pytest.raises(FewShotError, match="it is not a regular file"):
         complete_results(compose(*TINY, f"run_dir={tmp_path}"))
 
 

@@ -1,6 +1,6 @@
 """Learn from a handful of examples: episodic few-shot training on PyTorch Lightning, configured by Hydra.
 
-What a program or a notebook needs is here; the rest is in the modules::
+The public API for programs and notebooks; everything else is in the modules::
 
     run = fewshot.train(method="protonet", dataset="omniglot", way=5, shot=1)
     method = fewshot.load(run).method

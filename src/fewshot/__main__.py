@@ -1,4 +1,4 @@
-"""``python -m fewshot`` is the command ``fewshot``."""
+"""Run the ``fewshot`` command with ``python -m fewshot``."""
 
 from fewshot.cli import main
 

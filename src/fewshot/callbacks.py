@@ -1,4 +1,4 @@
-"""What a run does beside training and testing."""
+"""Callbacks of a run: progress bar, records for resuming, non-finite gradients, interruption."""
 
 import signal
 import sys
@@ -27,7 +27,7 @@ from fewshot.trust import plain
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's progress bar: which training episodes, with loss and accuracy and nothing else beside it."""
+    """Lightning's progress bar, with the range of training episodes, loss and accuracy."""
 
     def get_metrics(self, trainer: pl.Trainer, method: pl.LightningModule) -> dict[str, Any]:  # noqa: D102
         metrics = super().get_metrics(trainer, method)
@@ -35,7 +35,7 @@ class ProgressBar(RichProgressBar):
         return metrics
 
     def _update_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # To show a number is to wait for it: on a GPU only when the log does, too.
+        # Showing a number means waiting for it: on a GPU, do so only when the log does, too.
         if not asynchronous(pl_module.device) or trainer.global_step % _log_every(trainer) == 0:
             super()._update_metrics(trainer, pl_module)
 
@@ -45,14 +45,14 @@ class ProgressBar(RichProgressBar):
 
 
 class Record(pl.Callback):
-    """Has validations when they are due, and keeps what a resumed run goes on from.
+    """Schedules validations, and keeps the state that a resumed run needs.
 
     Attributes:
-        seconds: spent in training steps, validations left out.
-        validations: each one's estimate, and the ``trained_episodes`` before it.
-        precisions: those that the run was trained with, as "PRECISION from EPISODE", one after the other.
-        encoder_init: the checkpoint that the encoder began with, and its digest; None: there was none.
-        began: whether all is set up, and what a checkpoint holds is in its place.
+        seconds: time spent in training steps, without validations.
+        validations: the estimate of each validation, with the ``trained_episodes`` before it.
+        precisions: the precisions of the training in order, each as "PRECISION from EPISODE".
+        encoder_init: the checkpoint of the encoder's initial weights and its digest; None if there was none.
+        began: whether setup is complete and the checkpoint is restored.
     """
 
     def __init__(self, encoder_init: dict[str, str] | None = None) -> None:
@@ -69,12 +69,12 @@ class Record(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self.began = True
         self._note_precision(str(trainer.precision), _data(trainer).trained)
-        if self._random is not None:  # now that all is set up again
+        if self._random is not None:  # now that setup is complete
             torch.set_rng_state(self._random[0])
             if self._random[1:] and torch.cuda.is_available():
                 torch.cuda.set_rng_state(self._random[1])
             self._random = None
-        # Lightning's epoch ends with a checkpoint, and not always with a validation.
+        # Every epoch of Lightning ends with a checkpoint, but not every one with a validation.
         trainer.check_val_every_n_epoch = 1 if _data(trainer).validates else sys.maxsize
         self._since = time.monotonic()
 
@@ -87,26 +87,26 @@ class Record(pl.Callback):
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         if trainer.is_last_batch and method.device.type == "cuda":
-            torch.cuda.synchronize(method.device)  # steps that are still under way are part of the time
+            torch.cuda.synchronize(method.device)  # include steps that are still running
         now = time.monotonic()
         self.seconds += now - self._since
         self._since = now
 
     def on_train_epoch_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         for logger in trainer.loggers:
-            logger.save()  # the log reaches the disk before the checkpoint does: a resumed run finds no gap
+            logger.save()  # the log is on the disk before the checkpoint, so a resumed run leaves no gap
 
     def on_validation_end(self, trainer: pl.Trainer, method: FewShotMethod) -> None:  # type: ignore[override]  # noqa: D102
         trained, estimate = _data(trainer).trained, method.estimates["val"]
         self.validations.append({"trained_episodes": trained, **estimate._asdict()})
-        shown = f"{estimate.accuracy:.2%} ± {estimate.ci95:.2%}"
-        method.print(f"episode {trained:,}: validation accuracy {shown}", flush=True)
+        accuracy = f"{estimate.accuracy:.2%} ± {estimate.ci95:.2%}"
+        method.print(f"episode {trained:,}: validation accuracy {accuracy}", flush=True)
         chance = 1 / _data(trainer).episode["way"]
         if estimate.accuracy - estimate.ci95 <= chance and not self._warned:
             self._warned = True
             method.print(
-                f"warning: after {trained:,} training episodes this is what guessing gives ({chance:.2%}); if it stays "
-                "so, look at optimizer.lr, distance and dataset.normalise",
+                f"warning: after {trained:,} training episodes this is what guessing gives ({chance:.2%}); if it does "
+                "not improve, check optimizer.lr, distance and dataset.normalise",
                 flush=True,
             )
         self._since = time.monotonic()
@@ -128,7 +128,7 @@ class Record(pl.Callback):
         self.precisions.append(f"{precision} from {trained}")
         if before is not None:
             rank_zero_only(say)(
-                f"warning: the run was trained with hardware.precision={before} so far, and goes on with "
+                f"warning: the run was trained with hardware.precision={before} so far, and continues with "
                 f"{precision}; its results will say so"
             )
 
@@ -142,7 +142,7 @@ class Record(pl.Callback):
             state = checkpoint["callbacks"].get(callback.state_key)
             if state is not None:
                 _move(state, callback)  # type: ignore[arg-type]
-        # Lightning would look for its place within an epoch; ours begins a new one with the episode that comes next.
+        # Lightning would resume within an epoch; ours starts a new epoch with the next episode.
         loops = checkpoint["loops"]["fit_loop"]
         for key in [key for key in loops if key.endswith("batch_progress")]:
             del loops[key]
@@ -153,21 +153,21 @@ class Record(pl.Callback):
         random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
         if not torch.distributed.is_initialized():
             return state | {"random": random}
-        of_all = [random] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(of_all, random)  # the first process saves what belongs to all
-        return state | {"random": of_all[0], "random_elsewhere": of_all[1:]}
+        all_random = [random] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(all_random, random)  # rank 0 saves the states of all ranks
+        return state | {"random": all_random[0], "random_elsewhere": all_random[1:]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         self.seconds, self.validations = state["seconds"], state["validations"]
         self.precisions = list(state.get("precisions", []))
         self.encoder_init = plain(state.get("encoder_init"))
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        of_all = dict(enumerate([state["random"], *state.get("random_elsewhere", [])]))
-        self._random = of_all.get(rank)  # none where there were fewer processes
+        all_random = dict(enumerate([state["random"], *state.get("random_elsewhere", [])]))
+        self._random = all_random.get(rank)  # None if the run had fewer processes
 
 
 class Answers(pl.Callback):
-    """Keeps what a method answers in a test, on its device until it is asked for."""
+    """Collects the answers of a method in a test; they stay on the device until they are read."""
 
     def __init__(self) -> None:
         self._numbers: list[EpisodeNumber] = []
@@ -175,7 +175,7 @@ class Answers(pl.Callback):
 
     @property
     def answers(self) -> dict[EpisodeNumber, NDArray[np.bool_]]:
-        """The classes with the largest logit of each query, bool ``[queries, way]``, of each episode solved here."""
+        """The classes with the largest logit of each query, bool ``[queries, way]``, per episode of this process."""
         answers = torch.cat(self._largest).cpu().numpy()
         return dict(zip(self._numbers, answers, strict=True))
 
@@ -196,13 +196,13 @@ class Answers(pl.Callback):
 
 
 class FiniteGradients(pl.Callback):
-    """Stops the run before a gradient that is not finite, or skips the step.
+    """Stops the run at a gradient that is not finite, or skips the step.
 
-    To stop costs an accelerator nothing: the norms are looked at when the log is, and before weights are judged or
-    saved. To skip is to know at once, so the host waits for every step. While the loss scaler of 16-mixed finds its
-    scale, some gradients are infinite, and it passes over those: there, what stops a run is that no scale will do.
+    Stopping costs an accelerator nothing: norms are checked when metrics are logged, and before weights are validated
+    or saved. Skipping needs each norm at once, so the host waits for every step. While the loss scaler of 16-mixed
+    searches for its scale, some gradients are infinite and it skips those steps; the run stops if no scale works.
 
-    A run that skips more than a tenth of its steps fails: it is not the training that was asked for.
+    A run that skips more than a tenth of its steps fails, because it is not the requested training.
 
     Args:
         on_nan: "stop" or "skip".
@@ -211,7 +211,7 @@ class FiniteGradients(pl.Callback):
         skipped: how many steps were skipped.
     """
 
-    MOST_SKIPPED = 0.1  # of a run's steps: beyond, the run would not be the one that was asked for
+    MOST_SKIPPED = 0.1  # of a run's steps
 
     def __init__(self, on_nan: str = "stop") -> None:
         self.on_nan = on_nan
@@ -226,11 +226,13 @@ class FiniteGradients(pl.Callback):
     ) -> None:
         data = _data(trainer)
         episodes = data.step
-        norm = torch.nn.utils.get_total_norm(of.grad for of in method.parameters() if of.grad is not None)
+        norm = torch.nn.utils.get_total_norm(
+            parameter.grad for parameter in method.parameters() if parameter.grad is not None
+        )
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if self.on_nan == "skip":
             if not norm.isfinite():
-                method.zero_grad()  # the optimizer passes over a parameter without a gradient
+                method.zero_grad()  # the optimizer ignores parameters without a gradient
                 self.skipped += 1
                 method.print(f"skipped: {_not_finite(norm, episodes, data)}", flush=True)
                 if scaler is None or scaler.get_scale() < 1:
@@ -240,11 +242,11 @@ class FiniteGradients(pl.Callback):
             if not asynchronous(norm.device) or len(self._norms) >= _log_every(trainer):
                 self._look(trainer)
         elif trainer.global_step % _log_every(trainer) == 0 and scaler.get_scale() < 1 and not norm.isfinite():
-            # The scaler passes over such a step by itself and halves its scale, which begins at 65536. An overflow is
-            # mended long before it is 1.
+            # The scaler itself skips such a step and halves its scale, which starts at 65536. An overflow is resolved
+            # long before the scale is 1.
             raise FewShotError(
-                f"{_not_finite(norm, episodes, data)}, as others before it, by however little 16-mixed multiplies the "
-                "loss. None of them has changed the weights. Choose hardware.precision=bf16-mixed, or lower "
+                f"{_not_finite(norm, episodes, data)}, as others before it, however small the loss scale "
+                "of 16-mixed. None of them has changed the weights. Choose hardware.precision=bf16-mixed, or lower "
                 "optimizer.lr, in a new run"
             )
 
@@ -263,13 +265,13 @@ class FiniteGradients(pl.Callback):
         self.skipped = state["skipped"]
 
     def _limit(self, data: EpisodeDataModule) -> None:
-        """Fail once the run must end with more than ``MOST_SKIPPED`` of its steps skipped."""
+        """Raise an error once the run has skipped more than ``MOST_SKIPPED`` of all its steps."""
         steps = -(-data.train_episodes // data.meta_batch)
         if self.skipped > self.MOST_SKIPPED * steps:
             raise FewShotError(
                 f"{self.skipped:,} of the run's {steps:,} training steps were skipped because their gradients were not "
                 f"finite, and train.on_nan=skip allows {self.MOST_SKIPPED:.0%}; lower optimizer.lr in a new "
-                "run, or look for images that break it"
+                "run, or look for invalid images"
             )
 
     def _look(self, trainer: pl.Trainer) -> None:
@@ -278,27 +280,27 @@ class FiniteGradients(pl.Callback):
             return
         episodes, norm = next((episodes, norm) for episodes, norm in norms if not norm.isfinite())
         raise FewShotError(
-            f"{_not_finite(norm, episodes, _data(trainer))}. The last checkpoint is of before that. Lower "
-            f"optimizer.lr in a new run, or skip such steps by resume={trainer.default_root_dir} train.on_nan=skip"
+            f"{_not_finite(norm, episodes, _data(trainer))}. The last checkpoint is from before that. Lower "
+            f"optimizer.lr in a new run, or skip such steps with resume={trainer.default_root_dir} train.on_nan=skip"
         )
 
 
 def _not_finite(norm: torch.Tensor, episodes: range, data: EpisodeDataModule) -> str:
     epoch, first = divmod(episodes.start, data.every)
-    named = f"{first}" if len(episodes) == 1 else f"{first} to {first + len(episodes) - 1}"
+    numbers = f"{first}" if len(episodes) == 1 else f"{first} to {first + len(episodes) - 1}"
     return (
         f"the gradient of training episode {episodes.start} is {norm.item()} "
-        f"(seed={data.train_episode['seed']}, epoch {epoch}, number {named})"
+        f"(seed={data.train_episode['seed']}, epoch {epoch}, number {numbers})"
     )
 
 
 class Interruption(pl.Callback):
-    """Lets Ctrl-C, SIGTERM and Slurm's SIGUSR1 end a run: a training after the step at hand, with a checkpoint.
+    """Lets Ctrl-C, SIGTERM and Slurm's SIGUSR1 end a run; training ends after the current step, with a checkpoint.
 
-    A context around all of the run. Outside of training, or at the second signal, the run ends at once.
+    A context manager around the whole run. Outside of training, or at the second signal, the run ends at once.
 
     Args:
-        resume: how to go on, for the message.
+        resume: the command that resumes the run, for the message.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -310,7 +312,7 @@ class Interruption(pl.Callback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+        if threading.current_thread() is threading.main_thread():  # only the main thread can handle signals
             self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
         self._listen()
         return self
@@ -321,7 +323,7 @@ class Interruption(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self._training = True
-        self._listen()  # Lightning has put handlers of its own, which end a training without a checkpoint
+        self._listen()  # Lightning has installed handlers that end a training without a checkpoint
 
     def on_train_batch_end(  # noqa: D102
         self,
@@ -334,7 +336,7 @@ class Interruption(pl.Callback):
         if not _ends_a_step(trainer, batch_idx):
             return
         self._stop = self._received is not None
-        if trainer.world_size > 1:  # all ranks leave after the same step; to agree on it they wait for each other
+        if trainer.world_size > 1:  # all ranks must stop after the same step; they wait for each other to agree
             agree = batch_idx // trainer.accumulate_grad_batches % _log_every(trainer) == 0
             self._stop = agree and self._any(trainer)
         data = _data(trainer)
@@ -349,7 +351,7 @@ class Interruption(pl.Callback):
         self._training = False
 
     def check(self, trainer: pl.Trainer) -> None:
-        """Raise ``Interrupted`` if a signal came, to whichever process, while the training went on."""
+        """Raise ``Interrupted`` if any process received a signal during training."""
         if self._any(trainer):
             raise Interrupted(self._received or signal.SIGTERM, self.resume)
 
@@ -365,13 +367,13 @@ class Interruption(pl.Callback):
             raise Interrupted(number, self.resume)
         self._received = number
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            say("finishing the step at hand; once more to stop at once", error=True)
+            say("finishing the current step; interrupt again to stop immediately", error=True)
 
 
 def _move(state: dict[str, Any], callback: ModelCheckpoint) -> None:
-    """Let the state of a ``ModelCheckpoint`` name the one file that it keeps, where the run lies now.
+    """Make the state of a ``ModelCheckpoint`` name only the file that it keeps, in the current run directory.
 
-    Lightning removes what this state names once there is a better one, so no other file may stand in it.
+    Lightning deletes the file that this state names once there is a better one, so it must not name any other file.
     """
     kept = str(Path(str(callback.dirpath), f"{callback.filename}.ckpt"))
     state["dirpath"] = callback.dirpath
@@ -381,7 +383,7 @@ def _move(state: dict[str, Any], callback: ModelCheckpoint) -> None:
 
 
 def _ends_a_step(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer has stepped after this batch, or still gathers the gradient of a meta-batch."""
+    """Whether the optimizer has stepped after this batch, and is not still accumulating gradients."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 

@@ -1,4 +1,4 @@
-"""What every entry point shares: errors a person can act on, and help that shows each key with its comment."""
+"""Shared by all entry points: one-line errors that say what to do, and help that shows each key with its comment."""
 
 import difflib
 import errno
@@ -33,12 +33,12 @@ from fewshot.errors import Interrupted, mistake
 from fewshot.sweeps import FAILURE, Sweep, failures
 from fewshot.text import for_terminal, open_streams, say
 
-LEADING = {"report": "runs"}  # the key of the arguments that need none
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning looks for the number of a process
-TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user's wish
-# What Hydra and OmegaConf add to a message for those who write configuration files.
+LEADING = {"report": "runs"}  # commands whose first arguments may omit this key
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning's sources of the rank
+TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # requested by the user
+# What Hydra and OmegaConf add to messages for authors of configuration files.
 ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
-# The extra that brings each of Hydra's plugins.
+# The extra that installs each Hydra plugin.
 PLUGINS = {
     **{"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray"},
     **{"optuna": "optuna", "search": "optuna"},
@@ -47,11 +47,11 @@ HYDRAS_OWN = ("hydra", "hydra_debug")  # groups
 
 
 def name_leading(key: str, arguments: list[str]) -> None:
-    """Let the first arguments go without a key: ``PROGRAM A B other=1`` means ``PROGRAM key=[A,B] other=1``.
+    """Let the first arguments omit their key: ``PROGRAM A B other=1`` means ``PROGRAM key=[A,B] other=1``.
 
     Args:
-        key: of a list of paths.
-        arguments: ``sys.argv``, changed in place. An argument with "=" is a path only where one of that name exists.
+        key: the key of a list of paths.
+        arguments: ``sys.argv``, changed in place. An argument with "=" is a path only if that path exists.
     """
     stop = 1
     while stop < len(arguments) and not arguments[stop].startswith("-"):
@@ -63,11 +63,11 @@ def name_leading(key: str, arguments: list[str]) -> None:
         arguments[1:stop] = [f"{key}=[{','.join(paths)}]"]
 
 
-_command = "train"  # the one that runs in this process
+_command = "train"  # the command that runs in this process
 
 
 def main() -> None:
-    """The command ``fewshot NAME KEY=VALUE ...``."""
+    """Run ``fewshot NAME KEY=VALUE ...``."""
     open_streams()
     program, *arguments = sys.argv
     name = arguments[0] if arguments else "--help"
@@ -91,7 +91,7 @@ def _usage() -> Iterator[str]:
 
 
 def _complete(program: str) -> None:
-    """Complete ``fewshot NAME``; of what follows, Hydra completes ``NAME``'s own line."""
+    """Complete ``fewshot NAME``; Hydra completes the arguments of ``NAME``."""
     called, name, *_ = [*os.environ["COMP_LINE"].split(), "", ""]
     if name in COMMANDS:
         os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(f"{called} {name}", called, 1)
@@ -106,7 +106,7 @@ def run(name: str, arguments: list[str] | None = None) -> None:
     Set HYDRA_FULL_ERROR=1 to see the traceback instead.
 
     Args:
-        name: of the command, and of its file in ``conf``.
+        name: the command, which is also the name of its file in ``conf``.
         arguments: the program and the overrides; None: ``sys.argv``.
     """
     global _command  # noqa: PLW0603
@@ -116,45 +116,45 @@ def run(name: str, arguments: list[str] | None = None) -> None:
     if name in LEADING:
         name_leading(LEADING[name], sys.argv)
     if {"--help", "-h"} & set(sys.argv):
-        # Hydra's list of groups takes a second, and our help has its own.
+        # Hydra's list of groups takes a second, and our help prints its own.
         Hydra.format_config_groups = lambda *_: ""  # type: ignore[method-assign]
     function = job(COMMANDS[name], typed)
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(function)
     if TRACEBACK:
         main()
     else:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
         _guard(main)
         _exit_if_jobs_failed()
 
 
 def job(function: Callable[[DictConfig], Any], typed: list[str]) -> Callable[[DictConfig], Any]:
-    """Decorate the function that ``hydra.main`` runs, so that its mistakes end in the same way.
+    """Decorate the function that ``hydra.main`` runs, so that mistakes in it end in one line, too.
 
-    In a sweep they are printed and written down, in whichever process the job runs: the others go on, and those that
-    failed are named at the end.
+    In a sweep, errors are printed and recorded in the process that runs the job; other jobs continue, and the failed
+    ones are listed at the end.
 
     Args:
         function: takes the composed configuration.
-        typed: the command line, by which Lightning starts the other processes of a run.
+        typed: the command line, with which Lightning starts the other processes of a run.
     """
 
     @wraps(function)
     def guarded(config: DictConfig) -> Any:
-        open_streams()  # a job of a sweep may run in a process that some launcher started
+        open_streams()  # a launcher may have started a new process for this job
         if TRACEBACK:
             return function(config)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return _note_failure(lambda: function(config))
         sys.argv = typed
-        os.environ.pop("HYDRA_FULL_ERROR", None)  # processes started from here decide for themselves
+        os.environ.pop("HYDRA_FULL_ERROR", None)  # processes started from here set it themselves
         return _guard(lambda: function(config))
 
     return guarded
 
 
 def _note_failure(function: Callable[[], Any]) -> Any:
-    """The value of a job of a sweep; None if it failed, since an error would end the sweep with the jobs at hand."""
+    """Return the value of a sweep's job, or None if it failed, because an exception would end the whole sweep."""
     try:
         return function()
     except Exception as error:
@@ -178,14 +178,14 @@ def _guard(function: Callable[[], Any]) -> Any:
     except KeyboardInterrupt as interrupt:
         _exit_interrupted(interrupt)
     except SystemExit as exit_:
-        if isinstance(exit_.__context__, KeyboardInterrupt) and exit_.code == 1:  # Lightning's way to end
+        if isinstance(exit_.__context__, KeyboardInterrupt) and exit_.code == 1:  # how Lightning exits
             _exit_interrupted(exit_.__context__)
         raise
     except Exception as error:
-        _exit_if_jobs_failed()  # they are why, as where Optuna has no job to choose
+        _exit_if_jobs_failed()  # they are the cause, for example if Optuna has no job to choose
         message = _explain(error)
         if message is None:
-            raise  # a bug, which its traceback tells best
+            raise  # a bug: show its traceback
         _exit(message, 1)
 
 
@@ -198,7 +198,7 @@ def _exit_if_jobs_failed() -> None:
 def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
     message, status = (str(interrupt), interrupt.status) if isinstance(interrupt, Interrupted) else ("interrupted", 130)
     if Sweep.folder is not None:
-        message = f"interrupted; go on with the sweep by the same command and {Sweep.again}"
+        message = f"interrupted; resume the sweep with the same command and {Sweep.again}"
     _exit(message, status)
 
 
@@ -207,14 +207,14 @@ def _exit(message: str, status: int) -> None:
     if rank > 0:
         from fewshot.processes import PATIENCE  # noqa: PLC0415
 
-        time.sleep(PATIENCE)  # a failure of all processes is reported by the first one, which ends this one
+        time.sleep(PATIENCE)  # rank 0 reports a failure of all processes, and ends this one
         message = f"process {rank}: {message}"
     say(*f"error: {message}".split("\n"), error=True)
     sys.exit(status)
 
 
 def _rank() -> int:
-    """The number of this process among those that train together; Lightning knows it better, where it is imported."""
+    """Return the rank of this process, from Lightning if it is imported."""
     lightning = sys.modules.get("lightning_fabric.utilities.rank_zero")
     if lightning is not None:
         return int(lightning.rank_zero_only.rank)
@@ -222,7 +222,7 @@ def _rank() -> int:
 
 
 def _explain(error: BaseException) -> str | None:
-    """One line for a mistake of the user's; None for anything else."""
+    """Return one line that explains a user's mistake; None for any other error."""
     ours = mistake(error)
     if ours is not None:
         return str(ours)
@@ -233,11 +233,11 @@ def _explain(error: BaseException) -> str | None:
             return f"{' '.join(str(cause).split())} {help_}"
         if isinstance(cause, OSError) and cause.filename is not None:
             return (
-                f"{cause.filename}: {cause.strerror}; make it usable, or name other places with "
+                f"{cause.filename}: {cause.strerror}; make it usable, or name other paths with "
                 "hydra.run.dir=PATH (results), cache_dir=PATH and data_dir=PATH"
             )
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            return f"{cause.strerror}; what was saved before is kept: make room, then go on by resume=RUN_DIR"
+            return f"{cause.strerror}; what was saved before is kept: free some space, then resume with resume=RUN_DIR"
     known = HydraException | OmegaConfBaseException
     libraries = [cause for cause in causes if isinstance(cause, known) or _raised_in_hydra(cause)]
     if not libraries:
@@ -252,12 +252,12 @@ def _plain(*errors: BaseException) -> str:
 
 
 def _wrong_overrides() -> Iterator[str]:
-    """What is wrong with each override of the command line by itself, with the nearest name that exists."""
-    name, places = _program(), list(_places(sys.argv[1:]))
+    """Yield what is wrong with each override of the command line, with the nearest existing name."""
+    name, places = _program(), list(_added_sources(sys.argv[1:]))
     missing = [place for place in places if not source_at(place).available()]
     if missing:
-        yield f"there is no directory or package {', '.join(missing)} for --config-dir or hydra.searchpath to name"
-        return  # what else seems to be wrong could lie there
+        yield f"--config-dir or hydra.searchpath names {', '.join(missing)}, which does not exist"
+        return  # other names may be defined there
     if not any(source.is_config(name) for source in search_path(*places)):
         return  # not one of our programs
     groups: list[tuple[str, str]] = []
@@ -272,11 +272,11 @@ def _wrong_overrides() -> Iterator[str]:
             continue
         value = override.value()
         if isinstance(value, Glob):
-            continue  # it takes what there is
+            continue  # it matches whatever exists
         tried = argument
         if override.is_sweep_override():
-            one = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
-            tried = f"{argument.partition('=')[0]}={one}"
+            first = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
+            tried = f"{argument.partition('=')[0]}={first}"
         chooses = is_group(override.key_or_group, *places) or override.key_or_group.startswith("hydra/")
         (groups if chooses else keys).append((override.key_or_group, tried))
     chosen: list[str] = []
@@ -285,7 +285,7 @@ def _wrong_overrides() -> Iterator[str]:
             compose_unresolved(*chosen, tried, name=name, places=places)
         except (HydraException, OmegaConfBaseException) as error:
             option = tried.partition("=")[2]
-            plugin = f" (pip install -e '.[{PLUGINS[option]}]' brings it)" if option in PLUGINS else ""
+            plugin = f" (pip install -e '.[{PLUGINS[option]}]' installs it)" if option in PLUGINS else ""
             yield _plain(error) + (plugin or _nearest(option, _options(group, search_path(*places))))
         else:
             chosen.append(tried)
@@ -298,8 +298,8 @@ def _wrong_overrides() -> Iterator[str]:
             yield f"{key} is now {RENAMED[key]}" if key in RENAMED else _plain(error) + hint
 
 
-def _places(arguments: Sequence[str]) -> Iterator[str]:
-    """The places that a command line adds to the search path; ``search_path`` tells those of one that was composed."""
+def _added_sources(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the sources that a command line adds to the search path, even if it cannot be composed."""
     for argument, following in pairwise([*arguments, ""]):
         if argument in ("--config-dir", "-cd"):
             yield following
@@ -311,7 +311,7 @@ def _places(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _program() -> str:
-    """The name of the entry point, and of its configuration; a job of a sweep may run in a process of other make."""
+    """Return the name of the command and its configuration; a sweep's job may run in a process that is not ours."""
     return str(HydraConfig.get().job.config_name) if HydraConfig.initialized() else _command
 
 
@@ -321,11 +321,11 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _options(group: str, sources: Iterable[ConfigSource]) -> dict[str, ConfigSource]:
-    """The names that choose the files of a group, each with the place that Hydra takes its file from."""
+    """Return the options of a group, each with the source that Hydra reads it from."""
     found: dict[str, ConfigSource] = {}
     for source in sources:
         for name in options(source, group):
-            if not f"/{name}".rpartition("/")[0].endswith("/base"):  # what several options share
+            if not f"/{name}".rpartition("/")[0].endswith("/base"):  # shared by several options
                 found.setdefault(name, source)
     return dict(sorted(found.items()))
 
@@ -339,7 +339,7 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _raised_in_hydra(error: BaseException) -> bool:
-    """Whether Hydra itself stumbled over the command line; not all that it finds has a type of its own."""
+    """Whether Hydra itself failed on the command line; not all of its errors have their own type."""
     modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(modules) and modules[-1].startswith(("hydra.core", "hydra._internal"))
 
@@ -351,8 +351,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _help(*, _root_: DictConfig) -> str:
-    """The configuration files behind this command line, with the comments that say what each key is for."""
-    sources = [source_at(f"{one.schema}://{one.path}") for one in _root_.hydra.runtime.config_sources]
+    """Return the configuration files behind this command line, with the comments that explain each key."""
+    sources = [source_at(f"{source.schema}://{source.path}") for source in _root_.hydra.runtime.config_sources]
     name = str(_root_.hydra.job.config_name)
     primary = next(source for source in sources if source.is_config(name))
     shown = [_text(primary, name)]
@@ -361,26 +361,26 @@ def _help(*, _root_: DictConfig) -> str:
     entries = OmegaConf.select(primary.load_config(name).config, "defaults", default=[])
     groups = [entry if isinstance(entry, str) else str(next(iter(entry))) for entry in entries]
     own = {group for source in sources for group in source.list("", ObjectType.GROUP)}
-    # Beside the groups that this command chooses from: those that nobody but the user has.
+    # In addition to the groups that this command chooses from, those that only the user has.
     groups += sorted(own.difference(groups, (path.name for path in CONF.iterdir()), HYDRAS_OWN))
     for group in groups:
-        found = _options(group, sources)
+        available = _options(group, sources)
         choice = _root_.hydra.runtime.choices.get(group)
-        if found:
-            shown.append(f"# {group}={'|'.join(found)}")
-        if choice in found:
+        if available:
+            shown.append(f"# {group}={'|'.join(available)}")
+        if choice in available:
             shown[-1] += f" ... {group}={choice} sets:"
-            shown.append(_text(found[choice], f"{group}/{choice}"))
+            shown.append(_text(available[choice], f"{group}/{choice}"))
     return "\n".join(shown).replace("$", "$$")  # Hydra's help is a string.Template
 
 
 def _text(source: ConfigSource, name: str) -> str:
-    """A configuration file with its comments."""
+    """Return a configuration file with its comments."""
     if source.scheme() == "file":
         return Path(source.path, f"{name}.yaml").read_text(encoding="utf-8")
     if source.scheme() == "pkg":
         return resources.files(source.path).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return OmegaConf.to_yaml(source.load_config(name).config)  # it was made in Python
+    return OmegaConf.to_yaml(source.load_config(name).config)  # defined in Python
 
 
 OmegaConf.register_new_resolver("fewshot_help", _help, replace=True)

@@ -1,6 +1,6 @@
-"""What each command does: ``fewshot NAME KEY=VALUE ...``, and in a checkout ``python src/NAME.py KEY=VALUE ...``.
+"""The commands: ``fewshot NAME KEY=VALUE ...``, or in a checkout ``python src/NAME.py KEY=VALUE ...``.
 
-A command imports what it needs when it runs, so that help, completion and mistakes need neither PyTorch nor Lightning.
+Commands import what they need when they run, so that help, completion and errors need neither PyTorch nor Lightning.
 """
 
 import sys
@@ -22,21 +22,21 @@ def train(config: DictConfig) -> float:
 
 
 def evaluate(config: DictConfig) -> float:
-    """Test the weights of a checkpoint, at any way and shot, class by class, alone or against others."""
+    """Test the weights of a checkpoint at any way and shot, per class, alone or against others."""
     from fewshot.evaluation import evaluate
 
     return evaluate(config)
 
 
 def predict(config: DictConfig) -> None:
-    """Classify your own images by a few examples of each class."""
+    """Classify your own images from a few examples of each class."""
     from fewshot.prediction import predict
 
     predict(config)
 
 
 def report(config: DictConfig) -> None:
-    """Set the results of runs beside the published ones."""
+    """Compare the results of runs with published ones."""
     from fewshot.report import report
 
     for path in report(config.runs, config.tables, config.sources, config.out, config.readme):
@@ -61,14 +61,14 @@ def export(config: DictConfig) -> None:
 
 
 def demo(config: DictConfig) -> None:
-    """Show a page where images are classified by a few examples of each class, until Ctrl-C."""
+    """Serve a page that classifies images from a few examples of each class, until Ctrl-C."""
     from fewshot.demo import serve
 
     serve(config)
 
 
 def bench(config: DictConfig) -> None:
-    """Time this project beside the ways others do the same."""
+    """Time this project against other implementations."""
     _only_in_a_checkout("bench")
     from benchmarks.contest import bench
     from benchmarks.suite import choose
@@ -87,7 +87,7 @@ def _only_in_a_checkout(name: str) -> None:
     """
     if not CHECKOUT:
         raise FewShotError(
-            f"fewshot {name} works in a checkout of the project only: the installed package leaves out its benchmarks "
+            f"fewshot {name} works only in a checkout of the project: the installed package leaves out its benchmarks "
             "and figures"
         )
     if str(ROOT / "src") not in sys.path:

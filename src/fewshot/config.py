@@ -1,4 +1,4 @@
-"""The configuration: its types, its ranges, and how to compose it without the command line."""
+"""The configuration: types, ranges, and how to compose it without the command line."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,14 +24,14 @@ from omegaconf.errors import InterpolationKeyError
 from fewshot.errors import FewShotError, mistake, reason
 
 PACKAGE = Path(__file__).parent
-CHECKOUT = (PACKAGE.parents[1] / "conf" / "train.yaml").is_file()  # else the package is installed, conf inside it
-ROOT = PACKAGE.parents[1] if CHECKOUT else Path.cwd()  # where outputs and data lie
+CHECKOUT = (PACKAGE.parents[1] / "conf" / "train.yaml").is_file()  # else installed, with conf inside the package
+ROOT = PACKAGE.parents[1] if CHECKOUT else Path.cwd()  # the parent of outputs and data
 CONF = (ROOT if CHECKOUT else PACKAGE) / "conf"
 
 
 @dataclass
 class Task:
-    """The make of an episode."""
+    """The size of an episode."""
 
     way: int = MISSING
     shot: int = MISSING
@@ -66,7 +66,7 @@ class Test:
 
 @dataclass
 class TrainConfig(Task):
-    """The keys and types of ``conf/train.yaml``, where each one is explained; groups bring their own keys."""
+    """The keys and types of ``conf/train.yaml``, which explains each key; groups add their own keys."""
 
     dataset: Any = MISSING
     method: Any = MISSING
@@ -132,24 +132,24 @@ ONE_OF = {
 
 
 def check(config: DictConfig) -> None:
-    """Refuse values of a wrong type or out of range before anything slow begins.
+    """Reject values of a wrong type or out of range before anything slow begins.
 
-    The keys of a group are held to the types of the function or class that its ``_target_`` names, and those of
-    ``hardware`` to Lightning's trainer; what an encoder, a distance or a method refuses is found by making one.
+    Keys of a group are checked against the signature of the function or class that its ``_target_`` names, and those
+    of ``hardware`` against Lightning's trainer. Encoder, distance and method are instantiated to run their own checks.
 
     Raises:
-        FewShotError: names every such key, and what it must be.
+        FewShotError: names every wrong key, and what it must be.
     """
-    absent = [key for key in NODES if not OmegaConf.is_dict(OmegaConf.select(config, key))]
-    absent += ["encoder"] if "encoder" not in absent and "_target_" not in config.encoder else []
-    if absent:
-        raise FewShotError(f"the configuration has no {', '.join(absent)}; leave out the override that takes it away")
+    missing = [key for key in NODES if not OmegaConf.is_dict(OmegaConf.select(config, key))]
+    missing += ["encoder"] if "encoder" not in missing and "_target_" not in config.encoder else []
+    if missing:
+        raise FewShotError(f"the configuration has no {', '.join(missing)}; leave out the override that removes it")
     config = with_classes(config)
     wrong = [
         line for key, node in _targets(config) for line in _wrong_types(key, node, import_target(key, node._target_))
     ]
     if not isinstance(config.encoder.get("init"), str | None):
-        wrong.append(f"encoder.init={config.encoder.init} must be the directory of a run, or a checkpoint, or null")
+        wrong.append(f"encoder.init={config.encoder.init} must be the directory of a run, a checkpoint, or null")
     hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
     if hardware.get("precision") == "auto":  # ours; see fewshot.hardware
         del hardware["precision"]
@@ -158,23 +158,27 @@ def check(config: DictConfig) -> None:
     wrong += _wrong_types("hardware", hardware, Trainer)
     if not isinstance(config.hardware.compile, bool):
         wrong.append(f"hardware.compile={config.hardware.compile} must be true or false")
-    of_a_wrong_type = bool(wrong)
+    wrong_type = bool(wrong)
     values = {key: OmegaConf.select(config, key) for key in (*AT_LEAST, *ABOVE_ZERO, *ONE_OF)}
     for key, least in AT_LEAST.items():
         whole = _fits(values[key], int)
         if values[key] < least if whole else not key.startswith("schedule."):  # some schedules have other keys
             wrong.append(f"{key}={values[key]} must be at least {least}")
-    if not of_a_wrong_type:
-        given = [key for key in ABOVE_ZERO if values[key] is not None]
-        wrong += [f"{key}={values[key]} must be positive" for key in given if not values[key] > 0]
-        wrong += [f"{key}={values[key]} must be {_or(of)}" for key, of in ONE_OF.items() if values[key] not in of]
+    if not wrong_type:
+        positive = [key for key in ABOVE_ZERO if values[key] is not None]
+        wrong += [f"{key}={values[key]} must be positive" for key in positive if not values[key] > 0]
+        wrong += [
+            f"{key}={values[key]} must be {_or(allowed)}"
+            for key, allowed in ONE_OF.items()
+            if values[key] not in allowed
+        ]
         wrong += _refused(config)
     if wrong:
         raise FewShotError("; ".join(dict.fromkeys(wrong)))
 
 
 def outdated(config: Mapping[Any, Any]) -> str | None:
-    """A key by which a configuration, of a checkpoint say, is of an earlier version; None if it has none."""
+    """Return a key of an earlier version that a configuration (of a checkpoint, say) has; None if it has none."""
     for key in RENAMED:
         node, _, name = key.partition(".")
         section = config.get(node)
@@ -184,42 +188,42 @@ def outdated(config: Mapping[Any, Any]) -> str | None:
 
 
 def trains_on(config: DictConfig) -> str:
-    """What the method of a configuration trains on, "episodes" or "classes"; see ``FewShotMethod``.
+    """Return what the configured method trains on, "episodes" or "classes"; see ``FewShotMethod``.
 
     Raises:
-        FewShotError: it cannot be imported, or trains on something else.
+        FewShotError: the method cannot be imported, or trains on something else.
     """
     name = OmegaConf.select(config, "method._target_")
-    found = "episodes" if name is None else getattr(import_target("method", name), "trains_on", "episodes")
-    if found not in ("episodes", "classes"):
-        raise FewShotError(f"{name}.trains_on is {found!r}, and must be 'episodes' or 'classes'")
-    return str(found)
+    kind = "episodes" if name is None else getattr(import_target("method", name), "trains_on", "episodes")
+    if kind not in ("episodes", "classes"):
+        raise FewShotError(f"{name}.trains_on is {kind!r}, and must be 'episodes' or 'classes'")
+    return str(kind)
 
 
 def with_classes(config: DictConfig, classes: int | None = None) -> DictConfig:
-    """The configuration with the number of training classes in it, if its method trains on these.
+    """Add the number of training classes to the configuration, if its method trains on classes.
 
     Args:
         config: the composed ``conf/train.yaml``.
-        classes: as many as the data have; None: they were not read yet, and any number does to check the rest.
+        classes: the number in the data; None: they are not read yet, and any number serves to check the rest.
 
     Raises:
-        FewShotError: the configuration has another number already.
+        FewShotError: the configuration already has a different number.
     """
     if trains_on(config) != "classes":
         return config
-    given = config.method.get("classes")
+    configured = config.method.get("classes")
     if classes is None:
-        classes = 2 if given is None else given
-    if given not in (None, classes):
-        raise FewShotError(f"method.classes={given}: the data have {classes} training classes; leave it out")
+        classes = 2 if configured is None else configured
+    if configured not in (None, classes):
+        raise FewShotError(f"method.classes={configured}: the data have {classes} training classes; leave it out")
     config = config.copy()
     OmegaConf.update(config, "method.classes", classes, force_add=True)
     return config
 
 
 def check_types(key: str, node: DictConfig) -> None:
-    """Hold the keys of a node to the types of the function that its ``_target_`` names.
+    """Check the keys of a node against the signature of the function that its ``_target_`` names.
 
     Raises:
         FewShotError: names every key of a wrong type, and what it must be.
@@ -230,7 +234,7 @@ def check_types(key: str, node: DictConfig) -> None:
 
 
 def _targets(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """The nodes that Hydra makes an object from, by their keys; those that stand inside of another only once."""
+    """Yield the nodes that Hydra instantiates, with their keys; parts repeated inside ``method`` are left out."""
     for key, value in node.items():
         if isinstance(value, DictConfig) and (prefix != "method." or "_target_" not in value):
             if "_target_" in value:
@@ -262,25 +266,25 @@ def _or(choices: Iterable[Any]) -> str:
 
 def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, of) for of in get_args(hint))
+        return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) is list:
-        return OmegaConf.is_list(value) and all(_fits(of, *get_args(hint)) for of in value)
+        return OmegaConf.is_list(value) and all(_fits(item, *get_args(hint)) for item in value)
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _in_words(hint: Any) -> Iterator[str]:
-    """What fits."""
+    """Describe the values that fit a type."""
     if get_origin(hint) in (Union, UnionType):
         for option in get_args(hint):
             yield from _in_words(option)
     elif get_origin(hint) is Literal:
         yield from map(str, get_args(hint))
     elif getattr(hint, "__module__", None) != "torch":  # no YAML holds a tensor
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
         yield words.get(hint, str(hint))
 
 
@@ -295,9 +299,9 @@ def _refused(config: DictConfig) -> Iterator[str]:
     parts = {"transform": config.transform, "encoder": encoder, "distance": config.distance, "method": method}
     for part, node in parts.items():
         if part == "method" and refused:
-            return  # it is made of the other two
+            return  # it contains the encoder and the distance
         try:
-            with torch.device("meta"):  # weights that take no time and no memory
+            with torch.device("meta"):  # allocates no weights
                 instantiate(node)
         except Exception as error:
             known = mistake(error)
@@ -316,54 +320,54 @@ def _refused(config: DictConfig) -> Iterator[str]:
 
 
 def command(name: str) -> str:
-    """How to call a command, for messages."""
+    """Return how to call a command, for messages."""
     return f"python {ROOT / 'src' / name}.py" if CHECKOUT else f"fewshot {name}"
 
 
 def import_target(key: str, name: str) -> Any:
-    """What a ``_target_`` names.
+    """Import what a ``_target_`` names.
 
     Args:
-        key: of the node that it stands in, for messages.
-        name: with dots.
+        key: the node that contains it, for messages.
+        name: a dotted name.
 
     Raises:
         FewShotError: it cannot be imported.
     """
     try:
         return get_object(name)
-    except Exception as error:  # whatever the module raises
+    except Exception as error:  # a module may raise anything
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
         raise FewShotError(
-            f"{key}._target_={name} cannot be imported: {root}; correct the name, or install its package, or put the "
-            "folder that holds it on PYTHONPATH"
+            f"{key}._target_={name} cannot be imported: {root}; correct the name, install its package, or add its "
+            "directory to PYTHONPATH"
         ) from error
 
 
 def search_path(*places: str) -> list[ConfigSource]:
-    """Where the configuration of this command comes from: ``conf``, ``--config-dir``, ``hydra.searchpath``, plugins.
+    """Return the sources of this command's configuration: ``conf``, ``--config-dir``, ``hydra.searchpath``, plugins.
 
     Args:
-        places: more of them, as ``hydra.searchpath`` names them.
+        places: additional ones, as in ``hydra.searchpath``.
 
     Returns:
-        Those that exist; of files of one name Hydra takes the first.
+        Those that exist; of several files with one name, Hydra uses the first.
     """
     in_use = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
-    found = [source_at(f"{one.schema}://{one.path}") for one in in_use]
-    found += [source_at(place) for place in (*places, str(CONF))]
-    return list({source.full_path(): source for source in found if source.available()}.values())
+    sources = [source_at(f"{source.schema}://{source.path}") for source in in_use]
+    sources += [source_at(place) for place in (*places, str(CONF))]
+    return list({source.full_path(): source for source in sources if source.available()}.values())
 
 
 def source_at(place: str) -> ConfigSource:
-    """A place that configuration files come from: a directory, or ``pkg://PACKAGE``; it need not exist.
+    """Return a source of configuration files: a directory, or ``pkg://PACKAGE``; it need not exist.
 
     Raises:
-        HydraException: Hydra knows no such kind of places.
+        HydraException: Hydra does not know the scheme.
     """
-    Plugins.instance()  # brings the kinds
+    Plugins.instance()  # registers the schemes
     scheme, separator, path = place.partition("://")
     if not separator:
         scheme, path = "file", place
@@ -372,7 +376,7 @@ def source_at(place: str) -> ConfigSource:
 
 
 def options(source: ConfigSource, group: str, below: str = "") -> Iterator[str]:
-    """The files of a group in one place of the search path, by the names that choose them."""
+    """Yield the options of a group in one source of the search path."""
     here = f"{group}/{below}".rstrip("/")
     if source.is_group(here):
         yield from (f"{below}{name}" for name in source.list(here, ObjectType.CONFIG))
@@ -381,23 +385,23 @@ def options(source: ConfigSource, group: str, below: str = "") -> Iterator[str]:
 
 
 def is_group(name: str, *places: str) -> bool:
-    """Whether there are files to choose from under this name; ``places`` as for ``search_path``."""
+    """Whether a configuration group has this name; ``places`` as for ``search_path``."""
     return any(source.is_group(name) for source in search_path(*places))
 
 
 def compose(*overrides: str, name: str = "train", places: Sequence[str] = ()) -> DictConfig:
-    """The configuration that the command line would run with, for notebooks, tests and other programs.
+    """Compose the configuration that the command line would use, for notebooks, tests and other programs.
 
     Args:
         overrides: as on the command line: "dataset=omniglot", "way=20". ``run_dir`` is null unless given.
         name: the file in ``conf``.
-        places: more of the search path, see ``search_path``.
+        places: additions to the search path, see ``search_path``.
     """
     config = compose_unresolved(*overrides, name=name, places=places)
     hydra_config = HydraConfig.instance()
-    outer = hydra_config.cfg  # of a program that runs under Hydra itself
+    outer = hydra_config.cfg  # set if this program runs under Hydra
     try:
-        hydra_config.set_config(config)  # for the interpolations that name it
+        hydra_config.set_config(config)  # for interpolations that refer to it
         keys = [str(key) for key in config if key != "hydra"]
         try:
             resolved = DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
@@ -406,7 +410,7 @@ def compose(*overrides: str, name: str = "train", places: Sequence[str] = ()) ->
                 f"{error.full_key} depends on a key that {name}.yaml does not have: {reason(error)}"
             ) from error
         resolve(resolved)
-        if resolved.get("run_dir", "") is None:  # these may name it, and train will choose one
+        if resolved.get("run_dir", "") is None:  # these may refer to it, and train will set it
             resolved.merge_with(OmegaConf.masked_copy(config, ["logger", "callbacks"]))
         return resolved
     finally:
@@ -416,7 +420,7 @@ def compose(*overrides: str, name: str = "train", places: Sequence[str] = ()) ->
 def resolve(config: DictConfig) -> None:
     """Resolve all interpolations in place.
 
-    ``encoder.init`` is then a key of ``encoder`` alone: the encoder in ``method`` takes no such argument.
+    ``encoder.init`` then remains in ``encoder`` only: the encoder in ``method`` takes no such argument.
     """
     OmegaConf.resolve(config)
     encoder = OmegaConf.select(config, "method.encoder")
@@ -426,7 +430,7 @@ def resolve(config: DictConfig) -> None:
 
 
 def as_overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Settings as the command line has them: ``{"way": 5, "train": {"episodes": 9}}`` is way=5 and train.episodes=9."""
+    """Turn settings into overrides: ``{"way": 5, "train": {"episodes": 9}}`` is way=5 and train.episodes=9."""
     overrides = []
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -445,11 +449,14 @@ def _as_value(value: Any) -> str:
 
 
 def compose_unresolved(*overrides: str, name: str = "train", places: Sequence[str] = ()) -> DictConfig:
-    """The same with Hydra's own node, interpolations left as they are; ``places`` as for ``search_path``."""
+    """Compose without resolving interpolations, including Hydra's own node; ``places`` as for ``search_path``."""
     if places:
         quoted = (QuotedString(place, Quote.single).with_quotes() for place in places)
         overrides = (f"hydra.searchpath=[{','.join(quoted)}]", *overrides)
-    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a program may have its own
+    outer, GlobalHydra.instance().hydra = (
+        GlobalHydra.instance().hydra,
+        None,
+    )  # a program may use Hydra itself
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose(name, list(overrides), return_hydra_config=True)
@@ -458,12 +465,12 @@ def compose_unresolved(*overrides: str, name: str = "train", places: Sequence[st
 
 
 def training_steps(episodes: int, meta_batch: int) -> int:
-    """The training steps that so many training episodes take, ``meta_batch`` in each; the last may have fewer."""
+    """Return the number of training steps for ``episodes``, ``meta_batch`` in each; the last may have fewer."""
     return max(1, -(-episodes // max(1, meta_batch)))
 
 
 def _experiment() -> str | None:
-    """The file below conf/experiment, chosen as experiment=FOLDER/NAME or as +experiment/FOLDER=NAME."""
+    """Return the file below conf/experiment, chosen as experiment=FOLDER/NAME or as +experiment/FOLDER=NAME."""
     for group, option in HydraConfig.get().runtime.choices.items():
         if option is not None and f"{group}/".startswith("experiment/"):
             return f"{group}/{option}".removeprefix("experiment/")
@@ -471,7 +478,7 @@ def _experiment() -> str | None:
 
 
 def _output_subdir(resume: str | None, output_dir: str) -> str | None:
-    """Where Hydra writes how a run was started; nowhere if there is a run, whose own record stays as it is."""
+    """Return where Hydra records how a run was started; None keeps the record of an existing run."""
     from fewshot.runs import is_taken  # noqa: PLC0415
 
     return None if resume not in (None, "auto") or is_taken(Path(output_dir)) else ".hydra"

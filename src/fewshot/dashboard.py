@@ -1,4 +1,4 @@
-"""What the loggers of a run get beside losses and accuracies: configuration, learning rate, pictures."""
+"""What is logged in addition to losses and accuracies: configuration, learning rate, pictures."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,18 @@ from fewshot.results import Result
 from fewshot.text import for_terminal, say
 
 EMBEDDED = 20, 10  # classes, and images of each, in the projector
-COLUMNS = ("dataset", "method", "distance", "way", "shot")  # of the table of hyperparameters, before one asks for more
+COLUMNS = ("dataset", "method", "distance", "way", "shot")  # shown by default in the table of hyperparameters
 
 
 class Dashboard(Answers):
-    """Logs the configuration and the learning rate of a run, and draws a few pictures when it is tested.
+    """Logs the configuration and learning rate of a run, and a few pictures of its test.
 
     Args:
-        pictures: whether to draw: an episode with its answers, the confusion of test classes, and, where the
-            method embeds every image by itself, embeddings of test classes for TensorBoard's projector.
+        pictures: whether to draw an episode with its answers, the confusion of test classes and, if the method
+            embeds each image separately, embeddings of test classes for TensorBoard's projector.
 
     Attributes:
-        run_ids: the name by which each logger's server knows the resumed run; see ``fewshot.loggers``.
+        run_ids: the identifier of the resumed run on each logger's server; see ``fewshot.loggers``.
     """
 
     def __init__(self, pictures: bool) -> None:
@@ -50,7 +50,7 @@ class Dashboard(Answers):
     def on_fit_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: D102
         self._loggers = trainer.loggers
         for logger in trainer.loggers:
-            # MLflow refuses to change what it was given, such as the number of episodes.
+            # MLflow does not allow a logged value to change, such as the number of episodes.
             if not (isinstance(logger, MLFlowLogger) and type(logger).__name__ in self.run_ids):
                 logger.log_hyperparams(dict(method.hparams))
 
@@ -93,7 +93,7 @@ class Dashboard(Answers):
         return {"run_ids": ids} if ids else {}
 
     def load_run_ids(self, checkpoint: Mapping[str, Any] | None) -> None:
-        """Take the names of the run from the checkpoint that it resumes, before any logger is made."""
+        """Read the identifiers of the run from its checkpoint, before any logger is made."""
         callbacks = checkpoint.get("callbacks") if checkpoint is not None else None
         state = callbacks.get(type(self).__name__) if isinstance(callbacks, Mapping) else None
         ids = state.get("run_ids") if isinstance(state, Mapping) else None
@@ -102,12 +102,12 @@ class Dashboard(Answers):
 
 @rank_zero_only
 def log_result(loggers: Sequence[Logger], result: Result, step: int) -> None:
-    """Log the accuracy of the weights that were chosen; in TensorBoard, beside what the run was, to sort and plot by.
+    """Log the accuracy of the chosen weights; in TensorBoard with the hyperparameters, to sort and plot by.
 
     Args:
-        loggers: of the run.
+        loggers: the loggers of the run.
         result: see ``fewshot.training``.
-        step: the last one of the training.
+        step: the last training step.
     """
     for logger in loggers:
         logger.log_metrics({"val/best_accuracy": result["val_accuracy"]}, step)
@@ -123,10 +123,10 @@ def _log_picture(logger: Logger, tag: str, figure: Figure, trainer: pl.Trainer) 
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_figure(tag, figure, trainer.global_step)
     elif isinstance(logger, MLFlowLogger):
-        place = _path_of(logger.experiment.get_run(logger.run_id).info.artifact_uri)
-        # A store in the run's directory says itself where its files lie: before it was moved, or as a stranger likes.
-        if place is not None and not place.is_relative_to(Path(trainer.default_root_dir).resolve()):
-            say(f"no pictures for MLflow: its store puts them into {place}, outside of the run's directory", error=True)
+        directory = _path_of(logger.experiment.get_run(logger.run_id).info.artifact_uri)
+        # A store in the run directory names its own path, which may be outdated or malicious.
+        if directory is not None and not directory.is_relative_to(Path(trainer.default_root_dir).resolve()):
+            say(f"no pictures for MLflow: its store puts them into {directory}, outside the run directory", error=True)
         else:
             logger.experiment.log_figure(logger.run_id, figure, f"{tag}.png")
     else:
@@ -136,7 +136,7 @@ def _log_picture(logger: Logger, tag: str, figure: Figure, trainer: pl.Trainer) 
 
 
 def _path_of(uri: str) -> Path | None:
-    """The folder that an address names; None for that of a server."""
+    """Return the directory that a URI names, or None if it names a server."""
     address = urlparse(uri)
     return Path(unquote(address.path)).resolve() if address.scheme in ("", "file") else None
 
@@ -147,7 +147,7 @@ def _log_hyperparameters(logger: TensorBoardLogger, result: Result) -> None:
         **{key: result[key] for key in ("way", "shot", "seed")},
         "learning_rate": result["config"]["optimizer"].get("lr", "none"),
     }
-    # The same keys in every run: TensorBoard takes its columns from one of them.
+    # Every run has the same keys, because TensorBoard takes its columns from one of the runs.
     shown = (*settings, "optimizer.lr", "resume")
     settings["other"] = " ".join(
         override for override in result["overrides"] if override.lstrip("+~").partition("=")[0] not in shown
@@ -165,7 +165,7 @@ def _log_hyperparameters(logger: TensorBoardLogger, result: Result) -> None:
 
 
 def _add_embeddings(logger: TensorBoardLogger, data: EpisodeDataModule, encoder: torch.nn.Module) -> None:
-    """Write what the projector shows: embeddings of test classes, each with its class and its picture."""
+    """Write embeddings of test images for the projector, each with its class and picture."""
     dataset, device = data.datasets["test"], data.trainer.strategy.root_device  # type: ignore[union-attr]
     classes, images = EMBEDDED
     shown = np.linspace(0, len(dataset.first) - 1, min(classes, len(dataset.first))).astype(int)
@@ -173,12 +173,12 @@ def _add_embeddings(logger: TensorBoardLogger, data: EpisodeDataModule, encoder:
         np.concatenate([dataset.first[label] + np.arange(min(images, dataset.counts[label])) for label in shown])
     )
     embeddings = encoder(data.images(positions.to(device))).float().cpu()
-    if embeddings.shape[1] > len(embeddings):  # as many dimensions as there are points hold all distances
+    if embeddings.shape[1] > len(embeddings):  # as many dimensions as points preserve all distances
         embeddings = torch.linalg.qr(embeddings.T).R.T
     names = data.bank.class_names("test")
     labels = [for_terminal(names[label]) for label in shown for _ in range(min(images, dataset.counts[label]))]
     pixels = data.bank.images[positions].movedim(-1, 1).expand(-1, 3, -1, -1) / 255
-    # SummaryWriter adds to what an interrupted test has left.
+    # SummaryWriter would append to the files of an interrupted test.
     (Path(logger.log_dir) / "projector_config.pbtxt").unlink(missing_ok=True)
     shutil.rmtree(Path(logger.log_dir) / "00000", ignore_errors=True)
     logger.experiment.add_embedding(embeddings, labels, pixels, tag="test_classes")

@@ -1,4 +1,4 @@
-"""What a user is meant to see of what went wrong."""
+"""Errors that users see."""
 
 from collections.abc import Sequence
 from textwrap import shorten
@@ -7,13 +7,13 @@ from fewshot.text import for_terminal
 
 
 class FewShotError(Exception):
-    """A mistake the user can mend: one line that names the thing at fault and what to do about it.
+    """A mistake that the user can fix: one line that names the cause and what to do about it.
 
     The command line prints it without a traceback and exits with a non-zero status; see ``fewshot.cli``.
 
     Args:
-        lines: the message; each argument is a line, and most messages have one. What a line may quote from a file can
-            neither break it nor steer the terminal.
+        lines: the message; each argument is a line, and most messages have one. Untrusted text in a line can
+            neither break it nor control the terminal.
     """
 
     def __init__(self, *lines: str) -> None:
@@ -24,36 +24,36 @@ class FewShotError(Exception):
 
 
 def shortened(items: Sequence[str], most: int = 5) -> str:
-    """A list for a message: the first few items, and how many more there are."""
+    """Shorten a list for a message: the first few items, and how many more there are."""
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + rest
 
 
 def mistake(error: BaseException | None) -> FewShotError | None:
-    """The user's mistake that an error of a library stems from, if it does."""
+    """Return the user's mistake that caused a library's error, if there is one."""
     while error is not None and not isinstance(error, FewShotError):
         error = error.__cause__
     return error
 
 
 def reason(error: Exception) -> str:
-    """What a library's error says, in a line; of one about weights that do not fit, the first that does not."""
+    """Return a library's error in one line; for weights that do not fit, the first of them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    of_weights = lines[0].startswith("Error(s) in loading state_dict") and len(lines) > 1
-    return shorten(lines[1] if of_weights else lines[0], 200)
+    is_about_weights = lines[0].startswith("Error(s) in loading state_dict") and len(lines) > 1
+    return shorten(lines[1] if is_about_weights else lines[0], 200)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run: one line on how to go on.
+    """A signal ended the run: one line that says how to resume it.
 
     Args:
-        number: of the signal.
-        resume: the command that goes on.
+        number: the signal.
+        resume: the command that resumes the run.
 
     Attributes:
-        status: what the process exits with.
+        status: the exit status of the process.
     """
 
     def __init__(self, number: int, resume: str) -> None:
-        super().__init__(f"interrupted; go on with: {resume}")
+        super().__init__(f"interrupted; resume with: {resume}")
         self.status = 128 + number

@@ -1,4 +1,4 @@
-"""Files in the directory of a run: written whole or not at all, and read whoever made them."""
+"""Files in run directories: written atomically, and untrusted when read."""
 
 import io
 import json
@@ -18,27 +18,27 @@ MOST_BYTES = 64 * 2**20  # of a JSON or YAML file
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole, or not at all; the directories above it are made.
+    """Write a file atomically; create missing directories above it.
 
     Raises:
-        FewShotError: it cannot be written; what was there before is still there.
+        FewShotError: it cannot be written; a previous file is still there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _partial(path) as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # else a machine that dies could keep the new name and none of the content
+            os.fsync(file.fileno())  # otherwise a crash could leave the new name without the content
     except OSError as error:
         raise FewShotError(
-            f"cannot write {path}: {error.strerror}; what was saved before is kept: make room there, then go on with "
-            f"the run by resume=RUN_DIR"
+            f"cannot write {path}: {error.strerror}; what was saved before is kept: free some space there, then "
+            "resume the run with resume=RUN_DIR"
         ) from error
 
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[TextIO]:
-    """A text file to write to, line by line, which takes its name once all is written and leaves nothing otherwise."""
+    """Open a text file that appears under its name once the block ends without an error, and not at all otherwise."""
     with (
         _partial(path) as file,
         io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="") as lines,
@@ -48,7 +48,7 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def _partial(path: Path) -> Iterator[BinaryIO]:
-    """A file beside the path, which takes its name once the block of code has ended well, and is removed otherwise."""
+    """Open a file next to the path; rename it to the path if the block succeeds, remove it otherwise."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with create(partial) as file:
@@ -59,11 +59,11 @@ def _partial(path: Path) -> Iterator[BinaryIO]:
 
 
 def output_directory(named: str | None, kind: str) -> Path:
-    """The directory that a command writes to, made if need be: the one that the user names, or else a new one.
+    """Return the output directory of a command, created if missing: the one that the user names, or a new one.
 
     Args:
-        named: a path; None: ``outputs/DATE/TIME_KIND``, with a number where another command has made that already.
-        kind: of command, for the name of a new one.
+        named: a path; None: ``outputs/DATE/TIME_KIND``, with a number if that already exists.
+        kind: the command, for the name of a new directory.
     """
     if named is not None:
         path = Path(named).expanduser()
@@ -83,9 +83,9 @@ def output_directory(named: str | None, kind: str) -> Path:
 
 
 def create(path: Path) -> BinaryIO:
-    """Open a new file to write to; what an attempt that was killed left under its name is removed.
+    """Open a new file for writing; replace what a killed attempt left under its name.
 
-    A link under that name is removed as well, so that what it points to stays as it is.
+    A link under that name is removed as well, so that its target stays unchanged.
 
     Raises:
         OSError: it cannot be created.
@@ -95,11 +95,11 @@ def create(path: Path) -> BinaryIO:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in the directory of a run.
+    """Read a text file in a run directory.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is a device or the like, is too large, or no text.
+        ValueError: it is not a regular file, too large, or not text.
     """
     check_file(path)
     if path.stat().st_size > MOST_BYTES:
@@ -108,11 +108,11 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of such a file.
+    """Read a JSON file in a run directory.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON, or see ``read_text``.
+        ValueError: it is not JSON, or see ``read_text``.
     """
     try:
         return json.loads(read_text(path))
@@ -121,11 +121,11 @@ def read_json(path: Path) -> Any:
 
 
 def check_file(path: Path) -> None:
-    """Refuse what could be read without end.
+    """Reject files that could be read forever.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is a device, a pipe or the like.
+        ValueError: it is not a regular file (a device or a pipe, for example).
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")

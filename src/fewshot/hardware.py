@@ -1,4 +1,4 @@
-"""What this machine is, and settings of the process that make training faster and change no result."""
+"""The machine, and process settings that make training faster without changing results."""
 
 import contextlib
 import ctypes
@@ -23,16 +23,16 @@ from fewshot.text import say
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-NO_DRIVER = "no NVIDIA driver"  # as PyTorch says it, too
-OLDEST_COMPILED = 7  # the compute capability that Triton starts from
+NO_DRIVER = "no NVIDIA driver"  # the wording of PyTorch
+OLDEST_COMPILED = 7  # Triton's minimum compute capability
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator keep the memory that a training step frees, for the next step to use.
+    """Make the allocator keep the memory that a training step frees, for the next step to use.
 
-    By default glibc gives blocks the size of activations back to the system at once, and each step pays again for
-    having every page of them mapped and zeroed: over a third of a step of Conv4 on the CPU. The price is that the
-    process never shrinks below its peak. Does nothing where the C library is not glibc.
+    By default glibc returns blocks of the size of activations to the system at once, and each step pays again for
+    mapping and zeroing their pages: over a third of a step of Conv4 on the CPU. In exchange, the memory of the process
+    never shrinks below its peak. Does nothing if the C library is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -44,38 +44,38 @@ def keep_freed_memory() -> None:
 
 
 def machine(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """What a speed was measured on: the ``processor``, its ``threads`` in use, and the ``accelerator`` if it is a GPU.
+    """Describe what a speed was measured on: ``processor``, ``threads`` in use, and ``accelerator`` if it is a GPU.
 
     Args:
-        device: that does the work.
-        processes: that share it, if there are several; each has that many threads, and an accelerator of its own.
+        device: the device that does the work.
+        processes: the number of processes; each has that many threads and its own accelerator.
     """
-    found: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
+    record: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
     if processes > 1:
-        found["processes"] = processes
-    return found | {"accelerator": torch.cuda.get_device_name(device)} if device.type == "cuda" else found
+        record["processes"] = processes
+    return record | {"accelerator": torch.cuda.get_device_name(device)} if device.type == "cuda" else record
 
 
 def asynchronous(device: torch.device) -> bool:
-    """Whether the host goes on while the device computes, so that to look at a number is to wait for it."""
+    """Whether the host continues while the device computes, so that reading a number means waiting for it."""
     return device.type != "cpu"
 
 
 def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Move a tensor to a device. On its way from the host to a GPU, the host does not wait for it to arrive."""
+    """Move a tensor to a device; the host does not wait for a copy to a GPU."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def check_hardware(hardware: Mapping[str, Any]) -> None:
-    """Refuse what this machine cannot do, and warn of what it does slowly.
+    """Reject settings that this machine does not support, and warn about slow ones.
 
     Args:
-        hardware: the configuration group of that name.
+        hardware: the configuration group ``hardware``.
 
     Raises:
-        FewShotError: there is no such accelerator, there are not as many, or there is no compiler.
+        FewShotError: the accelerator or a compiler is missing, or there are too few devices.
     """
     accelerator, found = hardware["accelerator"], device_type(hardware)
     if accelerator in {"gpu", "cuda"} and found == "cpu":
@@ -88,7 +88,7 @@ def check_hardware(hardware: Mapping[str, Any]) -> None:
             "choose hardware=cpu or hardware=auto"
         )
     if accelerator == "auto" and found == "cpu" and "driver" in (why := _why_no_gpu()) and NO_DRIVER not in why:
-        _warn(f"hardware.accelerator=auto: {why}. So this runs on the CPU")
+        _warn(f"hardware.accelerator=auto: {why}. Using the CPU")
     if found == "cuda":
         _check_devices(hardware.get("devices", 1))
     if hardware.get("compile"):
@@ -98,14 +98,14 @@ def check_hardware(hardware: Mapping[str, Any]) -> None:
         name = _processor() if found == "cpu" else _gpus(range(1))
         _warn(
             f"hardware.precision={precision}: {name} has no bfloat16 arithmetic and emulates it, many times slower "
-            "than float32; hardware.precision=auto takes bfloat16 where it is quick"
+            "than float32; hardware.precision=auto uses bfloat16 only where it is fast"
         )
 
 
 def device_type(hardware: Mapping[str, Any]) -> str:
-    """What the configuration group ``hardware`` leads to on this machine: "cuda", "mps" or "cpu"."""
+    """Return the device type that the configuration group ``hardware`` selects here: "cuda", "mps" or "cpu"."""
     accelerator = hardware["accelerator"]
-    # What PyTorch has to say of a driver is said in one line, by ``check_hardware``.
+    # ``check_hardware`` reports driver problems in one line.
     warnings.filterwarnings("ignore", message="CUDA initialization")
     if accelerator in {"auto", "gpu", "mps"} and torch.backends.mps.is_available():
         return "mps"
@@ -113,16 +113,16 @@ def device_type(hardware: Mapping[str, Any]) -> str:
 
 
 def precision_of(hardware: Mapping[str, Any]) -> str:
-    """The precision to compute in: what is configured; for "auto", bfloat16 where there is quick arithmetic for it."""
+    """Return the configured precision; for "auto", bfloat16 where the hardware is fast at it."""
     if hardware["precision"] != "auto":
         return str(hardware["precision"])
     return "bf16-mixed" if has_bfloat16(device_type(hardware)) else "32-true"
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether devices of a type, see ``device_type``, compute in bfloat16 more quickly than in float32.
+    """Whether a device type, see ``device_type``, computes faster in bfloat16 than in float32.
 
-    Of processors those with AVX-512 BF16 or AMX do; on others, PyTorch emulates it.
+    Processors with AVX-512 BF16 or AMX do; on others, PyTorch emulates it.
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -131,13 +131,13 @@ def has_bfloat16(device: str) -> bool:
 
 @contextlib.contextmanager
 def report_out_of_memory(remedy: str) -> Iterator[None]:
-    """Around what may need more memory than there is.
+    """Turn running out of memory into one clear line.
 
     Args:
         remedy: what to lower, for the message.
 
     Raises:
-        FewShotError: names the device, how much memory it has, and the remedy.
+        FewShotError: names the device, its memory and the remedy.
     """
     try:
         yield
@@ -145,13 +145,13 @@ def report_out_of_memory(remedy: str) -> Iterator[None]:
         on_gpu = isinstance(error, torch.OutOfMemoryError) or re.search("CUDA.*out of memory|CUBLAS.*ALLOC", str(error))
         if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        place = "this machine"
+        device = "this machine"
         if on_gpu and torch.cuda.is_available():
             size = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-            place = f"the GPU ({torch.cuda.get_device_name()}, {size / 2**30:.0f} GiB)"
+            device = f"the GPU ({torch.cuda.get_device_name()}, {size / 2**30:.0f} GiB)"
         elif on_gpu:
-            place = "the GPU"
-        raise FewShotError(f"the memory of {place} is full; {remedy}") from error
+            device = "the GPU"
+        raise FewShotError(f"the memory of {device} is full; {remedy}") from error
 
 
 @rank_zero_only
@@ -186,12 +186,12 @@ def _check_devices(devices: int | str | Sequence[int]) -> None:
     count = torch.cuda.device_count()
     text = str(devices).strip()
     if isinstance(devices, str) and "," in devices:
-        asked = [int(number) for number in devices.split(",") if number.strip().isdecimal()]
+        requested = [int(number) for number in devices.split(",") if number.strip().isdecimal()]
     elif isinstance(devices, int | str):
-        asked = list(range(int(text))) if text.isdecimal() else []  # "auto" and -1: all there are
+        requested = list(range(int(text))) if text.isdecimal() else []  # "auto" and -1 mean all
     else:
-        asked = list(devices)
-    if any(number >= count for number in asked):
+        requested = list(devices)
+    if any(number >= count for number in requested):
         raise FewShotError(
             f"hardware.devices={text}: this machine has {_gpus(range(count))}; choose hardware.devices="
             f"{count if isinstance(devices, int) else 'auto'}"
@@ -199,14 +199,14 @@ def _check_devices(devices: int | str | Sequence[int]) -> None:
 
 
 def _check_compiler(device: str) -> None:
-    """What ``torch.compile`` calls: Triton and a C compiler for a GPU, a C++ compiler for the CPU."""
-    needed, named, usual = ("C", "CC", ("gcc", "clang")) if device == "cuda" else ("C++", "CXX", ("g++", "clang++"))
-    given = os.environ.get(named)
-    names = usual if given is None else (given,)
+    """Check what ``torch.compile`` needs: Triton and a C compiler for a GPU, a C++ compiler for the CPU."""
+    language, key, usual = ("C", "CC", ("gcc", "clang")) if device == "cuda" else ("C++", "CXX", ("g++", "clang++"))
+    configured = os.environ.get(key)
+    names = usual if configured is None else (configured,)
     if not any(map(shutil.which, names)):
         raise FewShotError(
-            f"hardware.compile=true needs a {needed} compiler, and {' or '.join(names)} was not found; install one, "
-            f"name it by {named}=PATH, or choose hardware.compile=false"
+            f"hardware.compile=true needs a {language} compiler, and {' or '.join(names)} was not found; install one, "
+            f"name it with {key}=PATH, or choose hardware.compile=false"
         )
     if device == "cuda" and find_spec("triton") is None:
         raise FewShotError(
@@ -234,7 +234,7 @@ def _processor() -> str:
 
 
 def _cpu_info(key: str) -> str:
-    """What Linux tells of the first core; an empty text elsewhere."""
+    """Return an entry of the first core in /proc/cpuinfo; "" if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -243,13 +243,13 @@ def _cpu_info(key: str) -> str:
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Apply ``function`` to every item, each on one thread of its own, as many at a time as PyTorch uses threads.
+    """Apply ``function`` to every item in parallel, one thread per item, with as many threads as PyTorch uses.
 
-    Many small operations gain little from being spread over threads one by one. The results come in the order of the
-    items, so what is summed over them does not depend on which thread was quicker.
+    Small operations gain little from being split over threads. The results have the order of the items, so a sum over
+    them does not depend on which thread is faster.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for the whole process: a backward pass takes that number, whichever thread it runs in
+    torch.set_num_threads(1)  # for the whole process, since a backward pass uses that number in every thread
     try:
         yield from _pool(threads).map(function, items)
     finally:

@@ -1,4 +1,4 @@
-"""Where a run logs: any of Lightning's loggers, continued when the run is resumed."""
+"""Loggers: any of Lightning's, continued when the run is resumed."""
 
 import csv
 import io
@@ -19,15 +19,15 @@ from pytorch_lightning.utilities import rank_zero_only
 from fewshot.errors import FewShotError, mistake, reason
 from fewshot.files import write_atomically
 
-RUN_IDS = ("id", "run_id", "experiment_key")  # what loggers call the name by which their server knows a run
-EXTRAS = ("wandb", "mlflow")  # loggers that are packages of their own, and extras of this one
+RUN_IDS = ("id", "run_id", "experiment_key")  # loggers' names for the server's identifier of a run
+EXTRAS = ("wandb", "mlflow")  # loggers in separate packages, which are extras of this one
 
 
 class TensorBoard(TensorBoardLogger):
-    """TensorBoard's log of a run, without Lightning's epochs: ours are the stretches between two checkpoints.
+    """TensorBoard's log of a run, without epochs: they are only the intervals between checkpoints.
 
     Args:
-        purge_step: what an earlier attempt logged of this training step and later ones is ignored.
+        purge_step: entries of an earlier attempt at this training step and later ones are ignored.
         settings: see ``TensorBoardLogger``.
     """
 
@@ -47,7 +47,7 @@ class CSV(CSVLogger):
     """A table of scalars that a resumed run appends to; Lightning's own logger deletes it.
 
     Args:
-        purge_step: rows of this training step and later ones, of an earlier attempt, are left out.
+        purge_step: rows of an earlier attempt at this training step and later ones are dropped.
         settings: see ``CSVLogger``.
     """
 
@@ -87,20 +87,20 @@ class _Appended(ExperimentWriter):
         write_atomically(path, content.getvalue().encode())
 
     def _check_log_dir_exists(self) -> None:
-        """Keep what is there; Lightning removes it."""
+        """Keep existing files; Lightning would remove them."""
 
 
 @contextmanager
 def open_loggers(config: DictConfig, step: int = 0, ids: Mapping[str, str] | None = None) -> Iterator[list[Logger]]:
-    """The loggers that a configuration asks for, closed in the end.
+    """Open the configured loggers, and close them at the end.
 
     Args:
-        config: the composed ``conf/train.yaml``; ``logger`` is one, or a mapping of several, or null.
-        step: the training step that the run begins with.
-        ids: of a run that is resumed, see ``run_ids``.
+        config: the composed ``conf/train.yaml``; ``logger`` is one logger, a mapping of several, or null.
+        step: the training step that the run starts from.
+        ids: the identifiers of a resumed run, see ``run_ids``.
 
     Raises:
-        FewShotError: a logger cannot be made, because its package is missing for example.
+        FewShotError: a logger cannot be made, for example because its package is missing.
     """
     loggers = [_make(key, node, step, ids or {}) for key, node in parts("logger", config.get("logger"))]
     try:
@@ -112,22 +112,22 @@ def open_loggers(config: DictConfig, step: int = 0, ids: Mapping[str, str] | Non
 
 
 def parts(key: str, node: DictConfig | None) -> list[tuple[str, DictConfig]]:
-    """The nodes of a group that holds one object or, in a mapping, several: each with its key.
+    """Return the nodes, with their keys, of a group that holds one object or a mapping of several.
 
     Raises:
-        FewShotError: something in it is no object for Hydra to make.
+        FewShotError: a node has no ``_target_``.
     """
     if node is None:
         return []
-    found = {key: node} if "_target_" in node else {f"{key}.{name!s}": part for name, part in node.items()}
-    for name, part in found.items():
+    nodes = {key: node} if "_target_" in node else {f"{key}.{name!s}": part for name, part in node.items()}
+    for name, part in nodes.items():
         if part is not None and not (isinstance(part, DictConfig) and "_target_" in part):
-            raise FewShotError(f"{name} has no _target_: name the class to make, or take {name} away with ~{name}")
-    return [(name, part) for name, part in found.items() if part is not None]
+            raise FewShotError(f"{name} has no _target_: name the class to make, or remove {name} with ~{name}")
+    return [(name, part) for name, part in nodes.items() if part is not None]
 
 
 def run_ids(loggers: Sequence[Logger]) -> dict[str, str]:
-    """The name by which each logger's server knows this run, for a checkpoint; loggers without one have none."""
+    """Return the identifier of this run on each logger's server, for checkpoints; other loggers are left out."""
     return {
         type(logger).__name__: str(logger.version)
         for logger in loggers
@@ -140,7 +140,7 @@ def _make(key: str, node: DictConfig, step: int, ids: Mapping[str, str]) -> Logg
     kind = get_class(target)
     resumed: dict[str, Any] = {"purge_step": step} if "purge_step" in signature(kind).parameters else {}
     known, run_id = ids.get(kind.__name__), _run_id(kind)
-    # The checkpoint may be anyone's.
+    # The checkpoint is untrusted.
     if run_id is not None and isinstance(known, str) and re.fullmatch(r"[\w-]{1,64}", known):
         resumed[run_id] = known
     try:
@@ -154,7 +154,7 @@ def _make(key: str, node: DictConfig, step: int, ids: Mapping[str, str]) -> Logg
             raise FewShotError(f"logger={extra} needs the package {extra}: pip install 'fewshot[{extra}]'") from error
         raise FewShotError(f"{key}={target} cannot be made: {reason(cause)}") from error  # type: ignore[arg-type]
     if not isinstance(logger, Logger):
-        raise FewShotError(f"{key}._target_={target} makes no logger of Lightning")
+        raise FewShotError(f"{key}._target_={target} is not a logger of Lightning")
     return logger
 
 

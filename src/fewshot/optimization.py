@@ -1,4 +1,4 @@
-"""How weights are updated: which optimizer, and which schedule of its learning rate."""
+"""The optimizer and the schedule of its learning rate."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,27 +13,27 @@ from fewshot.errors import FewShotError
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], LRScheduler]
 
-DEFAULT: MakeOptimizer = partial(torch.optim.Adam, lr=0.001)  # of methods that are made without a configuration
+DEFAULT: MakeOptimizer = partial(torch.optim.Adam, lr=0.001)  # for methods made without a configuration
 
 
 def configure(
     parameters: Iterable[nn.Parameter], make_optimizer: MakeOptimizer, make_schedule: MakeSchedule | None
 ) -> dict[str, Any]:
-    """What ``LightningModule.configure_optimizers`` returns; the schedule counts training steps.
+    """Return the value of ``LightningModule.configure_optimizers``; the schedule counts training steps.
 
     Args:
-        parameters: to train; those that need no gradient stay as they are.
-        make_optimizer: from the parameters.
-        make_schedule: from the optimizer; None: the learning rate stays.
+        parameters: the parameters to train; those that need no gradient stay unchanged.
+        make_optimizer: makes the optimizer from the parameters.
+        make_schedule: makes the schedule from the optimizer; None: the learning rate is constant.
 
     Raises:
-        FewShotError: no parameter needs a gradient, or the schedule needs more than the number of the step.
+        FewShotError: no parameter needs a gradient, or the schedule depends on more than the step number.
     """
     parameters = list(parameters)
     if not any(parameter.requires_grad for parameter in parameters):
         raise FewShotError(
             "there is nothing to train: the encoder is frozen, and what follows it has no weights; set "
-            "encoder.frozen=false, or leave training out: python src/predict.py works without"
+            "encoder.frozen=false, or skip training: python src/predict.py works without it"
         )
     optimizer = make_optimizer(parameters)
     if make_schedule is None:

@@ -1,4 +1,4 @@
-"""Several processes that train as one, see ``hardware=ddp``: none of them outlives another that failed."""
+"""Distributed training, see ``hardware=ddp``: if one process fails, the others end, too."""
 
 import contextlib
 import os
@@ -11,21 +11,21 @@ import torch
 
 from fewshot.errors import FewShotError
 
-PATIENCE = 5.0  # seconds that one process gives another to end, and to be seen to have
+PATIENCE = 5.0  # seconds to wait for another process to end and for that to be noticed
 
 
 @contextlib.contextmanager
 def stop_together(trainer: pl.Trainer, resume: str) -> Iterator[None]:
-    """Around all that a trainer does: when it fails, the processes it has started on this machine end at once.
+    """If the trainer fails inside the block, end the processes that it has started on this machine at once.
 
-    Those that torchrun or Slurm has started are ended by them. The process group is left in any case.
+    torchrun and Slurm end those that they have started. The process group is always destroyed.
 
     Args:
-        trainer: whose processes are meant.
-        resume: how to go on, for the message.
+        trainer: the trainer that has started the processes.
+        resume: the command that resumes the run, for the message.
 
     Raises:
-        FewShotError: what failed is that another process is gone.
+        FewShotError: the cause of the failure is that another process has ended.
     """
     parent = os.getppid()
     try:
@@ -33,21 +33,21 @@ def stop_together(trainer: pl.Trainer, resume: str) -> Iterator[None]:
     except BaseException as error:
         started: list[Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
         children = started.copy()
-        started.clear()  # Lightning watches these, and would kill this process too
+        started.clear()  # Lightning watches these, and would kill this process, too
         gone = _gone(children, parent) if trainer.world_size > 1 and isinstance(error, RuntimeError) else None
         for child in children:
             child.kill()
         if gone is None:
             raise
-        raise FewShotError(f"{gone}, and the run with it; go on with: {resume}") from error
+        raise FewShotError(f"{gone}, and the run with it; resume with: {resume}") from error
     finally:
-        # The threads of gloo abort a process that ends before them (PyTorch issue 190489); Lightning sees to NCCL only.
+        # The threads of gloo abort a process that ends before them (PyTorch issue 190489); Lightning handles only NCCL.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 def _gone(children: list[Popen[bytes]], parent: int) -> str | None:
-    """Which process ended, if one did: to the others that is an error in what they were doing together."""
+    """Describe the process that has ended, if any: to the others, its end is an error in a collective operation."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         for number, child in enumerate(children, 1):

@@ -1,4 +1,4 @@
-"""The directory of a training run: one run at a time, never overwritten, and resumed after an interruption."""
+"""Run directories: locking, overwrite protection, resuming."""
 
 import contextlib
 import json
@@ -25,10 +25,10 @@ from fewshot.results import is_evaluation, wrong
 from fewshot.text import say
 from fewshot.trust import CHOSEN_ON_RESUME, directory_keys, plain
 
-# What PyTorch's schedules call the number of steps that they are made for; and what ours and others' should.
+# Schedule arguments that hold the total number of steps: PyTorch's names, and "steps" for ours and user-supplied ones.
 HORIZONS = ("T_max", "total_steps", "total_iters", "steps")
-# What decides the result of a run, and of that what may differ all the same when it is resumed. The rest
-# (hardware, places, logging) may differ anyway.
+# Settings that affect the result of a run. A resumed run must keep them, except those in MAY_DIFFER; everything else
+# (hardware, directories, logging) may change.
 DECISIVE = [
     "choices",
     "way",
@@ -44,7 +44,7 @@ DECISIVE = [
     "schedule",
     "transform",
 ]
-NOTHING = (None, "none")  # chosen in a group; a run of an earlier version lacks the group
+NOTHING = (None, "none")  # an empty group, or a group that an earlier version did not have
 MAY_DIFFER = {
     *("train.episodes", "train.steps", "train.on_nan"),
     *("method.task_batching", "method.vmap_tasks", "method.recompute"),
@@ -53,28 +53,28 @@ MAY_DIFFER = {
 
 
 def last_checkpoint(run_dir: Path) -> Path:
-    """Where the checkpoint to go on from lies."""
+    """Return the path of the checkpoint to resume from."""
     return run_dir / "checkpoints" / "last.ckpt"
 
 
 def new_run_dir(name: str) -> Path:
-    """A directory for a run that names none: ``outputs/DATE/TIME_NAME``, as on the command line."""
-    now = datetime.now()  # the user's own clock
+    """Return the default run directory, ``outputs/DATE/TIME_NAME``, as on the command line."""
+    now = datetime.now()  # local time
     return ROOT / "outputs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}_{name}"
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """Where the weights with the best validation accuracy lie."""
+    """Return the path of the checkpoint with the best validation accuracy."""
     return run_dir / "checkpoints" / "best.ckpt"
 
 
 def results_file(run_dir: Path) -> Path:
-    """Where the results lie once the run is complete."""
+    """Return the path of the results, which exist once the run is complete."""
     return run_dir / "results.json"
 
 
 def newest_run(folder: Path) -> Path:
-    """The complete run below a folder that ended last.
+    """Return the complete run below a directory that finished last.
 
     Raises:
         FewShotError: there is none.
@@ -82,17 +82,17 @@ def newest_run(folder: Path) -> Path:
     runs = [path.parent for path in folder.rglob(results_file(Path()).name) if best_checkpoint(path.parent).is_file()]
     if not runs:
         raise FewShotError(
-            f"no complete run lies below {folder}; train one first by make train, or name one: checkpoint=RUN_DIR"
+            f"there is no complete run below {folder}; train one first with make train, or name one: checkpoint=RUN_DIR"
         )
     return max(runs, key=lambda run: results_file(run).stat().st_mtime_ns)
 
 
 @contextlib.contextmanager
 def lock_run(run_dir: Path) -> Iterator[None]:
-    """Keep other runs out of a directory, for as long as this process lives.
+    """Lock a run directory inside the ``with`` block.
 
     Raises:
-        FewShotError: another run is at work there.
+        FewShotError: another run is using it.
     """
     lock = FileLock(run_dir / ".lock", timeout=0)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def lock_run(run_dir: Path) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise FewShotError(
-                f"another run is at work in {run_dir}; wait for its end, or choose another directory with "
+                f"another run is using {run_dir}; wait until it ends, or choose another directory with "
                 "hydra.run.dir=PATH"
             ) from None
     try:
@@ -111,14 +111,14 @@ def lock_run(run_dir: Path) -> Iterator[None]:
 
 
 def has_run(run_dir: Path) -> bool:
-    """Whether a run has saved something in a directory."""
+    """Whether a run has saved anything in a directory."""
     return last_checkpoint(run_dir).exists() or results_file(run_dir).exists()
 
 
 def is_taken(run_dir: Path) -> bool:
-    """Whether a directory is that of another run: one that has saved something, or is at work there.
+    """Whether a directory belongs to another run, which has saved something there or is using it.
 
-    Among the processes of one run it is taken for all but the first, which may be at work there.
+    For ranks other than 0 the directory always counts as taken, because rank 0 of their own run may be using it.
     """
     if rank_zero_only.rank != 0 or has_run(run_dir):  # type: ignore[attr-defined]
         return True
@@ -131,39 +131,39 @@ def is_taken(run_dir: Path) -> bool:
 
 
 def load_for_resume(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None]:
-    """What ``resume`` asks for.
+    """Load the configuration and the checkpoint that ``resume`` requests.
 
     Args:
         config: as composed from the command line.
 
     Returns:
-        The configuration to run with, and the checkpoint to go on from; None for a run that begins. With
-        ``resume=RUN_DIR`` the configuration is that of the checkpoint, but for the keys on the command line.
+        The configuration to run with, and the checkpoint to resume from, or None for a new run. With
+        ``resume=RUN_DIR`` the configuration is the checkpoint's, with the overrides of the command line applied.
 
     Raises:
-        FewShotError: there is a run in the directory that ``resume`` does not ask for, or none that it asks for; its
-            checkpoint is broken; or what decides the result differs from the run to go on with.
+        FewShotError: the directory contains a run and ``resume`` is not set, or contains none and ``resume`` names it;
+            its checkpoint is broken; or settings that affect the result differ.
     """
     run_dir = Path(config.run_dir)
     path = last_checkpoint(run_dir)
     if config.resume is None:
-        # Other ranks are started by the one that looked, and by now it may have written.
+        # Rank 0 has checked before it starts the other ranks, and may have written something since.
         first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
         if first and has_run(run_dir):
             raise FewShotError(
-                f"{run_dir} holds a run already: go on with it by resume={run_dir}, or choose another directory with "
+                f"{run_dir} already contains a run: resume it with resume={run_dir}, or choose another directory with "
                 "hydra.run.dir=PATH"
             )
         return config, None
     if not path.exists():
         if results_file(run_dir).exists() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             raise FewShotError(
-                f"{run_dir} holds the results of a run without {path.relative_to(run_dir)}, by which to know it; put "
-                "it back, or choose another directory with hydra.run.dir=PATH"
+                f"{run_dir} contains the results of a run, but not its {path.relative_to(run_dir)}; restore it, or "
+                "choose another directory with hydra.run.dir=PATH"
             )
         if config.resume != "auto":
             raise FewShotError(
-                f"there is no {path} to go on from; name the directory of a run, or start one without resume"
+                f"there is no {path} to resume from; name the directory of a run, or start one without resume"
             )
         return config, None
     _refuse_links(run_dir)
@@ -173,15 +173,15 @@ def load_for_resume(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | No
     saved = OmegaConf.create(checkpoint["hyper_parameters"])
     if config.resume != "auto":
         config = _with_overrides(saved, config)
-    if config.method.get("classes", 0) is None:  # the data say how many, and they are compared later
+    if config.method.get("classes", 0) is None:  # the data decide it, and are compared later
         config.method.classes = saved.method.get("classes")
     _keep_horizon(saved, config)
-    free = MAY_DIFFER | _places_in(config)
+    free = MAY_DIFFER | _directory_keys(config)
     differ = [line for key, line in _differences(config, saved, DECISIVE) if key not in free]
     if differ:
         raise FewShotError(
-            f"{run_dir} holds a run with other settings: {', '.join(differ)}; resume={run_dir} resumes it as it is, "
-            "or choose another directory with hydra.run.dir=PATH"
+            f"{run_dir} contains a run with different settings: {', '.join(differ)}; resume={run_dir} resumes it "
+            "unchanged, or choose another directory with hydra.run.dir=PATH"
         )
     try:
         check_weights(without_initial_weights(config.method), checkpoint["state_dict"])
@@ -191,20 +191,20 @@ def load_for_resume(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | No
 
 
 def cannot_resume(path: Path, error: Exception) -> FewShotError:
-    """What a last checkpoint does not fit."""
+    """Return the error for a run whose last checkpoint does not fit."""
     return FewShotError(
-        f"the run cannot be gone on with: {path} is broken, or of another version: {reason(error)}; train anew into "
-        "another directory"
+        f"the run cannot be resumed: {path} is broken, or from a different version: {reason(error)}; train "
+        "again in another directory"
     )
 
 
 def data_directories(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Where this command has data sets and image banks lie."""
+    """Return this command's directories of data sets and image banks."""
     return {key: config[key] for key in ("data_dir", "cache_dir")}
 
 
 def complete_results(config: DictConfig) -> dict[str, Any] | None:
-    """The results of a run that is complete; None if there are none yet, or they are of fewer episodes."""
+    """Return the results of a complete run, or None if it has none yet or was tested with other settings."""
     path = results_file(Path(config.run_dir))
     try:
         results = read_json(path)
@@ -212,35 +212,35 @@ def complete_results(config: DictConfig) -> dict[str, Any] | None:
         if why is not None:
             raise ValueError(why)
         if is_evaluation(results):
-            raise ValueError("it is that of an evaluation")
+            raise ValueError("it is the result of an evaluation")
         theirs = OmegaConf.create({**plain(results["config"])})
-        free = (MAY_DIFFER | _places_in(config)) - {"train.episodes", "train.steps"}
-        as_asked = all(key in free for key, _ in _differences(config, theirs, [*DECISIVE, "test"]))
+        free = (MAY_DIFFER | _directory_keys(config)) - {"train.episodes", "train.steps"}
+        matches = all(key in free for key, _ in _differences(config, theirs, [*DECISIVE, "test"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
-        raise FewShotError(f"{path} is broken ({reason(error)}); delete it, and the test is done again") from error
+        raise FewShotError(f"{path} is broken ({reason(error)}); delete it to repeat the test") from error
     theirs_precision, ours = results.get("precision"), str(config.hardware.precision)
-    if as_asked and theirs_precision not in (None, ours):
-        say(f"warning: the run is complete, with hardware.precision={theirs_precision}, and not {ours}")
-    return results if as_asked else None
+    if matches and theirs_precision not in (None, ours):
+        say(f"warning: the run was completed with hardware.precision={theirs_precision}, not {ours}")
+    return results if matches else None
 
 
 def trained_on(checkpoint: Mapping[str, Any], run_dir: Path | None) -> Contents | None:
-    """What the data held that a checkpoint was trained on; None where nothing says so.
+    """Return the contents of the data that a checkpoint was trained on, or None if they are not recorded.
 
     Args:
-        checkpoint: see ``load_checkpoint``; older ones do not know.
-        run_dir: of its run, whose ``classes.json`` and ``results.json`` say it, too.
+        checkpoint: see ``load_checkpoint``; those of earlier versions do not record the contents.
+        run_dir: the run's directory, whose ``classes.json`` then names the classes.
 
     Raises:
-        FewShotError: what says so is broken.
+        FewShotError: the record is broken.
     """
     if "data" in checkpoint:
         try:
             return read_contents(checkpoint["data"])
         except ValueError as error:
-            raise FewShotError(f"the checkpoint of {run_dir} is broken: {reason(error)}; train anew") from error
+            raise FewShotError(f"the checkpoint of {run_dir} is broken: {reason(error)}; train again") from error
     if run_dir is None:
         return None
     path = run_dir / "classes.json"
@@ -250,40 +250,40 @@ def trained_on(checkpoint: Mapping[str, Any], run_dir: Path | None) -> Contents 
         return None
     except (OSError, ValueError) as error:
         raise FewShotError(
-            f"{path} is broken ({reason(error)}); delete it, if you know the data to be the same"
+            f"{path} is broken ({reason(error)}); delete it if you know that the data are unchanged"
         ) from error
 
 
-def check_same_data(then: Contents | None, bank: ImageBank, place: Path, mend: str) -> None:
-    """Refuse data that are not those a run was trained on: what it knows could be what it is tested on.
+def check_same_data(then: Contents | None, bank: ImageBank, path: Path, fix: str) -> None:
+    """Reject data other than a run was trained on: test classes could be among its training classes.
 
     Args:
-        then: what they held, see ``trained_on``.
-        bank: what they hold now.
-        place: of the run or of its checkpoint.
-        mend: what to do about it, beside putting the data back.
+        then: the contents at training, see ``trained_on``.
+        bank: the current images.
+        path: the run or its checkpoint, for messages.
+        fix: what to do other than restore the data, for the message.
 
     Raises:
         FewShotError: names the differences.
     """
     if then is None:
-        rank_zero_only(say)(f"warning: nothing in {place} says which classes it was trained on; they were not compared")
+        rank_zero_only(say)(f"warning: {path} does not record its training classes, so they were not compared")
         return
     changes = differences(then, contents_of(bank))
     if changes:
         raise FewShotError(
-            f"the data are not those that {place} was trained on: {'; '.join(changes)}; put them back as they were, or "
-            f"name where they lie by data_dir=PATH, or {mend}"
+            f"{path} was trained on different data: {'; '.join(changes)}; restore them, or name their directory with "
+            f"data_dir=PATH, or {fix}"
         )
 
 
 def check_best(run_dir: Path, checkpoint: dict[str, Any]) -> None:
-    """See to it that the best weights so far are there, before more is trained: they may be what is tested.
+    """Check before training that the best weights so far exist, since they may be the ones tested in the end.
 
-    Where the last checkpoint has them, too, they are written anew.
+    A missing best checkpoint is restored from the last one where both hold the same weights.
 
     Raises:
-        FewShotError: they are lost, or of another run.
+        FewShotError: they are missing, broken or from another run.
     """
     try:
         validations = checkpoint["callbacks"]["Record"]["validations"]
@@ -299,65 +299,65 @@ def check_best(run_dir: Path, checkpoint: dict[str, Any]) -> None:
     if not path.exists():
         if since[best] != trained or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             raise FewShotError(
-                f"{path} is not there, which holds the weights of the best validation (after {since[best]:,} training "
-                "episodes); put it back, or train anew into another directory"
+                f"{path} is missing, which holds the weights of the best validation (after {since[best]:,} training "
+                "episodes); restore it, or train again in another directory"
             )
         write_atomically(path, last_checkpoint(run_dir).read_bytes())
-        say(f"{path} was not there; the last checkpoint holds the same weights, and it was written anew")
+        say(f"{path} was missing; the last checkpoint holds the same weights and was copied to it")
         return
     try:
         found = read_tensors(path)
         theirs = found["callbacks"]["Record"]["validations"]
         both = min(len(theirs), len(validations))  # a kill can come between the two files
         if theirs[:both] != validations[:both]:
-            raise ValueError("its validations are those of another run")
+            raise ValueError("its validations are from another run")
         if shapes(found["state_dict"]) != shapes(checkpoint["state_dict"]):
-            raise ValueError("its weights are not those of the method")
-    except Exception as error:  # of what kind depends on how the file is broken
+            raise ValueError("its weights do not fit the method")
+    except Exception as error:  # the type depends on how the file is broken
         raise FewShotError(
-            f"{path} is broken, or of another run ({reason(error)}); put the right one back, or train anew into "
+            f"{path} is broken, or from another run ({reason(error)}); restore the right one, or train again in "
             "another directory"
         ) from error
 
 
 def overrides(run_dir: Path) -> list[str]:
-    """Those that the run was started with, as Hydra has written them down; of a file that is broken, none."""
+    """Return the overrides that Hydra recorded for the run, or [] if the record is missing or unreadable."""
     path = run_dir / ".hydra" / "overrides.yaml"
     try:
-        # Not by OmegaConf, which would resolve what stands in them.
-        found = yaml.safe_load(read_text(path))
-        if not isinstance(found, list) or not all(type(one) is str for one in found):
-            raise ValueError("it is no list of texts")
+        # Not with OmegaConf, which would resolve interpolations in this untrusted file.
+        recorded = yaml.safe_load(read_text(path))
+        if not isinstance(recorded, list) or not all(type(override) is str for override in recorded):
+            raise ValueError("it is not a list of strings")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         say(f"skipped {path}: {reason(error)}", error=True)
         return []
-    return found
+    return recorded
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file whole, or not at all; see ``write_atomically``."""
+    """Write a JSON file atomically; see ``write_atomically``."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _refuse_links(run_dir: Path) -> None:
-    """What is written to a run that is resumed, by its logger too, stays in its directory, whoever made that."""
+    """Reject links that would make a resumed run, or its logger, write outside its (untrusted) directory."""
     inside = run_dir.resolve()
     for path in run_dir.rglob("*"):
-        # Weights & Biases links to its own cache from there, and writes each attempt to a new folder.
+        # Weights & Biases links to its own cache, and writes each attempt to a new directory.
         if path.relative_to(run_dir).parts[:-1][:1] == ("wandb",):
             continue
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             raise FewShotError(
-                f"{path} is a link to {path.resolve()}, and a run writes to its own directory only: put there what the "
-                "link names"
+                f"{path} is a link to {path.resolve()}, but a run writes only to its own directory: replace the link "
+                "with what it points to"
             )
 
 
-def chosen_on_resume(given: Iterable[str]) -> list[str]:
-    """Those overrides that choose what a checkpoint does not: a resumed run takes them from its command line."""
-    return [override for override in given if _is_readers_own(override.partition("=")[0])]
+def chosen_on_resume(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides of settings that a resumed run takes from its command line, not from its checkpoint."""
+    return [override for override in overrides if _is_readers_own(override.partition("=")[0])]
 
 
 def _is_readers_own(key: str) -> bool:
@@ -365,16 +365,16 @@ def _is_readers_own(key: str) -> bool:
 
 
 def _name_other_logs(run_dir: Path, config: DictConfig) -> None:
-    """Say which logger and callbacks the run was started with, where this command has not chosen any."""
+    """Report the logger and callbacks that the run was started with, if this command does not choose any."""
     chosen = {override.partition("=")[0] for override in chosen_on_resume(config.overrides)}
     started = [
         override
         for override in chosen_on_resume(overrides(run_dir))
-        # The file may be anyone's: what a reader is asked to type is a choice and nothing else.
+        # The file is untrusted: suggest only a plain choice for the user to type.
         if re.fullmatch(r"(logger|callbacks)=[\w/]+", override) and override.partition("=")[0] not in chosen
     ]
     if started:
-        say(f"the run was started with {' '.join(started)}, and this command is not: add it to keep that log")
+        say(f"the run was started with {' '.join(started)}, but this command was not: add it to continue that log")
 
 
 def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
@@ -384,12 +384,12 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
         if _is_readers_own(key):
             continue
         if is_group(key) and key != "hardware":
-            raise FewShotError(f"{override.input_line}: a run that is resumed keeps its {key}; leave it out")
+            raise FewShotError(f"{override.input_line}: a resumed run keeps its {key}; leave it out")
         try:
             OmegaConf.update(changed, key, OmegaConf.select(config, key), merge=False)
         except (AssertionError, LookupError, TypeError, ValueError, OmegaConfBaseException) as error:
             raise FewShotError(
-                f"{override.input_line}: the run has nothing of that name to change: {reason(error)}"
+                f"{override.input_line}: the run has no such setting to change: {reason(error)}"
             ) from error
     for key in ("run_dir", "resume", "trust", "overrides", *CHOSEN_ON_RESUME):
         changed[key] = config[key]
@@ -398,25 +398,25 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
 
 
 def _keep_horizon(saved: DictConfig, config: DictConfig) -> None:
-    """Refuse another number of episodes where the schedule depends on it: every step so far would have been another."""
+    """Reject a different number of episodes if the schedule depends on it: all steps so far would have differed."""
     horizons = [key for key in HORIZONS if saved.schedule is not None and saved.schedule.get(key) == saved.train.steps]
     if horizons and config.train.steps != saved.train.steps:
         raise FewShotError(
-            f"train.episodes={config.train.episodes}: the schedule of the run in {config.run_dir} is made for "
+            f"train.episodes={config.train.episodes}: the schedule of the run in {config.run_dir} is set up for "
             f"{saved.train.episodes} episodes (schedule.{horizons[0]}={saved.train.steps} steps); leave it out, or "
-            "train anew into another directory"
+            "train again in another directory"
         )
 
 
-def _places_in(config: DictConfig) -> set[str]:
+def _directory_keys(config: DictConfig) -> set[str]:
     return {f"dataset.source.{key}" for key in directory_keys(config.dataset.source)}
 
 
 def _differences(ours: DictConfig, theirs: DictConfig, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """The keys that differ, and how, for a message."""
+    """Yield each key that differs, and a description of the difference for a message."""
     for key in keys:
-        one, other = OmegaConf.select(ours, key), OmegaConf.select(theirs, key)
-        if isinstance(one, DictConfig) and isinstance(other, DictConfig):
-            yield from _differences(ours, theirs, (f"{key}.{name!s}" for name in {**one, **other}))
-        elif one != other and not (one in NOTHING and other in NOTHING):
-            yield key, f"{key}={one} (there {other})"
+        our_value, their_value = OmegaConf.select(ours, key), OmegaConf.select(theirs, key)
+        if isinstance(our_value, DictConfig) and isinstance(their_value, DictConfig):
+            yield from _differences(ours, theirs, (f"{key}.{name!s}" for name in {**our_value, **their_value}))
+        elif our_value != their_value and not (our_value in NOTHING and their_value in NOTHING):
+            yield key, f"{key}={our_value} (there {their_value})"

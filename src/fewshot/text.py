@@ -1,6 +1,6 @@
-"""What others wrote, shown as text: names of classes, files and runs, overrides, messages of libraries.
+"""Escaping of untrusted text: names of classes, files and runs, overrides, messages of libraries.
 
-Whatever leaves the program for a reader passes through here, by one function for each place that it goes to.
+All output for people passes through here; there is one function per kind of output.
 """
 
 import codecs
@@ -20,53 +20,52 @@ from rich.text import Text
 Value = TypeVar("Value")
 
 LONGEST = 4000  # characters of a line
-# Control characters, line ends, and what turns the direction of writing.
+# Control characters, line ends, and characters that change the writing direction.
 STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-# What a spreadsheet takes for a formula (the last four are what some of them read as the first four), or for the mark
-# that says it is none.
+# The start of a formula in a spreadsheet (some also accept full-width signs), or an apostrophe, which marks text.
 FORMULA = re.compile(r"'*\s*[=+\-@＝＋－＠]")
-# Markdown's signs inside of a line. An underscore within a word is none, and stays readable.
+# Markdown's special characters within a line. An underscore within a word is not one, and stays readable.
 SIGNS = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/|(?<=www)\.", re.IGNORECASE)
-# Of a heading, a list, or the line below a heading.
+# Markdown that starts a heading or a list, or underlines a heading.
 LEADING_SIGN = re.compile(r"^(?:(\d{1,9})(?=[.)](?:\s|$))|(?=[#+=-]))")
-# How a terminal without a character shows it.
+# Replacements for terminals that cannot show a character.
 ASCII = {"±": "+/-", "×": "x", "−": "-", "–": "-", "…": "...", "•": "*", "“": '"', "”": '"', "’": "'"}
 
 
 def for_terminal(text: str) -> str:
-    """One line for a terminal: what is no printable character is shown as its escape, and what is too long is cut."""
+    """Make one line for a terminal: unprintable characters are escaped, and a long text is cut."""
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
 def for_markdown(text: str) -> str:
-    """The same within a line of Markdown, or a cell of a table: no sign in it is one of Markdown or HTML."""
+    """Escape text within a line or a table cell of Markdown, where it is neither Markdown nor HTML."""
     signed = SIGNS.sub(r"\\\g<0>", for_terminal(text).strip())
     return html.escape(LEADING_SIGN.sub(r"\1\\", signed), quote=False)
 
 
 def for_figure(text: str) -> str:
-    """The same for a label or a title of a Matplotlib figure: no formula, and never left out of a legend."""
+    """Escape a label or title of a Matplotlib figure, so that it is no formula and never omitted from a legend."""
     shown = for_terminal(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def for_csv(value: Value) -> Value | str:
-    """A cell of comma-separated values, which no spreadsheet takes for a formula.
+    """Escape a cell of comma-separated values, so that no spreadsheet reads it as a formula.
 
-    A text that could be one begins with an apostrophe more, which is how spreadsheets mark text. Control characters
-    are shown as their escapes; all else stays, for programs that look for a file by its name. What is no text stays.
+    Strings that could be formulas get a leading apostrophe, which is how spreadsheets mark text. Control characters are
+    escaped; everything else is unchanged, so that programs can find files by these names. Other values are unchanged.
     """
     if not isinstance(value, str):
         return value
-    text = STEERING.sub(lambda found: _escaped(found[0]), value)
+    text = STEERING.sub(lambda match: _escaped(match[0]), value)
     return f"'{text}" if FORMULA.match(text) else text
 
 
 def for_html(text: str) -> str:
-    """The text in a page, between tags or as a quoted attribute."""
-    shown = STEERING.sub(lambda found: _escaped(found[0]), text)
+    """Escape text in a page, between tags or as a quoted attribute."""
+    shown = STEERING.sub(lambda match: _escaped(match[0]), text)
     return html.escape("".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in shown))
 
 
@@ -77,13 +76,13 @@ def _escaped(character: str) -> str:
 def make_table(
     title: str, columns: Iterable[str], rows: Iterable[Sequence[object]], numbers: Container[str] = ()
 ) -> Table:
-    """A table for the terminal, its cells text and nothing else.
+    """Make a table for the terminal; its cells are plain text, without markup.
 
     Args:
-        title: above it.
-        columns: their names.
-        rows: a cell a column.
-        numbers: the columns that stand to the right and are never broken; the others are, where they are too wide.
+        title: the title above the table.
+        columns: the names of the columns.
+        rows: one cell per column.
+        numbers: columns that are right-aligned and never wrapped; the others are wrapped if too wide.
     """
     table = Table(title=Text(for_terminal(title)))
     for column in columns:
@@ -98,11 +97,11 @@ def make_table(
 
 
 def say(*parts: str | Path | Table, error: bool = False) -> None:
-    """Print lines and tables, each by itself.
+    """Print lines and tables.
 
     Args:
-        parts: what to print; a text is one line.
-        error: on the standard error.
+        parts: what to print; a string is one line.
+        error: print to the standard error.
     """
     for part in parts:
         if isinstance(part, Table):
@@ -112,11 +111,11 @@ def say(*parts: str | Path | Table, error: bool = False) -> None:
 
 
 def open_streams() -> None:
-    """Make the standard streams such that printing never ends a program: for the start of a process.
+    """Set up the standard streams at the start of a process, so that printing never ends the program.
 
-    What a terminal cannot encode is shown in ASCII, by its like or by its escape. When the standard output takes no
-    more, as after ``| head -1``, where the terminal is closed or the disk is full, one line on the standard error says
-    so, and the program goes on.
+    Characters that a terminal cannot encode are shown as similar ASCII or as an escape. If the standard output cannot
+    be written any more (after ``| head -1``, or because the terminal is closed or the disk is full), one line on the
+    standard error says so, and the program continues.
     """
     codecs.register_error("fewshot_ascii", _in_ascii)
     for name, number in (("stdout", 1), ("stderr", 2)):
@@ -127,7 +126,7 @@ def _opened(stream: TextIO | None, number: int) -> TextIO:
     if stream is None:  # it was closed before the program began
         return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
     if not isinstance(stream, io.TextIOWrapper) or _number(stream) != number or isinstance(stream, _Stream):
-        return stream  # somebody else's: a notebook's, or a test's
+        return stream  # replaced by a notebook or a test
     stream.flush()
     buffer = io.BufferedWriter(_Unbroken(number, "wb", closefd=False))
     at_once = stream.line_buffering or stream.write_through
@@ -142,24 +141,24 @@ def _number(stream: TextIO) -> int | None:
 
 
 class _Stream(io.TextIOWrapper):
-    """One of ours."""
+    """A stream that ``open_streams`` has set up."""
 
 
 class _Unbroken(io.FileIO):
-    """A file that swallows what is written once it takes no more."""
+    """A file that discards what is written once writing fails."""
 
     def write(self, content: Any) -> int:
-        """Write, here or nowhere."""
+        """Write, or discard the content if that fails."""
         try:
             return super().write(content)
         except OSError as error:
-            why = "nobody reads it any more" if isinstance(error, BrokenPipeError) else error.strerror
-        # The number leads nowhere from now on, for the processes that are started later too.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
+            why = "its reader is gone" if isinstance(error, BrokenPipeError) else error.strerror
+        # Redirect the descriptor, for processes that are started later, too.
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, self.fileno())
+        os.close(devnull)
         if self.fileno() == 1:
-            say(f"the standard output takes no more ({why}); the program goes on without it", error=True)
+            say(f"cannot write to the standard output ({why}); the program continues without it", error=True)
         return len(content)
 
 

@@ -1,4 +1,4 @@
-"""The training story: data, method, trainer; fit, choose on validation classes, test once, write down the result."""
+"""A training run: fit, choose the weights on validation classes, test them once, write the results."""
 
 import logging
 import shlex
@@ -51,7 +51,7 @@ from fewshot.runs import (
 from fewshot.text import make_table, say
 from fewshot.trust import CHOSEN_ON_RESUME, default_directories
 
-MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # in the state of PyTorch's optimizers
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # state of PyTorch's optimizers
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "pillow")
 
 
@@ -60,7 +60,7 @@ def compose_and_train(*overrides: str, **settings: Any) -> Path:
 
     Args:
         overrides: as on the command line: "method.order=1".
-        settings: the same as keywords; a mapping holds the keys of a node or a group.
+        settings: the same as keyword arguments; a mapping holds the keys of a node or a group.
 
     Returns:
         The directory of the run.
@@ -74,10 +74,10 @@ def compose_and_train(*overrides: str, **settings: Any) -> Path:
 
 
 def train(config: DictConfig) -> float:
-    """Train, validate and test as ``config`` says; everything written goes to ``config.run_dir``.
+    """Train, validate and test as configured; all output goes to ``config.run_dir``.
 
     Args:
-        config: the composed ``conf/train.yaml``. Without a ``run_dir``, a new directory below ``outputs`` becomes it.
+        config: the composed ``conf/train.yaml``. A null ``run_dir`` is set to a new directory below ``outputs``.
 
     Returns:
         The validation accuracy of the chosen weights, a fraction.
@@ -89,19 +89,19 @@ def train(config: DictConfig) -> float:
         config.run_dir = str(new_run_dir(f"{config.choices.method}_{config.choices.dataset}"))
     resolve(config)
     run_dir = Path(config.run_dir)
-    place = "" if config.data_dir == default_directories()["data_dir"] else f" data_dir={config.data_dir}"
-    interruption = Interruption(f"{command('train')} resume={run_dir}{place}{_own_choices(config)}")
+    data_dir = "" if config.data_dir == default_directories()["data_dir"] else f" data_dir={config.data_dir}"
+    interruption = Interruption(f"{command('train')} resume={run_dir}{data_dir}{_choices_on_resume(config)}")
     with interruption, lock_run(run_dir):
         config, checkpoint = load_for_resume(config)
         check(config)
         check_hardware(config.hardware)
-        config.hardware.precision = precision_of(config.hardware)  # what a checkpoint says, and a resumed run keeps
-        with report_out_of_memory(_less_memory(config)):
+        config.hardware.precision = precision_of(config.hardware)  # saved in checkpoints and kept on resume
+        with report_out_of_memory(_memory_advice(config)):
             data = make_data(config)
             config = with_classes(config, len(data.bank.classes("train")))
             if checkpoint is not None:
-                anew = "train anew into another directory with hydra.run.dir=PATH"
-                check_same_data(trained_on(checkpoint, run_dir), data.bank, run_dir, anew)
+                fix = "train again in another directory with hydra.run.dir=PATH"
+                check_same_data(trained_on(checkpoint, run_dir), data.bank, run_dir, fix)
                 results = complete_results(config)
                 if results is not None:
                     _show_results(results, run_dir)
@@ -110,13 +110,13 @@ def train(config: DictConfig) -> float:
             return _train(config, checkpoint, data, interruption)
 
 
-def _less_memory(config: DictConfig) -> str:
-    """What to lower where memory does not suffice."""
+def _memory_advice(config: DictConfig) -> str:
+    """Return what to lower if the memory does not suffice."""
     if trains_on(config) == "classes":
-        return f"lower train.batch_size in a new run, or choose another precision by resume={config.run_dir}"
+        return f"lower train.batch_size in a new run, or choose another precision with resume={config.run_dir}"
     step = "method.vmap_tasks, or set method.recompute=true," if "vmap_tasks" in config.method else "train.meta_batch"
     return (
-        f"lower {step} or train.way, train.shot and train.query, in a new run; or go on with this one by "
+        f"lower {step} or train.way, train.shot and train.query, in a new run; or resume this one with "
         f"resume={config.run_dir} and a higher hardware.accumulate_grad_batches or hardware.precision=bf16-mixed"
     )
 
@@ -141,7 +141,7 @@ def _train_and_log(
 ) -> float:
     keep_freed_memory()
     run_dir = Path(config.run_dir)
-    # On resume the weights of the checkpoint count, and what they once began with is not read again.
+    # On resume the weights come from the checkpoint, so the initial ones are not read again.
     init = read_encoder(config, data.bank) if checkpoint is None and config.encoder.get("init") else None
     method = make_method(config, initial_weights=checkpoint is None and init is None)
     if init is not None:
@@ -151,8 +151,8 @@ def _train_and_log(
     keep: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False, **keep)
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **keep)
-    own = [instantiate(node) for _, node in parts("callbacks", config.get("callbacks"))]
-    trainer = make_trainer(config, record, finite, interruption, dashboard, *own, best, last, loggers=loggers)
+    configured = [instantiate(node) for _, node in parts("callbacks", config.get("callbacks"))]
+    trainer = make_trainer(config, record, finite, interruption, dashboard, *configured, best, last, loggers=loggers)
     _check_hardware(config, method, trainer)
     data.trainer = trainer
     data.prepare_data()
@@ -160,7 +160,7 @@ def _train_and_log(
     if data.meta_batch > config.train.meta_batch:
         pieces = f" in each of {data.pieces} pieces" if data.pieces > 1 else ""
         _say(
-            f"a training step takes {data.meta_batch} episodes, and not train.meta_batch={config.train.meta_batch}: "
+            f"a training step takes {data.meta_batch} episodes, not train.meta_batch={config.train.meta_batch}: "
             f"one for each of {data.processes} processes{pieces}"
         )
     _list_classes(data.bank, run_dir)
@@ -169,21 +169,21 @@ def _train_and_log(
     if data.trained > data.train_episodes:
         raise FewShotError(
             f"train.episodes={data.train_episodes} is less than the {data.trained} that the run in {run_dir} has "
-            "trained on already; ask for at least as many"
+            "trained on already; request at least as many"
         )
-    from_here = last_checkpoint(run_dir) if checkpoint is not None else None
+    resume_from = last_checkpoint(run_dir) if checkpoint is not None else None
     with stop_together(trainer, interruption.resume):
         try:
             if checkpoint is not None:
                 _check_state(checkpoint, method)
-            # Of a training that is complete already, this restores the state and no more.
-            trainer.fit(method, data, ckpt_path=from_here, weights_only=True)
+            # If the training is already complete, this only restores the state.
+            trainer.fit(method, data, ckpt_path=resume_from, weights_only=True)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            if from_here is None or record.began:
+            if resume_from is None or record.began:
                 raise
-            raise cannot_resume(from_here, error) from error
+            raise cannot_resume(resume_from, error) from error
         interruption.check(trainer)
-        # The test restores the older state that the callbacks had at the best weights.
+        # Loading the best checkpoint for the test resets the callbacks to their state at that time.
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
         precisions, encoder_init = record.precisions, record.encoder_init
         trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
@@ -206,13 +206,13 @@ def _train_and_log(
 
 
 def outcome(config: DictConfig, method: FewShotMethod, bank: ImageBank, trainer: pl.Trainer) -> dict[str, Any]:
-    """What the results of every test hold: the task, the accuracy, and all that decided it.
+    """Return the result fields that every test has: the task, the accuracy, and everything that affects it.
 
     Args:
-        config: of the run, with the task that was tested.
-        method: after the test.
+        config: the configuration of the run, with the tested task.
+        method: the method, after the test.
         bank: the images it was tested on.
-        trainer: that tested it.
+        trainer: the trainer that tested it.
     """
     return {
         **config.choices,
@@ -231,7 +231,7 @@ def outcome(config: DictConfig, method: FewShotMethod, bank: ImageBank, trainer:
 
 
 def make_data(config: DictConfig, kind: Callable[..., EpisodeDataModule] = EpisodeDataModule) -> EpisodeDataModule:
-    """The data module, of a given kind, its images not read yet."""
+    """Make the data module, of class ``kind``; its images are not read yet."""
     keys = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "checkpoint_every", "cache_dir")
     transform = instantiate(config.get("transform"))  # a checkpoint of an earlier version has none
     settings = {key: config[key] for key in keys}
@@ -239,12 +239,12 @@ def make_data(config: DictConfig, kind: Callable[..., EpisodeDataModule] = Episo
 
 
 def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMethod:
-    """The method; its checkpoints will hold the configuration.
+    """Make the method; its checkpoints will contain the configuration.
 
     Args:
         config: the composed ``conf/train.yaml``.
-        initial_weights: give it its first weights, which the seed decides, pretrained ones where they are asked for;
-            False: a checkpoint will bring its own.
+        initial_weights: initialize the weights from the seed, or with pretrained ones if configured; False: a
+            checkpoint will replace them.
     """
     pl.seed_everything(config.seed, workers=True, verbose=False)
     make: Any = OmegaConf.to_container(config.method)
@@ -255,10 +255,10 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     if config.hardware.compile and not method.compilable:
         _say(
             f"warning: hardware.compile=true: method={config.choices.method} differentiates its gradients, which "
-            "torch.compile cannot; it runs as it is"
+            "torch.compile cannot; it runs uncompiled"
         )
     elif config.hardware.compile:
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, after a warning
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs uncompiled, after a warning
         method.encoder.compile()
     return method
 
@@ -268,30 +268,30 @@ def _without(config: DictConfig, *keys: str) -> DictConfig:
 
 
 def make_trainer(config: DictConfig, *callbacks: pl.Callback, loggers: Sequence[Logger] = ()) -> pl.Trainer:
-    """Lightning's trainer, as the configuration says.
+    """Make Lightning's trainer from the configuration.
 
     Args:
         config: the composed ``conf/train.yaml``.
-        callbacks: beside those that every run has.
-        loggers: where it logs.
+        callbacks: in addition to those that every run has.
+        loggers: where the run logs.
     """
     # Lightning advises worker processes for every loader without them; ours gathers from memory.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message='install "ipywidgets"')  # a notebook without it shows no progress bar
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # a resumed run's
-    warnings.filterwarnings("ignore", message=".*Total length of .* is zero")  # of one that is complete
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # when resuming
+    warnings.filterwarnings("ignore", message=".*Total length of .* is zero")  # of a complete run
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting")  # they are equal
-    warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # an error of ours says it
-    warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)` before")  # a loss scaler passes over steps
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # advertisements among them
+    warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # we raise our own error
+    warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)` before")  # a loss scaler skips steps
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hides advertisements
     logging.getLogger("lightning_fabric.utilities").setLevel(logging.WARNING)
     hardware = {str(key): value for key, value in config.hardware.items() if key != "compile"}
     hardware["precision"] = precision_of(config.hardware)
     return pl.Trainer(
         **hardware,
-        max_epochs=-1,  # one from each checkpoint to the next; Record sees the last training episode
+        max_epochs=-1,  # an epoch ends at each checkpoint; Record sees the last training episode
         use_distributed_sampler=False,  # ours knows its rank
         callbacks=[*callbacks, ProgressBar(refresh_rate=10)],
         plugins=[AtomicCheckpoints()],
@@ -305,10 +305,10 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, loggers: Sequence[
 
 
 def _check_hardware(config: DictConfig, method: FewShotMethod, trainer: pl.Trainer) -> None:
-    """Refuse what only the trainer knows not to go together.
+    """Reject combinations of hardware settings that only the trainer knows to be incompatible.
 
     Raises:
-        FewShotError: names what does not.
+        FewShotError: names the incompatible settings.
     """
     scaled = str(config.hardware.precision) in {"16", "16-mixed"}
     if scaled and trainer.precision != "16-mixed":
@@ -316,46 +316,46 @@ def _check_hardware(config: DictConfig, method: FewShotMethod, trainer: pl.Train
     if trainer.accumulate_grad_batches > 1 and not method.automatic_optimization:
         raise FewShotError(
             f"hardware.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: method="
-            f"{config.choices.method} takes the gradient of one task after another as it is, however many "
-            "train.meta_batch has"
+            f"{config.choices.method} already takes the gradient of one task at a time, whatever "
+            "train.meta_batch is"
         )
     sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     started = trainer.world_size > 1 and not trainer.strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
     if sweep and started:
         raise FewShotError(
             f"hardware.devices={config.hardware.devices}: the jobs of a sweep (-m) have one process each; choose "
-            "hardware.devices=1, or start the runs one by one"
+            "hardware.devices=1, or start the runs one at a time"
         )
 
 
 def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
-    """Refuse a state that Lightning would leave out in silence, or PyTorch stumble over at the first step.
+    """Reject a state that Lightning would silently ignore, or that would make PyTorch fail at the first step.
 
     Raises:
-        ValueError: tells what does not fit the method.
+        ValueError: names what does not fit the method.
     """
     if not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
         raise ValueError("its weights are not finite")
     if shapes(checkpoint["state_dict"]) != shapes(method.state_dict()):
-        raise ValueError("its weights are not those of the method")
+        raise ValueError("its weights do not fit the method")
     parameters = list(method.parameters())
     (optimizer,) = checkpoint["optimizer_states"]
     for number, state in optimizer["state"].items():
         for name in MOMENTS & state.keys():
             if state[name] is not None and state[name].shape != parameters[number].shape:
-                raise ValueError(f"the optimizer's {name} of parameter {number} is not of its shape")
+                raise ValueError(f"the optimizer's {name} of parameter {number} has another shape")
     if len(checkpoint["lr_schedulers"]) != (method.make_schedule is not None):
-        raise ValueError("the schedule of the learning rate is another one")
+        raise ValueError("the learning-rate schedule is different")
 
 
-def _own_choices(config: DictConfig) -> str:
-    """The overrides that a resumed run takes from its command line, as the end of one."""
+def _choices_on_resume(config: DictConfig) -> str:
+    """Return the overrides that a resumed run takes from its command line, as text to append to a command."""
     return "".join(f" {shlex.quote(override)}" for override in chosen_on_resume(config.overrides))
 
 
 @rank_zero_only
 def _list_classes(bank: ImageBank, run_dir: Path) -> None:
-    """Write down which classes each split holds, since seeds and data decide it."""
+    """Write the classes of each split to ``classes.json``, since they depend on seeds and data."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "classes.json", {split: bank.class_names(split) for split in SPLITS})
 
@@ -386,12 +386,12 @@ def _show_results(results: dict[str, Any], run_dir: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result depends on."""
+    """Return the versions of Python and of the packages that a result depends on."""
     return {"python": python_version(), **{package: version(package) for package in PACKAGES}}
 
 
 def commit() -> str | None:
-    """The commit of this code, marked when files differ from it; None outside a git checkout."""
+    """Return the commit of this code, marked "-dirty" if files differ; None outside a git checkout."""
     if not CHECKOUT:
         return None
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]

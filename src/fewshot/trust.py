@@ -1,7 +1,7 @@
-"""What a file that anyone may have made can say: plain data, and names of code that its reader has chosen.
+"""Untrusted configurations: they hold plain data, and name only code that the user has chosen.
 
-A configuration in a file is copied into new mappings and lists, and it is this copy that is checked and later
-instantiated, so that there is nothing between the check and the use. In it no text is ever resolved or parsed.
+A configuration in a file is copied into new mappings and lists. The copy is what is checked and later instantiated, so
+nothing can change between check and use. No string in it is ever resolved or parsed.
 """
 
 import re
@@ -19,9 +19,9 @@ from fewshot.config import ONE_OF, TrainConfig, compose_unresolved, import_targe
 from fewshot.errors import FewShotError, reason
 
 MOST_NODES = 10_000  # mappings, lists and values of a configuration; ours have about 100
-MOST_CHARACTERS = 100_000  # of all its texts
+MOST_CHARACTERS = 100_000  # in all its strings
 DEEPEST = 32  # mappings within mappings
-# What would take the reader's memory, disk or time without showing in the tensors of the file.
+# Values that could exhaust memory, disk or time although the file's tensors are small.
 LARGEST = {
     "dataset.size": 1024,
     "dataset.source.samples": 10_000,
@@ -33,19 +33,25 @@ LARGEST = {
     "transform.padding": 1024,
     "transform.crop.padding": 1024,
 }
-CHOSEN_ON_RESUME = ("logger", "callbacks")  # groups that whoever resumes a run chooses anew
-NO_SLOTS = ("hydra", "figure", "experiment", "budget", *CHOSEN_ON_RESUME)  # no part of what a checkpoint may choose
-ENCODER_PLACES = ("file", "init")  # what an encoder began with; its weights are in the checkpoint
+CHOSEN_ON_RESUME = ("logger", "callbacks")  # groups that the command line chooses again on resume
+NO_SLOTS = (
+    "hydra",
+    "figure",
+    "experiment",
+    "budget",
+    *CHOSEN_ON_RESUME,
+)  # groups that a checkpoint may not use
+INITIAL_WEIGHTS = ("file", "init")  # sources of the initial weights; the trained ones are in the checkpoint
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 
-PLACES = ("data_dir", "cache_dir")  # keys of a configuration that are the reader's, wherever they stand
+DIRECTORIES = ("data_dir", "cache_dir")  # keys that take the user's values, wherever they are in a configuration
 
 
 def plain(value: Any) -> Any:
-    """A copy of what a file holds, of nothing but mappings, lists, numbers, texts and nulls.
+    """Copy the content of a file: mappings, lists, numbers, strings and nulls only.
 
     Raises:
-        ValueError: there is anything else, an interpolation among it; or it is too large, or too deep.
+        ValueError: there is anything else, such as an interpolation, or it is too large or too deeply nested.
     """
     nodes, characters = 0, 0
 
@@ -65,15 +71,15 @@ def plain(value: Any) -> Any:
             if characters > MOST_CHARACTERS:
                 raise ValueError("its configuration is too large")
             if "${" in value or value == "???":
-                raise ValueError(f"its configuration has the text {value!r}, which is no value but stands for one")
+                raise ValueError(f"its configuration has {value!r}, which is a placeholder and not a value")
             return value
         if isinstance(value, dict):
             if not all(type(key) in (str, int) for key in value):
-                raise ValueError("its configuration has a key that is no text")
+                raise ValueError("its configuration has a key that is not a string")
             return {copy(key, depth): copy(inner, depth + 1) for key, inner in value.items()}
         if type(value) in (list, tuple):
             return [copy(inner, depth + 1) for inner in value]
-        raise ValueError(f"its configuration has a {type(value).__name__}, which is no plain value")
+        raise ValueError(f"its configuration has a {type(value).__name__}, which is not plain data")
 
     return copy(value, 0)
 
@@ -86,30 +92,30 @@ def read_config(
     places: Mapping[str, Any] | None = None,
     own: Any = None,
 ) -> dict[str, Any]:
-    """The configuration that a checkpoint holds, fit to be instantiated.
+    """Check the configuration of a checkpoint, so that it is safe to instantiate.
 
     Args:
         untrusted: the configuration.
-        path: of the checkpoint, for messages.
-        trust: packages whose code it may name, beside what the configuration files of this command name.
-        places: the reader's ``data_dir`` and ``cache_dir``; None: the default ones.
-        own: the configuration of this command, if it makes what the checkpoint is of; what it names is trusted.
+        path: the checkpoint, for messages.
+        trust: packages whose code it may name, in addition to the code that this command's configuration files name.
+        places: the user's ``data_dir`` and ``cache_dir``; None: the default ones.
+        own: the configuration of this command if it resumes the checkpoint's run; the code that it names is trusted.
 
     Returns:
-        A copy of it. The places in it are the reader's; it has no ``run_dir``, and its encoder begins with nothing.
+        A copy, with the user's directories, no ``run_dir``, and no initial weights of the encoder.
 
     Raises:
-        ValueError: it is no configuration of this program, see ``plain``.
-        FewShotError: it names code that the reader has not chosen, or that cannot be imported.
+        ValueError: it is not a configuration of this program, see ``plain``.
+        FewShotError: it names code that is not trusted or cannot be imported.
     """
     config = plain(untrusted)
     if not isinstance(config, dict):
-        raise ValueError("its configuration is no mapping")
+        raise ValueError("its configuration is not a mapping")
     config |= dict.fromkeys(CHOSEN_ON_RESUME)
     config.pop("overrides", None)
     if (old := outdated(config)) is not None:
         raise FewShotError(
-            f"{path} is of an earlier version of fewshot, which knew {old}: train anew, or use it with that version"
+            f"{path} is from an earlier version of fewshot, which had {old}: train again, or use it with that version"
         )
     for key in ("method", "dataset.source"):
         node = _select(config, key)
@@ -122,45 +128,45 @@ def read_config(
     places = default_directories() if places is None else places
     _check_targets(config, path, _packages(trust), own, places)
     _check_values(config)
-    _put_places(config, places)
+    _set_directories(config, places)
     return config | {"run_dir": None, "resume": None, "trust": []}
 
 
 def default_directories() -> dict[str, str]:
-    """Where data sets and image banks lie by default: as ``conf/train.yaml`` and the environment say."""
+    """Return the default directories of data sets and image banks, from ``conf/train.yaml`` and the environment."""
     config = compose_unresolved()
-    return {key: str(config[key]) for key in PLACES}
+    return {key: str(config[key]) for key in DIRECTORIES}
 
 
 class KnownTargets:
-    """Every ``_target_`` that the configuration files of this command name, and what they say of it.
+    """Every ``_target_`` in this command's configuration files, with its node.
 
     Args:
-        own: a configuration whose names are the reader's own, too.
+        own: a trusted configuration, whose targets count as well.
     """
 
     def __init__(self, own: Any = None) -> None:
         self._sources = search_path()
         groups = {group for source in self._sources for group in source.list("", ObjectType.GROUP)}
         self._groups = groups.difference(NO_SLOTS)
-        self._unread = [*sorted(self._groups), "experiment"]  # the last one has most files, and seldom names any code
+        self._unread = [*sorted(self._groups), "experiment"]  # last: it has the most files and seldom names code
         self._nodes: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
         self._own = {(slot, str(node["_target_"])): node for slot, node in self.targets(own)}
 
     def find(self, slot: str, name: str) -> Mapping[str, Any] | None:
-        """What the files say of a target in a slot: its keys, not resolved; None where no file names it."""
+        """Return the unresolved node of a target in a slot, or None if no file names it there."""
         while (slot, name) not in self._nodes and self._unread:
             self._read(self._unread.pop(0))
         return self._nodes.get((slot, name)) or self._own.get((slot, name))
 
     def slots(self, name: str) -> list[str]:
-        """The slots that a target can stand in."""
+        """Return the slots that a target may fill."""
         return sorted({slot for slot, other in [*self._nodes, *self._own] if other == name})
 
     def targets(self, node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The nodes that Hydra makes an object from, by their slots: the last group on the way, and what is below.
+        """Yield the nodes that Hydra instantiates, with their slots: the path from the innermost group down.
 
-        The encoder of a method and the one beside it are one slot, ``encoder``.
+        The encoder within a method and the top-level one have the same slot, ``encoder``.
         """
         if isinstance(node, dict):
             if "_target_" in node:
@@ -184,28 +190,28 @@ def _packages(trust: str | Iterable[str] | None) -> tuple[str, ...]:
     packages = () if trust is None else (trust,) if isinstance(trust, str) else tuple(trust)
     for package in packages:
         if not isinstance(package, str) or not re.fullmatch(r"\w+(\.\w+)*", package):
-            raise FewShotError(f"trust={package} must name a package, or a list of them: trust=[one,other]")
+            raise FewShotError(f"trust={package} must name a package, or a list of packages: trust=[first,second]")
         if _is_no_extension(package):
-            raise FewShotError(f"trust={package}: no checkpoint may name any function of it; name a package of yours")
+            raise FewShotError(f"trust={package}: checkpoints may not name its functions; name a package of your own")
     return packages
 
 
 def _is_no_extension(name: str) -> bool:
-    """Whether code is of Python itself or of this program, where no one's own method or data set can be."""
+    """Whether code belongs to Python or this program, which cannot contain a user's method or data set."""
     return name.partition(".")[0] in {*sys.stdlib_module_names, "__main__", "fewshot", "hydra", "omegaconf"}
 
 
 def _check_targets(
     config: dict[str, Any], path: Path, packages: Sequence[str], own: Any, places: Mapping[str, Any]
 ) -> None:
-    """Hold every object that Hydra would make to what is known of it, and put the reader's places into it."""
+    """Check every node that Hydra would instantiate against the known targets, and insert the user's directories."""
     known = KnownTargets(own)
     for slot, node in known.targets(config):
         name = node["_target_"]
         if type(name) is not str:
-            raise ValueError(f"the _target_ of its {slot} is no text")
+            raise ValueError(f"the _target_ of its {slot} is not a string")
         ours = known.find(slot, name)
-        package = next((one for one in packages if name.startswith(f"{one}.")), None)
+        package = next((package for package in packages if name.startswith(f"{package}.")), None)
         if ours is None and package is None:
             raise _foreign(path, slot, name, known.slots(name))
         if ours is None:
@@ -215,27 +221,27 @@ def _check_targets(
         strange = {str(key) for key in node if _is_hydras(key)} - (HYDRA_KEYS if ours is None else ours.keys())
         if strange:
             raise ValueError(f"its {slot} has the key {min(strange)}")
-        of_place = {key: value for key, value in (ours or {}).items() if key in node and _names_place(value)}
-        node |= {key: _placed(value, places) for key, value in of_place.items()}
+        directories = {key: value for key, value in (ours or {}).items() if key in node and _names_directory(value)}
+        node |= {key: _insert_directories(value, places) for key, value in directories.items()}
     stray = next(_stray_keys(config), None)
     if stray is not None:
-        raise ValueError(f"it has the key {stray} where no object is made")
+        raise ValueError(f"it has the key {stray} in a node without _target_")
 
 
 def directory_keys(source: Mapping[str, Any]) -> set[str]:
-    """The keys of a ``dataset.source`` that say where its files lie, and not what they are."""
+    """Return the keys of a ``dataset.source`` that say where its files are, not which files they are."""
     known = KnownTargets().find("dataset.source", str(source.get("_target_"))) or {}
-    return {*PLACES, *(str(key) for key, value in known.items() if _names_place(value))}
+    return {*DIRECTORIES, *(str(key) for key, value in known.items() if _names_directory(value))}
 
 
-def _names_place(value: Any) -> bool:
-    return isinstance(value, str) and any(f"${{{place}}}" in value for place in PLACES)
+def _names_directory(value: Any) -> bool:
+    return isinstance(value, str) and any(f"${{{name}}}" in value for name in DIRECTORIES)
 
 
-def _placed(value: str, places: Mapping[str, Any]) -> str:
-    """What a text of a configuration file says, with the reader's places in it."""
-    for place in PLACES:
-        value = value.replace(f"${{{place}}}", str(places[place]))
+def _insert_directories(value: str, places: Mapping[str, Any]) -> str:
+    """Replace the interpolations of directories in a string of a configuration file."""
+    for name in DIRECTORIES:
+        value = value.replace(f"${{{name}}}", str(places[name]))
     return value
 
 
@@ -245,7 +251,7 @@ def _foreign(path: Path, slot: str, name: str, other_slots: Sequence[str]) -> Ex
     if _is_no_extension(name) or "." not in name:
         return ValueError(f"its {slot} is {name}, which no configuration file names")
     return FewShotError(
-        f"{path} names code that is not trusted: its {slot} is {name}; if you know it, trust its package with "
+        f"{path} names code that is not trusted: its {slot} is {name}; if you know this code, trust its package with "
         f"trust={name.partition('.')[0]}, or name the directory of its configuration files with --config-dir DIR"
     )
 
@@ -262,7 +268,7 @@ def _is_hydras(key: Any) -> bool:
 
 
 def _check_values(config: Mapping[str, Any]) -> None:
-    """Hold what the readers use of a configuration before any other check to what they can bear."""
+    """Check the values that are used before any other check could reject them."""
     for key, largest in LARGEST.items():
         value = _select(config, key)
         if type(value) in (int, float) and not value <= largest:
@@ -282,9 +288,9 @@ def _select(config: Any, key: str) -> Any:
     return config
 
 
-def _put_places(node: Any, places: Mapping[str, Any], of_encoder: bool = False) -> None:
+def _set_directories(node: Any, places: Mapping[str, Any], in_encoder: bool = False) -> None:
     if isinstance(node, dict):
-        node |= {key: None for key in ENCODER_PLACES if of_encoder and key in node}
-        node |= {key: place for key, place in places.items() if key in node}
+        node |= {key: None for key in INITIAL_WEIGHTS if in_encoder and key in node}
+        node |= {key: directory for key, directory in places.items() if key in node}
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        _put_places(value, places, of_encoder or key == "encoder")
+        _set_directories(value, places, in_encoder or key == "encoder")

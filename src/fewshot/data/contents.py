@@ -52,9 +52,9 @@ def read_contents(text: Any) -> Contents:
     if not isinstance(splits, dict) or not all(isinstance(splits.get(split), dict) for split in SPLITS):
         raise ValueError("its record of the data has no classes")
     if not isinstance(digest, str | None):
-        raise ValueError("its record of the data has a digest that is no text")
+        raise ValueError("its record of the data has a digest that is not a string")
     if not all(isinstance(one, str | None) for split in SPLITS for one in splits[split].values()):
-        raise ValueError("its record of the data has a digest that is no text")
+        raise ValueError("its record of the data has a digest that is not a string")
     return Contents({split: splits[split] for split in SPLITS}, digest)
 
 
