@@ -1,4 +1,4 @@
-"""What the tests share: synthetic banks, the real data where it lies, and the command line."""
+"""Shared by the tests: synthetic banks, real data, and the command line."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ CHROMIUM = [
     *("disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1400,900"),
 ]
 
-# How many bad inputs the fuzz tests try, all together; FEWSHOT_FUZZ=10000 asks for new ones at every run.
+# How many bad inputs the fuzz tests try in total; FEWSHOT_FUZZ=10000 requests new ones in every run.
 FUZZ = int(os.environ.get("FEWSHOT_FUZZ", "300"))
 FUZZ_TESTS = 5
 settings.register_profile(
@@ -52,7 +52,7 @@ settings.load_profile("fuzz")
 
 
 def layout_faults(figure: Figure) -> list[str]:
-    """What cannot be read of a figure: texts that overlap or leave the page, and legends over other panels."""
+    """Return what is illegible in a figure: texts that overlap or leave the page, and legends over other panels."""
     drawn: dict[int, Text] = {}
     draw = Text.draw
 
@@ -74,18 +74,18 @@ def layout_faults(figure: Figure) -> list[str]:
         if box.x0 < -1 or box.y0 < -1 or box.x1 > figure.bbox.x1 + 1 or box.y1 > figure.bbox.y1 + 1
     ]
     faults += [
-        f"{_words(one)} and {_words(other)} overlap"
-        for one, other in combinations(drawn.values(), 2)
-        if _meet(boxes[id(one)], boxes[id(other)])
+        f"{_words(first)} and {_words(second)} overlap"
+        for first, second in combinations(drawn.values(), 2)
+        if _overlap(boxes[id(first)], boxes[id(second)])
     ]
     for part, (name, box) in zip(legends, frames, strict=True):
         panels = [axes for axes in figure.axes if axes.get_visible() and axes is not part.axes]
-        faults += [f"{name} lies over a panel" for axes in panels if _meet(box.padded(-1), axes.get_window_extent())]
+        faults += [f"{name} lies over a panel" for axes in panels if _overlap(box.padded(-1), axes.get_window_extent())]
         inside = {id(text) for text in part.findobj(Text)}
         faults += [
             f"{name} lies over {_words(text)}"
             for key, text in drawn.items()
-            if key not in inside and _meet(box.padded(-1), boxes[key])
+            if key not in inside and _overlap(box.padded(-1), boxes[key])
         ]
     return faults
 
@@ -94,13 +94,13 @@ def _words(text: Text) -> str:
     return repr(text.get_text())
 
 
-def _meet(one: Bbox, other: Bbox) -> bool:
-    return min(one.x1, other.x1) > max(one.x0, other.x0) and min(one.y1, other.y1) > max(one.y0, other.y0)
+def _overlap(a: Bbox, b: Bbox) -> bool:
+    return min(a.x1, b.x1) > max(a.x0, b.x0) and min(a.y1, b.y1) > max(a.y0, b.y0)
 
 
 @pytest.fixture
 def legible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every figure that a test saves has to be legible."""
+    """Check that every figure saved by a test is legible."""
     savefig = Figure.savefig
 
     def check(figure: Figure, *given: Any, **named: Any) -> None:
@@ -113,10 +113,10 @@ def legible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of the real Omniglot and miniImageNet."""
-    for place in (os.environ.get("FEWSHOT_DATA_DIR"), ROOT.parent / "shared" / "data"):
-        if place and (Path(place) / "omniglot").exists() and (Path(place) / "miniimagenet").exists():
-            return Path(place)
+    """The directory of the real Omniglot and miniImageNet."""
+    for path in (os.environ.get("FEWSHOT_DATA_DIR"), ROOT.parent / "shared" / "data"):
+        if path and (Path(path) / "omniglot").exists() and (Path(path) / "miniimagenet").exists():
+            return Path(path)
     if os.environ.get("FEWSHOT_REQUIRE_DATA"):
         pytest.fail("the real data was not found, and FEWSHOT_REQUIRE_DATA asks for it")
     pytest.skip("no real data: neither FEWSHOT_DATA_DIR nor ../shared/data holds omniglot/ and miniimagenet/")
@@ -124,10 +124,10 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of image banks that the whole session shares, and that whatever names no other uses."""
-    place = tmp_path_factory.mktemp("cache")
-    os.environ["FEWSHOT_CACHE_DIR"] = str(place)
-    return place
+    """A cache of image banks for the whole session, which is also the default one."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["FEWSHOT_CACHE_DIR"] = str(path)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +154,7 @@ METHODS = {
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Callable[[str], Path]:
-    """Trains each of ``METHODS`` once, a little; returns the directory of its run."""
+    """Trains each of ``METHODS`` once, briefly; returns its run directory."""
     little = ["train.episodes=50", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=8"]
     runs: dict[str, Path] = {}
 
@@ -179,18 +179,18 @@ def make_bank(counts: dict[str, list[int]], size: int = 16, channels: int = 1, s
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of all below ``folder``, itself included; what tells whether something was written."""
+    """Size and modification time of ``folder`` and everything below it, to detect writes."""
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
 
 
 @st.composite
 def damaged(draw: st.DrawFn, files: st.SearchStrategy[bytes], pieces: st.SearchStrategy[bytes]) -> bytes:
-    """The bytes of a file with up to four stretches of it cut out or overwritten, ``pieces`` for example put there."""
+    """Bytes of a file with up to four parts removed or overwritten, for example with ``pieces``."""
     contents = bytearray(draw(files))
     for _ in range(draw(st.integers(0, 4))):
-        place = draw(st.integers(0, len(contents)))
+        start = draw(st.integers(0, len(contents)))
         piece = draw(st.binary(max_size=9) | pieces)
-        contents[place : place + draw(st.sampled_from([0, len(piece), 1, 40, 2000]))] = piece
+        contents[start : start + draw(st.sampled_from([0, len(piece), 1, 40, 2000]))] = piece
     return bytes(contents)
 
 
@@ -212,12 +212,12 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
 
 @cache
 def _start_auditing() -> None:
-    sys.addaudithook(_audit)  # it cannot be taken away again
+    sys.addaudithook(_audit)  # it cannot be removed
 
 
 @contextmanager
 def nothing_touched() -> Iterator[None]:
-    """Fails if what runs in it writes or removes a file, starts a program, or calls out."""
+    """Fail if the block writes or removes a file, starts a program, or opens a connection."""
     global _touched  # noqa: PLW0603
     _start_auditing()
     _touched = []
@@ -247,14 +247,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """A free port of this machine."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def wait_for(port: int) -> None:
-    """Until somebody listens there, a minute at most."""
+    """Wait until a server listens on the port, a minute at most."""
     for _ in range(300):
         with closing(socket.socket()) as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

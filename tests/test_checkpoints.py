@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and harmless whoever wrote them."""
+"""Checkpoints: written atomically, and harmless even if untrusted."""
 
 import io
 import os
@@ -30,23 +30,23 @@ def content(good):
     return torch.load(io.BytesIO(good), weights_only=True)
 
 
-def refused(path, told):
+def refused(path, expected):
     with pytest.raises(FewShotError) as caught:
         load_checkpoint(path)
     message = str(caught.value)
-    assert str(path) in message and told in message and "\n" not in message
+    assert str(path) in message and expected in message and "\n" not in message
 
 
 def loads_or_is_refused(path):
-    told = ""
+    message = ""
     try:
         load_checkpoint(path)
     except FewShotError as error:
-        told = str(error)
-    assert "\n" not in told
+        message = str(error)
+    assert "\n" not in message
 
 
-def test_a_good_one_is_read(good, tmp_path):
+def test_a_good_checkpoint_is_read(good, tmp_path):
     (tmp_path / "good.ckpt").write_bytes(good)
     assert set(load_checkpoint(tmp_path / "good.ckpt")) == set(content(good))
 
@@ -60,7 +60,7 @@ class Exploit:
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch", "torch_old"])
-def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(good, tmp_path, how):
+def test_a_checkpoint_that_would_run_code_is_rejected_and_runs_nothing(good, tmp_path, how):
     flag, path = tmp_path / "run", tmp_path / "evil.ckpt"
     evil = content(good) | {"callbacks": Exploit(f"touch {flag}")}
     if how == "pickle":
@@ -70,15 +70,15 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(good, tmp_
     refused(path, "not a checkpoint of this program")
     assert not flag.exists()
     torch.load(path, weights_only=False) if how != "pickle" else pickle.loads(path.read_bytes())
-    assert flag.exists()  # it would have
+    assert flag.exists()  # loading it unsafely runs the code
 
 
 @pytest.mark.parametrize("target", ["os.system", "fewshot.cli.os.system", "fewshot.config.compose", "builtins.eval"])
-@pytest.mark.parametrize("place", [("method",), ("encoder",), ("dataset", "source"), ("method", "distance")])
-def test_a_configuration_that_names_what_conf_does_not_is_refused(good, tmp_path, target, place):
+@pytest.mark.parametrize("node", [("method",), ("encoder",), ("dataset", "source"), ("method", "distance")])
+def test_a_configuration_with_unknown_targets_is_rejected(good, tmp_path, target, node):
     evil = content(good)
     node = evil["hyper_parameters"]
-    for key in place:
+    for key in node:
         node = node[key]
     node["_target_"] = target
     torch.save(evil, tmp_path / "evil.ckpt")
@@ -117,7 +117,7 @@ plain = st.recursive(
 
 @settings(deadline=None)
 @given(changes=st.dictionaries(st.sampled_from(["method", "encoder", "dataset", "way", "train", "other"]), plain))
-def test_any_configuration_in_a_checkpoint_is_taken_or_refused_in_one_line(good, tmp_path_factory, changes):
+def test_any_configuration_in_a_checkpoint_is_accepted_or_rejected_in_one_line(good, tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "any.ckpt"
     whole = content(good)
     whole["hyper_parameters"] |= changes
@@ -127,14 +127,14 @@ def test_any_configuration_in_a_checkpoint_is_taken_or_refused_in_one_line(good,
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_any_damage_is_refused_in_one_line_or_does_not_matter(good, tmp_path_factory, data):
+def test_any_damage_is_rejected_in_one_line_or_harmless(good, tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged.ckpt"
     at = data.draw(st.integers(0, len(good) - 1))
     path.write_bytes(good[:at] + data.draw(st.binary(max_size=20)) + good[at + data.draw(st.integers(0, 20)) :])
     loads_or_is_refused(path)
 
 
-def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+def test_a_file_is_written_completely_or_stays_unchanged(tmp_path):
     path = tmp_path / "deep" / "file"
     write_atomically(path, b"first")
     assert path.read_bytes() == b"first"

@@ -14,7 +14,7 @@ from fewshot.config import CONF, check, check_types, compose
 from fewshot.errors import FewShotError
 
 
-def test_another_programs_own_configuration_outlives_ours(tmp_path):
+def test_composing_does_not_change_the_configuration_of_another_program(tmp_path):
     (tmp_path / "theirs.yaml").write_text("a: 1\n")
     with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
         assert compose("way=3", "run_dir=here").way == 3
@@ -28,7 +28,7 @@ def test_every_option_of_every_group_passes_its_own_check(group):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("encoder.filters=null", "encoder.filters=None must be a whole number"),
         ("+encoder.depth=3", "encoder.depth is not a setting of Conv4"),
@@ -38,13 +38,13 @@ def test_every_option_of_every_group_passes_its_own_check(group):
         ("dataset.channels=2", "dataset.channels=2 must be 1 or 3"),
     ],
 )
-def test_what_does_not_fit_is_named(override, told):
+def test_wrong_types_are_named(override, message):
     with pytest.raises(FewShotError) as caught:
         check(compose("run_dir=x", override))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_the_keys_of_a_figure_are_held_to_the_types_of_its_function():
+def test_the_keys_of_a_figure_are_checked_against_its_function():
     for option in (CONF / "figure").glob("*.yaml"):
         check_types("figure", compose(f"figure={option.stem}", name="figure").figure)
     wrong = compose("figure=intervals", "figure.episodes=many", "+figure.colour=red", name="figure").figure
@@ -55,12 +55,12 @@ def test_the_keys_of_a_figure_are_held_to_the_types_of_its_function():
     )
 
 
-def test_everything_wrong_is_told_at_once():
+def test_all_errors_are_reported_together():
     wrong = ["shot=0", "train.shot=1", "val.every=0", "seed=-1", "encoder.filters=0", "distance=scaled_cosine"]
     with pytest.raises(FewShotError) as caught:
         check(compose("run_dir=x", *wrong, "distance.scale=0"))
-    for of in ("shot=0 ", "val.every=0 ", "seed=-1 ", "encoder.filters=0 ", "distance.scale=0"):
-        assert of in str(caught.value)
+    for part in ("shot=0 ", "val.every=0 ", "seed=-1 ", "encoder.filters=0 ", "distance.scale=0"):
+        assert part in str(caught.value)
 
 
 @cache
@@ -92,7 +92,7 @@ VALUES = WORDS | NUMBERS | st.text(max_size=8) | st.lists(WORDS, max_size=4).map
 
 @st.composite
 def overrides(draw: st.DrawFn) -> str:
-    """What a command line may say, mostly of keys that there are."""
+    """Overrides of a command line, mostly with existing keys."""
     kind = draw(st.sampled_from(["good", "plausible", "plausible", "wild"]))
     if kind == "good":
         return draw(st.sampled_from(GOOD))
@@ -109,13 +109,13 @@ def overrides(draw: st.DrawFn) -> str:
 @example(["+=omniglot"])
 @example(["val=???"])
 @example(["seed=${oc.env:HOME}"])
-def test_whatever_a_command_line_says_it_is_a_configuration_or_refused_in_one_line(given_overrides):
+def test_any_command_line_gives_a_configuration_or_an_error_of_one_line(given_overrides):
     try:
         with nothing_touched():
             config = compose("run_dir=x", *given_overrides)
             check(config)
     except Exception as error:
-        told = _explain(error)
-        assert told is not None and len(told.splitlines()) == 1, error  # noqa: PT017
+        message = _explain(error)
+        assert message is not None and len(message.splitlines()) == 1, error  # noqa: PT017
     else:
         assert isinstance(config, DictConfig) and config.way >= 2

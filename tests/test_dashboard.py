@@ -35,7 +35,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, cache_dir) -> Path:
-    """A folder of three small runs."""
+    """A directory of three small runs."""
     folder = tmp_path_factory.mktemp("runs")
     for name, overrides in METHODS.items():
         train(compose(*TINY, *overrides, f"run_dir={folder / name}", f"cache_dir={cache_dir}"))
@@ -54,7 +54,7 @@ def hyperparameters(run: Path) -> dict:
     return {key: getattr(value, value.WhichOneof("kind")) for key, value in found.items()}
 
 
-def test_hyperparameters_tell_what_a_run_was(runs):
+def test_hyperparameters_describe_a_run(runs):
     common = {"dataset": "glyphs", "encoder": "conv4", "optimizer": "adam", "seed": 7, "other": ""}
     expected = {
         "protonet": {
@@ -80,10 +80,10 @@ def test_hyperparameters_tell_what_a_run_was(runs):
     log = log_of(runs / "protonet")
     content = log.summary_metadata[metadata.EXPERIMENT_TAG].plugin_data.content
     experiment = metadata.parse_experiment_plugin_data(content)
-    assert [of.name.tag for of in experiment.metric_infos] == ["val/best_accuracy", "test/accuracy"]
+    assert [metric.name.tag for metric in experiment.metric_infos] == ["val/best_accuracy", "test/accuracy"]
 
 
-def test_scalars_lie_in_groups_and_the_best_validation_is_that_of_the_weights_tested(runs):
+def test_scalars_are_grouped_and_the_best_validation_is_that_of_the_tested_weights(runs):
     log = log_of(runs / "maml")
     tags = {"loss", "accuracy", "learning_rate"}
     measured = {"val/accuracy", "val/ci95", "val/best_accuracy", "test/accuracy", "test/ci95"}
@@ -93,7 +93,7 @@ def test_scalars_lie_in_groups_and_the_best_validation_is_that_of_the_weights_te
     assert best.value == max(event.value for event in log.Scalars("val/accuracy"))
 
 
-def test_pictures_are_drawn_at_the_test_and_only_where_they_are_asked_for(runs, tmp_path, cache_dir):
+def test_pictures_are_drawn_at_the_test_and_only_if_requested(runs, tmp_path, cache_dir):
     for name in METHODS:
         images = log_of(runs / name).Tags()["images"]
         assert sorted(images) == ["test/classes", "test/episode"]
@@ -107,7 +107,7 @@ def test_pictures_are_drawn_at_the_test_and_only_where_they_are_asked_for(runs, 
     assert not log_of(tmp_path).Tags()["images"] and not list(tmp_path.rglob("*.tsv"))
 
 
-def test_a_test_that_is_done_again_leaves_each_thing_once(runs, tmp_path, cache_dir):
+def test_a_repeated_test_logs_everything_once(runs, tmp_path, cache_dir):
     shutil.copytree(runs / "protonet", tmp_path / "run")
     own = [f"run_dir={tmp_path / 'run'}", f"cache_dir={cache_dir}", "resume=auto", "test.episodes=6"]
     train(compose(*TINY, *METHODS["protonet"], *own))
@@ -120,7 +120,7 @@ def test_a_test_that_is_done_again_leaves_each_thing_once(runs, tmp_path, cache_
 
 
 def visible_text(browser) -> str:
-    """All text of the page, that of its custom elements and frames too."""
+    """All text of the page, including custom elements and frames."""
     return browser.execute_script("""
         const texts = [];
         const walk = node => {
@@ -137,7 +137,7 @@ def visible_text(browser) -> str:
 
 
 def pictures(browser) -> int:
-    """How many images of the log the page shows."""
+    """The number of logged images that the page shows."""
     return browser.execute_script("""
         let count = 0;
         const walk = node => {
@@ -154,7 +154,7 @@ def pictures(browser) -> int:
 
 @pytest.fixture
 def board(runs):
-    """The address of a TensorBoard that shows the runs."""
+    """The URL of a TensorBoard that shows the runs."""
     port = free_port()
     command = ["-m", "tensorboard.main", "--logdir", str(runs), "--host", "localhost", "--port", str(port)]
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, over gloo, beside one."""
+"""Two processes on the CPU, with gloo, compared with one."""
 
 import json
 import multiprocessing
@@ -35,7 +35,7 @@ SMALL = [
     "log_every=1",
     "seed=3",
 ]
-# Steps of five episodes and of one: shares of three and two, then of one and none.
+# Steps of five episodes and of one episode: shares of three and two, then of one and zero.
 UNEVEN = ["train.meta_batch=5", "train.episodes=6", "hardware.precision=64-true"]
 CASES = {
     "protonet": ["method=protonet", *UNEVEN],
@@ -58,7 +58,7 @@ SERVER.set_forkserver_preload(["fewshot.training"])
 
 
 class Kept(pl.Callback):
-    """Keeps what the optimizer is given at each step, and the embeddings of the last validation."""
+    """Records the gradients of each step, and the embeddings of the last validation."""
 
     def __init__(self):
         self.steps, self.embeddings = [], None
@@ -68,11 +68,11 @@ class Kept(pl.Callback):
             self.embeddings = method._embeddings.embeddings
 
     def on_before_optimizer_step(self, trainer, method, optimizer):  # noqa: ARG002
-        self.steps.append({name: of.grad.clone() for name, of in method.named_parameters()})
+        self.steps.append({name: parameter.grad.clone() for name, parameter in method.named_parameters()})
 
 
 def learn(overrides):
-    """Test what is untrained, then train and validate, on one thread: how sums are rounded depends on their number."""
+    """Test untrained weights, then train and validate, on one thread: rounding depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -106,12 +106,12 @@ def learn_all(rank, folder, cache_dir):
 def as_rank(rank, port, work, *arguments):
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     rank_zero_only.rank = rank
-    embeddings.EMBEDDED_TOGETHER = 32  # else one of them would have all images
+    embeddings.EMBEDDED_TOGETHER = 32  # otherwise one process would have all images
     work(rank, *arguments)
 
 
 def on_two(work, *arguments):
-    """Let two processes do it; returns what they exit with."""
+    """Run it in two processes; return their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -120,14 +120,14 @@ def on_two(work, *arguments):
         process.start()
     for process in ranks:
         process.join(300)
-        process.kill()  # where it hangs
+        process.kill()  # if it hangs
         process.join()
     return [process.exitcode for process in ranks]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, cache_dir):
-    """What two processes have found, by case and by rank."""
+    """The records of two processes, by case and rank."""
     folder = tmp_path_factory.mktemp("ranks")
     learn(["train.episodes=1", "hardware=cpu", f"run_dir={folder / 'warm'}", f"cache_dir={cache_dir}"])
     assert on_two(learn_all, folder, cache_dir) == [0, 0]
@@ -135,18 +135,19 @@ def found(tmp_path_factory, cache_dir):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_of_two_processes_is_that_of_one_on_all_their_episodes(found, name, tmp_path, cache_dir):
+def test_a_step_of_two_processes_equals_that_of_one_on_all_episodes(found, name, tmp_path, cache_dir):
     first, second = found[name]
-    for of in ("test", "validations", "gradients", "weights"):
-        torch.testing.assert_close(first[of], second[of], rtol=0, atol=0)
-    alone = [of for of in CASES[name] if "accumulate" not in of]
+    for key in ("test", "validations", "gradients", "weights"):
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+    alone = [override for override in CASES[name] if "accumulate" not in override]
     expected = learn([*alone, "hardware=cpu", f"run_dir={tmp_path}", f"cache_dir={cache_dir}"])
     assert first["test"] == expected["test"] and first["test"][2] == 7
     assert len(first["gradients"]) == len(expected["gradients"]) == (1 if "bfloat16" in name else 2)
     assert max(gradient.abs().max() for gradient in first["gradients"][-1].values()) > 1e-3
     for ours, of_one in zip(first["gradients"], expected["gradients"], strict=True):
         found_all, expected_all = (
-            torch.cat([of.flatten() for of in determined(gradients).values()]) for gradients in (ours, of_one)
+            torch.cat([gradient.flatten() for gradient in determined(gradients).values()])
+            for gradients in (ours, of_one)
         )
         # The gradient of one episode is the same in both, bit for bit. Only the sum over the two episodes is rounded
         # differently: two processes add in float32, and one may add in bfloat16, whose significand has 8 bits. That
@@ -157,13 +158,13 @@ def test_a_step_of_two_processes_is_that_of_one_on_all_their_episodes(found, nam
         torch.testing.assert_close(determined(first["weights"]), determined(expected["weights"]), rtol=0, atol=1e-8)
 
 
-def determined(of_parameters):
-    """All but the biases below a batch norm, which takes them out again: their gradients are nothing but rounding."""
-    return {name: of for name, of in of_parameters.items() if not re.fullmatch(r"encoder\.\d\.0\.bias", name)}
+def determined(gradients):
+    """All but the biases before a batch norm, which cancels them: their gradients are only rounding errors."""
+    return {name: gradient for name, gradient in gradients.items() if not re.fullmatch(r"encoder\.\d\.0\.bias", name)}
 
 
 @pytest.mark.parametrize("name", ["protonet_in_pieces", "maml"])
-def test_what_is_validated_is_what_the_first_process_saves(found, name, tmp_path, cache_dir):
+def test_the_validated_weights_are_those_that_rank_0_saves(found, name, tmp_path, cache_dir):
     config = compose(*SMALL, *CASES[name], "hardware=cpu", f"run_dir={tmp_path}", f"cache_dir={cache_dir}")
     method, data = make_method(config), make_data(config)
     method.double().load_state_dict(found[name][0]["state"])
@@ -175,7 +176,7 @@ def test_what_is_validated_is_what_the_first_process_saves(found, name, tmp_path
 
 
 def draw(stop_at):
-    """Let each process draw numbers of its own in training, the second one more; and stop it after some episodes."""
+    """Make each process draw random numbers in training, rank 1 one more; and stop it after some episodes."""
     learn_step = PrototypicalNetwork.training_step
 
     def step(self, meta_batch, batch_idx):
@@ -197,7 +198,7 @@ def attempt(rank, run_dir, cache_dir, stop_at=None):  # noqa: ARG001
 RUN = ["hardware=ddp_cpu", "train.meta_batch=3", "train.episodes=22", "val.every=9", "checkpoint_every=6"]
 
 
-def test_a_run_that_one_process_was_told_to_stop_ends_resumed_as_the_one_that_was_not(tmp_path, cache_dir):
+def test_a_run_stopped_by_one_process_and_resumed_ends_like_an_uninterrupted_one(tmp_path, cache_dir):
     assert on_two(attempt, tmp_path / "whole", cache_dir) == [0, 0]
     assert on_two(attempt, tmp_path / "stopped", cache_dir, 12) == [128 + signal.SIGTERM] * 2
     stopped = torch.load(tmp_path / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -219,11 +220,11 @@ def test_a_run_that_one_process_was_told_to_stop_ends_resumed_as_the_one_that_wa
 
 
 def children(process):
-    return [int(of) for of in subprocess.run(["pgrep", "-P", str(process)], capture_output=True).stdout.split()]
+    return [int(number) for number in subprocess.run(["pgrep", "-P", str(process)], capture_output=True).stdout.split()]
 
 
 def end(signal_, whom, run_dir, *overrides):
-    """Start the command, send a signal once it has saved something, and return its status and what it told."""
+    """Start the command, send a signal once it has saved something, and return its status and its errors."""
     last = run_dir / "checkpoints" / "last.ckpt"
     before = last.stat().st_mtime_ns if last.exists() else 0
     command = [sys.executable, str(ROOT / "src" / "train.py"), *map(str, overrides)]
@@ -234,14 +235,14 @@ def end(signal_, whom, run_dir, *overrides):
                 time.sleep(0.2)
             (child,) = children(running.pid)
             os.kill({"first": running.pid, "second": child, "all": -running.pid}[whom], signal_)
-            _, told = running.communicate(timeout=100)  # not before all have ended
+            _, errors = running.communicate(timeout=100)  # waits until all have ended
         except BaseException:
             os.killpg(running.pid, signal.SIGKILL)
             raise
-    return running.returncode, told.strip().splitlines()
+    return running.returncode, errors.strip().splitlines()
 
 
-def test_a_process_that_ends_ends_all_and_the_run_goes_on(cache_dir, tmp_path):
+def test_a_process_that_ends_ends_all_and_the_run_can_be_resumed(cache_dir, tmp_path):
     resume = f"resume with: python {ROOT / 'src' / 'train.py'} resume={tmp_path}"
     start = [*SMALL, "hardware=ddp_cpu", "train.episodes=1000000", "checkpoint_every=6", "val.every=1000000"]
     start += [f"cache_dir={cache_dir}", f"hydra.run.dir={tmp_path}"]
@@ -249,21 +250,21 @@ def test_a_process_that_ends_ends_all_and_the_run_goes_on(cache_dir, tmp_path):
         130,
         ["finishing the current step; interrupt again to stop immediately", f"error: interrupted; {resume}"],
     )
-    status, told = end(signal.SIGKILL, "second", tmp_path, f"resume={tmp_path}")
-    # Lightning looks every few seconds whether processes have died, and may be the first to see it.
+    status, errors = end(signal.SIGKILL, "second", tmp_path, f"resume={tmp_path}")
+    # Lightning checks every few seconds whether processes have died, and may notice it first.
     if status == 1:
-        assert told == [f"error: process 1 of 2 has ended with status -9, and the run with it; {resume}"]
+        assert errors == [f"error: process 1 of 2 has ended with status -9, and the run with it; {resume}"]
     else:
-        assert status == -signal.SIGKILL and "terminated with code -9" in told[0]
-    status, told = end(signal.SIGKILL, "first", tmp_path, f"resume={tmp_path}")
+        assert status == -signal.SIGKILL and "terminated with code -9" in errors[0]
+    status, errors = end(signal.SIGKILL, "first", tmp_path, f"resume={tmp_path}")
     assert status == -signal.SIGKILL
-    assert told == [f"error: process 1: the first process has ended, and the run with it; {resume}"]
+    assert errors == [f"error: process 1: the first process has ended, and the run with it; {resume}"]
 
 
-def test_what_does_not_go_together_is_refused(tmp_path, cache_dir, monkeypatch):
+def test_incompatible_settings_are_rejected(tmp_path, cache_dir, monkeypatch):
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     here = [f"run_dir={tmp_path}", f"cache_dir={cache_dir}"]
-    for overrides, told in {
+    for overrides, message in {
         (
             "hardware=ddp_cpu",
             "hydra.mode=MULTIRUN",
@@ -276,5 +277,5 @@ def test_what_does_not_go_together_is_refused(tmp_path, cache_dir, monkeypatch):
         ): r"accumulate_grad_batches=2 must be 1: method=maml takes",
     }.items():
         HydraConfig.instance().set_config(compose_unresolved(*here, *overrides))
-        with pytest.raises(FewShotError, match=told):
+        with pytest.raises(FewShotError, match=message):
             train(compose(*here, *overrides))

@@ -16,7 +16,7 @@ from fewshot.text import LONGEST, for_terminal
         ("bad \udcff bytes", "bad \\udcff bytes"),
     ],
 )
-def test_a_message_is_one_line_that_cannot_steer_the_terminal(text, shown):
+def test_a_message_is_one_line_that_cannot_control_the_terminal(text, shown):
     assert for_terminal(text) == str(FewShotError(text)) == shown
     str(FewShotError(text)).encode()
 
@@ -26,6 +26,6 @@ def test_each_argument_is_a_line():
     assert str(pickle.loads(pickle.dumps(FewShotError("a", "b")))) == "a\nb"
 
 
-def test_a_line_too_long_keeps_its_ends():
-    told = str(FewShotError("start" + "x" * 10**6 + "mend"))
-    assert told.startswith("start") and told.endswith("mend") and len(told) < LONGEST + 10
+def test_a_line_that_is_too_long_keeps_its_start_and_end():
+    message = str(FewShotError("start" + "x" * 10**6 + "end"))
+    assert message.startswith("start") and message.endswith("end") and len(message) < LONGEST + 10

@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do, on one that PyTorch only imagines; and options of the hardware that may fail."""
+"""GPU work, on a fake device of PyTorch, and hardware options that may fail."""
 
 import json
 
@@ -30,19 +30,19 @@ METHODS = ["protonet", "matching", "matching_fce", "maml"]
 
 
 class HostWatch(TorchDispatchMode):
-    """Notes every operation for which the host would wait for the GPU."""
+    """Records every operation for which the host would wait for the GPU."""
 
     def __init__(self):
         super().__init__()
         self.waits = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        found = operation(*args, **(kwargs or {}))
+        result = operation(*args, **(kwargs or {}))
         name = str(operation)
-        devices = {of.device.type for of in (*args, found) if isinstance(of, torch.Tensor)}
+        devices = {value.device.type for value in (*args, result) if isinstance(value, torch.Tensor)}
         if "_local_scalar_dense" in name or "nonzero" in name or ("copy" in name and len(devices) > 1):
             self.waits.append(name)
-        return found
+        return result
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def data():
 
 
 @pytest.mark.parametrize("room", [True, False])
-def test_the_bank_lies_on_the_gpu_when_it_fits_and_is_asked_for_without_a_wait(data, monkeypatch, room):
+def test_the_bank_is_on_the_gpu_if_it_fits_and_is_read_without_waiting(data, monkeypatch, room):
     free = 4 * BANK.images.nbytes + (1 if room else -1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
     sent = []
@@ -63,7 +63,7 @@ def test_the_bank_lies_on_the_gpu_when_it_fits_and_is_asked_for_without_a_wait(d
         sent.append(tensor.dtype)
         return tensor.to(device)
 
-    monkeypatch.setattr("fewshot.data.images.send", send)  # nothing can be pinned for a GPU that is not there
+    monkeypatch.setattr("fewshot.data.images.send", send)  # memory cannot be pinned without a GPU
     gpu = torch.device("cuda", 0)
     positions = torch.arange(12).view(2, 6)
     for _ in range(2):
@@ -77,9 +77,9 @@ def test_the_bank_lies_on_the_gpu_when_it_fits_and_is_asked_for_without_a_wait(d
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_training_step_never_asks_for_a_number_on_the_host(method):
+def test_a_training_step_never_waits_for_a_number(method):
     model = make_method(compose(*MAKE, f"method={method}", *(["method.task_batching=vmap"] * (method == "maml"))))
-    model.log_training = lambda *_: None  # it takes a trainer
+    model.log_training = lambda *_: None  # it needs a trainer
     images = torch.rand(36, 1, 28, 28)
     positions = EpisodeIndex(
         support=torch.arange(12).view(2, 6),
@@ -106,11 +106,11 @@ TOO_OLD = (
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    """A machine without one: what PyTorch says of it, and which PyTorch that is."""
+    """A machine without a GPU, with the error of PyTorch and its CUDA version."""
 
-    def pretend(told, cuda="12.8", processor="model name: Some Processor", mps=False):
+    def pretend(message, cuda="12.8", processor="model name: Some Processor", mps=False):
         def init():
-            raise RuntimeError(told)
+            raise RuntimeError(message)
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -124,7 +124,7 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A machine with some cards, of a compute capability."""
+    """A machine with ``count`` GPUs of a compute capability."""
 
     def pretend(count=1, capability=(9, 0)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -137,7 +137,7 @@ def gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "cuda", "expected"),
+    ("message", "cuda", "expected"),
     [
         ("Found no NVIDIA driver on your system. Please check that", "12.8", "no NVIDIA driver was found"),
         (TOO_OLD, "12.8", "the NVIDIA driver is too old: it is made for CUDA 11.4, and this PyTorch for CUDA 12.8"),
@@ -147,8 +147,8 @@ def gpus(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
-def test_a_gpu_that_is_not_there_is_refused_with_what_is(no_gpu, monkeypatch, told, cuda, expected, accelerator):
-    no_gpu(told, cuda)
+def test_a_missing_gpu_is_reported_with_what_is_there(no_gpu, monkeypatch, message, cuda, expected, accelerator):
+    no_gpu(message, cuda)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     with pytest.raises(FewShotError) as refused:
         check_hardware({**CARD, "accelerator": accelerator})
@@ -159,14 +159,14 @@ def test_a_gpu_that_is_not_there_is_refused_with_what_is(no_gpu, monkeypatch, to
 
 
 @pytest.mark.parametrize("group", ["gpu", "ddp", "mps"])
-def test_a_run_without_its_accelerator_goes_no_further(no_gpu, tmp_path, group):
+def test_a_run_without_its_accelerator_stops_at_once(no_gpu, tmp_path, group):
     no_gpu("Found no NVIDIA driver on your system.")
     with pytest.raises(FewShotError, match="What is there: a CPU"):
         train(compose(f"hardware={group}", f"run_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"))
     assert not (tmp_path / "cache").exists() and not list(tmp_path.glob("*.json"))
 
 
-def test_a_driver_that_is_too_old_is_no_silent_reason_to_use_the_cpu(no_gpu, capsys):
+def test_an_old_driver_is_reported_before_the_cpu_is_used(no_gpu, capsys):
     no_gpu(TOO_OLD)
     check_hardware({**CARD, "accelerator": "auto"})
     assert "the NVIDIA driver is too old" in capsys.readouterr().err
@@ -179,32 +179,32 @@ def test_a_driver_that_is_too_old_is_no_silent_reason_to_use_the_cpu(no_gpu, cap
     ("devices", "count", "instead"),
     [(2, 1, "1"), ("2", 1, "auto"), ([1], 1, "auto"), ("0,1", 1, "auto"), (5, 4, "4"), ([0, 7], 4, "auto")],
 )
-def test_more_gpus_than_there_are_are_refused(gpus, devices, count, instead):
+def test_too_many_gpus_are_rejected(gpus, devices, count, instead):
     gpus(count)
     with pytest.raises(FewShotError, match=rf"this machine has {count} GPUs? \(Some Card\); .*devices={instead}$"):
         check_hardware({**CARD, "devices": devices})
 
 
 @pytest.mark.parametrize("devices", [1, "auto", -1, "-1", [0, 1], "0,1", 2])
-def test_the_gpus_that_are_there_are_taken(gpus, devices):
+def test_existing_gpus_are_accepted(gpus, devices):
     gpus(2)
     check_hardware({**CARD, "devices": devices})
 
 
 @pytest.mark.parametrize(("accelerator", "variable"), [("cpu", "CXX"), ("gpu", "CC")])
-def test_compiling_without_a_compiler_is_refused(gpus, monkeypatch, accelerator, variable):
+def test_compiling_without_a_compiler_is_rejected(gpus, monkeypatch, accelerator, variable):
     gpus()
-    asked = {**CARD, "accelerator": accelerator, "compile": True}
+    requested = {**CARD, "accelerator": accelerator, "compile": True}
     monkeypatch.setenv(variable, "no-such-compiler")
     with pytest.raises(FewShotError, match="no-such-compiler was not found; install one, name it with"):
-        check_hardware(asked)
+        check_hardware(requested)
     monkeypatch.delenv(variable)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FewShotError, match=rf"(g\+\+|gcc) or clang(\+\+)? was not found.*{variable}=PATH"):
-        check_hardware(asked)
+        check_hardware(requested)
 
 
-def test_compiling_for_a_gpu_that_triton_does_not_know_is_refused(gpus, monkeypatch):
+def test_compiling_for_a_gpu_that_triton_does_not_support_is_rejected(gpus, monkeypatch):
     gpus(capability=(6, 1))
     monkeypatch.setattr(hardware.shutil, "which", lambda name: name)
     monkeypatch.setattr(hardware, "find_spec", lambda _: None)
@@ -215,7 +215,7 @@ def test_compiling_for_a_gpu_that_triton_does_not_know_is_refused(gpus, monkeypa
         check_hardware({**CARD, "compile": True})
 
 
-def test_a_method_that_differentiates_twice_runs_as_it_is_and_says_so(capsys, monkeypatch):
+def test_a_method_that_differentiates_twice_runs_uncompiled_and_says_so(capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
     make_method(compose(*MAKE, "method=maml", "hardware.compile=true"))
@@ -235,22 +235,22 @@ def test_a_method_that_differentiates_twice_runs_as_it_is_and_says_so(capsys, mo
         ("", (8, 0), True),
     ],
 )
-def test_auto_takes_bfloat16_where_it_is_quick(no_gpu, gpus, capsys, flags, capability, quick):
+def test_auto_uses_bfloat16_where_it_is_fast(no_gpu, gpus, capsys, flags, capability, quick):
     no_gpu("Found no NVIDIA driver on your system.", processor=f"flags: {flags}")
     if capability is not None:
         gpus(capability=capability)
     device = "cpu" if capability is None else "cuda"
     assert has_bfloat16(device) == quick
-    asked = {**CARD, "accelerator": "auto"}
-    assert precision_of({**asked, "precision": "auto"}) == ("bf16-mixed" if quick else "32-true")
-    assert precision_of({**asked, "precision": "64-true"}) == "64-true"
-    check_hardware({**asked, "precision": "auto"})
+    requested = {**CARD, "accelerator": "auto"}
+    assert precision_of({**requested, "precision": "auto"}) == ("bf16-mixed" if quick else "32-true")
+    assert precision_of({**requested, "precision": "64-true"}) == "64-true"
+    check_hardware({**requested, "precision": "auto"})
     assert not capsys.readouterr().err
-    check_hardware({**asked, "precision": "bf16-mixed"})  # forced
+    check_hardware({**requested, "precision": "bf16-mixed"})  # forced
     assert ("has no bfloat16 arithmetic" in capsys.readouterr().err) != quick
 
 
-def test_results_and_checkpoints_say_which_precision_auto_was(no_gpu, tmp_path, cache_dir):
+def test_results_and_checkpoints_record_the_precision_that_auto_chose(no_gpu, tmp_path, cache_dir):
     no_gpu("Found no NVIDIA driver on your system.", processor="flags: avx2")
     tiny = ["train.episodes=2", "train.way=3", "val.episodes=2", "test.episodes=2", "encoder.filters=4"]
     train(compose(*tiny, "hardware.precision=auto", "pictures=false", f"run_dir={tmp_path}", f"cache_dir={cache_dir}"))
@@ -260,14 +260,14 @@ def test_results_and_checkpoints_say_which_precision_auto_was(no_gpu, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["protonet", "matching", "matching_fce", "maml"])
-def test_the_small_budget_asks_for_bfloat16_only_where_it_is_quick(name):
+def test_the_small_budget_uses_bfloat16_only_where_it_is_fast(name):
     experiment = "maml_2nd" if name == "maml" else name if name == "protonet" else f"{name}_l2"
     config = compose(f"experiment=miniimagenet/{experiment}_5way_1shot", "budget=cpu", "run_dir=unused")
     assert config.hardware.precision == "auto"
 
 
 @pytest.mark.parametrize(
-    ("error", "place"),
+    ("error", "device"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "the GPU"),
         (RuntimeError("CUDA error: out of memory"), "the GPU"),
@@ -277,8 +277,8 @@ def test_the_small_budget_asks_for_bfloat16_only_where_it_is_quick(name):
     ],
 )
 @pytest.mark.parametrize("method", ["protonet", "maml"])
-def test_memory_that_is_full_ends_in_a_line_that_says_what_to_lower(
-    monkeypatch, tmp_path, cache_dir, error, place, method
+def test_out_of_memory_ends_in_one_line_that_says_what_to_lower(
+    monkeypatch, tmp_path, cache_dir, error, device, method
 ):
     def fail(*_):
         raise error
@@ -288,10 +288,10 @@ def test_memory_that_is_full_ends_in_a_line_that_says_what_to_lower(
     with pytest.raises(FewShotError) as refused:
         train(config)
     line = str(refused.value)
-    assert line.startswith(f"the memory of {place} is full; lower ") and "\n" not in line
+    assert line.startswith(f"the memory of {device} is full; lower ") and "\n" not in line
     assert ("method.vmap_tasks" if method == "maml" else "train.meta_batch") in line and f"resume={tmp_path}" in line
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_are_not_changed():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), report_out_of_memory("lower it"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

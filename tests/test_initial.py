@@ -1,4 +1,4 @@
-"""An encoder that begins with the weights of another run's."""
+"""Encoders that start with the weights of another run."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ TINY += ["encoder.filters=4", "hardware=cpu", "pictures=false", "train.meta_batc
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, cache_dir):
-    """A run that is complete."""
-    place = tmp_path_factory.mktemp("source")
-    train(compose(*TINY, f"run_dir={place}", f"cache_dir={cache_dir}"))
-    return place
+    """A complete run."""
+    path = tmp_path_factory.mktemp("source")
+    train(compose(*TINY, f"run_dir={path}", f"cache_dir={cache_dir}"))
+    return path
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def weights(path):
 
 
 @pytest.mark.parametrize("method", ["matching_fce", "maml"])
-def test_any_method_begins_with_the_encoder_of_another_run(method, source, configure, tmp_path):
-    # A step so short that it moves nothing.
+def test_any_method_can_start_with_the_encoder_of_another_run(method, source, configure, tmp_path):
+    # A learning rate so small that the weights do not change.
     train(configure(f"method={method}", *TINY, f"encoder.init={source}", "optimizer.lr=1e-30"))
     begun = weights(source / "checkpoints" / "best.ckpt")
     trained = weights(tmp_path / "run" / "checkpoints" / "last.ckpt")
@@ -57,22 +57,22 @@ def test_the_results_name_the_checkpoint_by_its_digest_resumed_or_not(source, co
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "run", moved)
     (moved / "results.json").unlink()
-    # What the encoder began with is not read again, and need not be there any more.
+    # The initial weights are not read again, and need not exist any more.
     train(configure("encoder.init=nowhere", "resume=auto", "train.episodes=4", run="moved"))
     resumed, longer = (tmp_path / run / "checkpoints" / "last.ckpt" for run in ("moved", "longer"))
     assert all(torch.equal(tensor, weights(longer)[name]) for name, tensor in weights(resumed).items())
-    (one,), (other,) = (read_results(str(tmp_path / run)) for run in ("moved", "longer"))
-    assert one["encoder_init"] == begun and settings(one) == settings(other)
+    (first,), (second,) = (read_results(str(tmp_path / run)) for run in ("moved", "longer"))
+    assert first["encoder_init"] == begun and settings(first) == settings(second)
     evaluated = compose(f"checkpoint={moved}", f"out={tmp_path / 'out'}", "hardware=cpu", name="evaluate")
     evaluate(evaluated)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["encoder_init"] == begun
 
 
-def test_runs_that_began_otherwise_share_no_line_of_the_report(source, configure, tmp_path):
+def test_runs_with_different_initial_weights_share_no_line_of_the_report(source, configure, tmp_path):
     train(configure())
     train(configure(f"encoder.init={source}", run="begun"))
-    (one,), (other,) = (read_results(str(tmp_path / run)) for run in ("run", "begun"))
-    assert one["encoder_init"] is None and settings(one) != settings(other)
+    (first,), (second,) = (read_results(str(tmp_path / run)) for run in ("run", "begun"))
+    assert first["encoder_init"] is None and settings(first) != settings(second)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_runs_that_began_otherwise_share_no_line_of_the_report(source, configure
         ("encoder=resnet12", "it is a Conv4, and must be a ResNet12"),
     ],
 )
-def test_another_architecture_is_refused_by_its_first_difference(override, difference, source, configure):
+def test_a_different_architecture_is_rejected_with_its_first_difference(override, difference, source, configure):
     tiny = [key for key in TINY if not key.startswith("encoder.")] if "resnet12" in override else []
     config = configure(override, f"encoder.init={source}") if not tiny else None
     if config is None:
@@ -92,11 +92,11 @@ def test_another_architecture_is_refused_by_its_first_difference(override, diffe
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_that_is_not_complete_is_refused(source, configure, tmp_path):
-    place = tmp_path / "incomplete"
-    shutil.copytree(source, place)
-    (place / "results.json").unlink()
-    for init in (place, place / "checkpoints" / "last.ckpt"):
+def test_an_incomplete_run_is_rejected(source, configure, tmp_path):
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(source, incomplete)
+    (incomplete / "results.json").unlink()
+    for init in (incomplete, incomplete / "checkpoints" / "last.ckpt"):
         with pytest.raises(FewShotError, match=re.escape(f"encoder.init={init}: the run is not complete")):
             train(configure(f"encoder.init={init}"))
 
@@ -105,13 +105,13 @@ def test_a_run_that_is_not_complete_is_refused(source, configure, tmp_path):
     ("init", "why"),
     [("nowhere", "there is no checkpoint nowhere"), ("3", "encoder.init=3 must be the directory of a run")],
 )
-def test_what_is_no_run_is_refused_in_a_line(init, why, configure):
+def test_what_is_not_a_run_is_rejected_in_one_line(init, why, configure):
     with pytest.raises(FewShotError, match=why):
         train(configure(f"encoder.init={init}"))
 
 
 @pytest.mark.parametrize(("held_out", "renamed"), [("test", False), ("val", False), ("test", True)])
-def test_a_run_that_knows_a_class_of_validation_or_test_is_refused(held_out, renamed, source, configure):
+def test_a_run_that_knows_a_validation_or_test_class_is_rejected(held_out, renamed, source, configure):
     config = configure(f"encoder.init={source}")
     bank = make_data(config).bank
     read_encoder(config, bank)
@@ -136,8 +136,8 @@ def test_names_mean_nothing_in_another_data_set(source, configure):
     read_encoder(config, bank)
 
 
-def test_an_encoder_of_one_s_own_needs_nothing(source, configure):
-    """The key is one for all encoders, and none of them is given it."""
+def test_user_supplied_encoders_need_no_changes(source, configure):
+    """``encoder.init`` works for all encoders and is passed to none of them."""
     config = configure(f"encoder.init={source}", "encoder._target_=test_initial.own")
     with pytest.raises(FewShotError, match="it is a Conv4, and must be a Linear"):
         train(config)

@@ -1,4 +1,4 @@
-"""Each logger gets the same scalars, the configuration and, where it takes them, the pictures; and keeps its log."""
+"""Each logger gets the same scalars, the configuration and, if supported, pictures; resuming continues its log."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ MEASURED = {
 
 
 class Counting(pl.Callback):
-    """A user's own."""
+    """A user-supplied callback."""
 
     steps = 0
 
@@ -65,8 +65,8 @@ def test_every_logger_gets_the_same_scalars_and_the_configuration(run, tmp_path)
     board = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
     assert set(board) == MEASURED
     assert table(tmp_path / "table") == board
-    for place in ("board/tensorboard", "table/csv"):
-        settings = yaml.safe_load((tmp_path / place / "hparams.yaml").read_text())
+    for log in ("board/tensorboard", "table/csv"):
+        settings = yaml.safe_load((tmp_path / log / "hparams.yaml").read_text())
         assert settings["encoder"]["filters"] == 8 and "logger" not in settings
     assert {path.name for path in (tmp_path / "none").iterdir()} == {
         *(".lock", "checkpoints", "classes.json", "results.json")
@@ -104,7 +104,7 @@ def test_a_checkpoint_chooses_neither_logger_nor_callbacks(run, tmp_path, capsys
     assert config.logger._target_ == "fewshot.loggers.CSV" and not capsys.readouterr().out
 
 
-def test_own_callbacks_take_part_and_several_loggers_go_together(tmp_path, cache_dir):
+def test_user_supplied_callbacks_and_several_loggers_work_together(tmp_path, cache_dir):
     config = compose(*TINY, f"run_dir={tmp_path}", f"cache_dir={cache_dir}")
     config.callbacks = {"mine": {"_target_": "test_loggers.Counting"}}
     config.logger = {
@@ -117,7 +117,7 @@ def test_own_callbacks_take_part_and_several_loggers_go_together(tmp_path, cache
     assert (tmp_path / "csv/metrics.csv").exists() and (tmp_path / "lightning_logs/plain/metrics.csv").exists()
 
 
-def test_a_training_that_a_callback_ends_is_counted_as_far_as_it_came(tmp_path, cache_dir):
+def test_a_training_that_a_callback_ends_counts_its_episodes(tmp_path, cache_dir):
     config = compose(*TINY, f"run_dir={tmp_path}", f"cache_dir={cache_dir}", "logger=none")
     config.callbacks = {
         "_target_": "pytorch_lightning.callbacks.EarlyStopping",
@@ -137,7 +137,7 @@ def test_a_training_that_a_callback_ends_is_counted_as_far_as_it_came(tmp_path, 
         ({"save_dir": "x"}, r"logger\.save_dir has no _target_"),
     ],
 )
-def test_what_is_no_logger_is_named(node, line):
+def test_what_is_not_a_logger_is_named(node, line):
     with pytest.raises(FewShotError, match=line), open_loggers(OmegaConf.create({"logger": node})):
         pass
 
@@ -168,7 +168,7 @@ def test_weights_and_biases_offline(run, tmp_path):
     run("run", "logger=wandb", "resume=auto")
     ids = {path.name.rpartition("-")[2] for path in folder.glob("offline-run-*")}
     assert ids == {run_id}  # wandb sync puts both attempts into one run
-    run("other", "logger=wandb")  # in the same process, as a sweep has it
+    run("other", "logger=wandb")  # in the same process, as in a sweep
     (other,) = (tmp_path / "other" / "wandb").glob("offline-run-*")
     assert not other.name.endswith(run_id)
 

@@ -45,20 +45,20 @@ def test_a_cosine_ends_with_the_last_training_step():
     assert found[0] == 1 and found[3] == pytest.approx(0.5) and found[6] == pytest.approx(0)
 
 
-def test_without_a_schedule_the_learning_rate_stays():
+def test_without_a_schedule_the_learning_rate_is_constant():
     assert rates(made("method=maml", "train.episodes=9"), 3) == [1e-3] * 3
 
 
 @pytest.mark.parametrize(
     ("optimizer", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
 )
-def test_every_method_takes_every_optimizer(optimizer, kind):
+def test_every_method_works_with_every_optimizer(optimizer, kind):
     for method in ("protonet", "matching", "matching_fce", "maml"):
         found = made(f"method={method}", f"optimizer={optimizer}", "optimizer.lr=0.3").configure_optimizers()
         assert type(found["optimizer"]) is kind and found["optimizer"].param_groups[0]["lr"] == 0.3
 
 
-def test_a_method_of_ones_own_program_needs_no_configuration():
+def test_a_method_in_a_user_program_needs_no_configuration():
     method = PrototypicalNetwork(nn.Linear(2, 2), l2)
     assert rates(method, 2) == [1e-3] * 2
     method.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=2.0)
@@ -85,7 +85,7 @@ def test_a_method_of_ones_own_program_needs_no_configuration():
         (["train.on_nan=pray"], "train.on_nan=pray must be stop or skip"),
     ],
 )
-def test_what_does_not_fit_is_named(overrides, line):
+def test_wrong_settings_are_named(overrides, line):
     with pytest.raises(FewShotError) as error:
         check(compose("run_dir=x", *overrides))
     assert line in str(error.value)
@@ -96,12 +96,12 @@ def test_every_option_passes_its_own_check(overrides):
     check(compose("run_dir=x", *overrides))
 
 
-def test_nothing_to_train_is_refused():
+def test_nothing_to_train_is_rejected():
     with pytest.raises(FewShotError, match=r"nothing to train: .* encoder\.frozen=false"):
         PrototypicalNetwork(nn.Flatten(), l2).configure_optimizers()
 
 
-def test_a_schedule_that_follows_a_metric_is_refused():
+def test_a_schedule_that_follows_a_metric_is_rejected():
     with pytest.raises(FewShotError, match="ReduceLROnPlateau follows a metric"):
         configure([nn.Parameter(torch.zeros(1))], lambda of: torch.optim.SGD(of, lr=1.0), ReduceLROnPlateau)
 

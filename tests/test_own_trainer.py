@@ -1,4 +1,4 @@
-"""The data module and the methods in a trainer of one's own, as a library."""
+"""The data module and the methods used as a library, with a user's own trainer."""
 
 import pytest
 import pytorch_lightning as pl
@@ -15,7 +15,7 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 
 
 class Episodes(pl.Callback):
-    """Keeps which episodes are trained on, and how many validations there are."""
+    """Records the training episodes and the number of validations."""
 
     def __init__(self):
         self.numbers, self.validations = [], 0
@@ -29,7 +29,7 @@ class Episodes(pl.Callback):
 
 @pytest.fixture
 def parts(tmp_path, cache_dir):
-    """A method and a data module that have not been used."""
+    """A new method and a new data module."""
 
     def make(name):
         places = [f"run_dir={tmp_path / 'run'}", f"cache_dir={cache_dir}"]
@@ -44,7 +44,7 @@ def same(method, other):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_they_train_as_in_ours_and_no_episode_comes_twice(parts, tmp_path, name):
+def test_they_train_as_in_our_trainer_and_no_episode_is_repeated(parts, tmp_path, name):
     config, method, data = parts(name)
     seen = Episodes()
     trainer = pl.Trainer(max_epochs=100, callbacks=[seen], enable_checkpointing=False, **QUIET)
@@ -72,7 +72,7 @@ def test_loaders_alone_train_on_the_same_episodes(parts, name):
 
 
 @pytest.mark.parametrize("every_n_steps", [None, 3])
-def test_a_resumed_training_ends_as_the_one_that_was_not(parts, tmp_path, every_n_steps):
+def test_a_resumed_training_ends_like_an_uninterrupted_one(parts, tmp_path, every_n_steps):
     _, expected, data = parts("protonet")
     pl.Trainer(max_epochs=100, enable_checkpointing=False, **QUIET).fit(expected, data)
     keep = pl.callbacks.ModelCheckpoint(

@@ -1,4 +1,4 @@
-"""The package as others install it: built, installed into an environment of its own, used far from the checkout."""
+"""The package as users install it: built, installed into its own environment, used outside the checkout."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def python(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
         (["-sc", "query=bash"], 0, "distance=cosine distance=l2 distance=scaled_cosine"),
     ],
 )
-def test_help_completion_and_mistakes_need_none_of_the_slow_imports(arguments, status, shown):
+def test_help_completion_and_errors_need_no_slow_imports(arguments, status, shown):
     look = "import atexit, sys; atexit.register(lambda: print('imported', *sys.modules)); from fewshot.cli import main"
     line = "fewshot train distance=" if arguments[0:1] == ["-sc"] else "fewshot distance="
     done = python("-c", f"{look}; sys.argv[0] = 'fewshot'; main()", *arguments, env=os.environ | {"COMP_LINE": line})
@@ -63,7 +63,7 @@ def test_every_command_has_a_program_in_src_and_a_file_in_conf():
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
-    """Build an "sdist" or a "wheel" with the setuptools that is there."""
+    """Build an "sdist" or a "wheel" with the installed setuptools."""
     out.mkdir(exist_ok=True)
     done = python("-c", f"import setuptools.build_meta as b; print(b.build_{kind}({str(out)!r}))", cwd=source)
     assert done.returncode == 0, done.stderr
@@ -72,22 +72,22 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from the sdist, as PyPI's users would where there is no wheel."""
+    """The wheel, built from the sdist, as users of PyPI would without a wheel."""
     pytest.importorskip("setuptools", minversion="77")
-    place = tmp_path_factory.mktemp("package")
-    copy = place / "copy"
+    directory = tmp_path_factory.mktemp("package")
+    copy = directory / "copy"
     copy.mkdir()
     for name in ("src", "conf"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    with tarfile.open(build("sdist", copy, place)) as archive:
-        archive.extractall(place, filter="data")
-    return build("wheel", place / f"fewshot-{fewshot.__version__}", place)
+    with tarfile.open(build("sdist", copy, directory)) as archive:
+        archive.extractall(directory, filter="data")
+    return build("wheel", directory / f"fewshot-{fewshot.__version__}", directory)
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_whole_package_and_its_configuration(wheel):
+def test_the_wheel_contains_the_whole_package_and_its_configuration(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     package = {path.relative_to(ROOT / "src") for path in (ROOT / "src" / "fewshot").rglob("*.py")}
     configuration = {Path("fewshot/conf") / path.relative_to(CONF) for path in CONF.rglob("*.yaml")}
@@ -100,11 +100,11 @@ def test_the_wheel_alone_trains_evaluates_predicts_and_resumes(wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=False)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     interpreter = tmp_path / "venv" / "bin" / "python"
-    # Without PYTHONPATH, by which this project may be found already.
+    # Without PYTHONPATH, which may lead to this checkout.
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "FEWSHOT"))}
     done = python("-m", "pip", "--python", interpreter, "install", "--no-deps", "--no-index", wheel, env=variables)
     assert done.returncode == 0, done.stderr
-    # The dependencies that are installed here; a line of a path brings no editable install of this project.
+    # The dependencies installed here; a path in a .pth file adds no editable install of this project.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     home = tmp_path / "home"
     home.mkdir()
@@ -151,7 +151,7 @@ def test_the_wheel_alone_trains_evaluates_predicts_and_resumes(wheel, tmp_path):
     }
 
 
-def test_the_project_says_what_it_is():
+def test_the_package_has_complete_metadata():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"fewshot": "fewshot.cli:main"}
     for version in ("3.11", "3.12", "3.13"):

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, moved, met twice, or short of disk space."""
+"""Runs that are killed, interrupted, moved, started twice, or short of disk space."""
 
 import json
 import multiprocessing
@@ -55,7 +55,7 @@ def attempt(overrides):
     try:
         train(compose(*overrides))
     except Interrupted as interrupted:
-        Path(compose(*overrides).run_dir, "told").write_text(str(interrupted))
+        Path(compose(*overrides).run_dir, "message").write_text(str(interrupted))
         raise SystemExit(interrupted.status) from None
 
 
@@ -79,15 +79,17 @@ def scalars(run_dir, tag):
 
 
 def outcome(run_dir):
-    """All that must not depend on whether a run was interrupted."""
+    """Everything that must not depend on whether a run was interrupted."""
     results = json.loads((run_dir / "results.json").read_text())
     kept = {key: results[key] for key in ("accuracy", "ci95", "episodes", "val_accuracy", "validations")}
     logged = {tag: scalars(run_dir, tag) for tag in ("train/loss", "val/accuracy", "test/accuracy")}
     loaded = {
         name: torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("best", "last")
     }
-    weights = {name: of["state_dict"] for name, of in loaded.items()}
-    optimizers = {name: [of["optimizer_states"], of["lr_schedulers"]] for name, of in loaded.items()}
+    weights = {name: checkpoint["state_dict"] for name, checkpoint in loaded.items()}
+    optimizers = {
+        name: [checkpoint["optimizer_states"], checkpoint["lr_schedulers"]] for name, checkpoint in loaded.items()
+    }
     return SimpleNamespace(kept=kept, logged=logged, weights=weights, optimizers=optimizers)
 
 
@@ -100,7 +102,7 @@ def assert_same(found, expected):
 
 @pytest.fixture
 def run(tmp_path, cache_dir):
-    """The overrides of a run in a directory of its own."""
+    """The overrides of a run in its own directory."""
 
     def overrides(name, *more):
         return [*SHORT, f"run_dir={tmp_path / name}", f"cache_dir={cache_dir}", *more]
@@ -109,7 +111,7 @@ def run(tmp_path, cache_dir):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(run, tmp_path, method):
+def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(run, tmp_path, method):
     finish(run("warm", *METHODS[method]))  # the image bank is there from here on
     began = time.monotonic()
     finish(run("whole", *METHODS[method]))
@@ -145,14 +147,14 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_the_last_step(run, tmp_path, n
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == 128 + number
-    assert f"resume={tmp_path / 'stopped'}" in (tmp_path / "stopped" / "told").read_text()
+    assert f"resume={tmp_path / 'stopped'}" in (tmp_path / "stopped" / "message").read_text()
     if not (tmp_path / "stopped" / "checkpoints" / "last.ckpt").exists():
         pytest.fail("the signal came before the first step")
     finish([*interrupted, "resume=auto"])
     assert_same(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
 
 
-def test_a_signal_outside_of_training_or_a_second_one_ends_at_once(run, tmp_path, monkeypatch):
+def test_a_signal_outside_training_ends_the_run_at_once(run, tmp_path, monkeypatch):
     from fewshot.data.datamodule import EpisodeDataModule  # noqa: PLC0415
 
     monkeypatch.setattr(EpisodeDataModule, "setup", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -162,7 +164,7 @@ def test_a_signal_outside_of_training_or_a_second_one_ends_at_once(run, tmp_path
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_run_goes_on_wherever_its_directory_was_moved_to(run, tmp_path):
+def test_a_run_can_be_resumed_after_its_directory_was_moved(run, tmp_path):
     finish(run("whole"))
     train(compose(*run("there", "train.episodes=8")))
     shutil.move(tmp_path / "there", tmp_path / "here")
@@ -172,7 +174,7 @@ def test_a_run_goes_on_wherever_its_directory_was_moved_to(run, tmp_path):
     assert found.kept == expected.kept
 
 
-def test_a_complete_run_is_told_again_and_not_run_again(run, tmp_path, capsys):
+def test_a_complete_run_is_reported_again_and_not_run_again(run, tmp_path, capsys):
     train(compose(*run("run")))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.*")}
     accuracy = json.loads((tmp_path / "run" / "results.json").read_text())["accuracy"]
@@ -180,7 +182,7 @@ def test_a_complete_run_is_told_again_and_not_run_again(run, tmp_path, capsys):
     train(compose(*run("run", "resume=auto")))
     assert f"{accuracy:.2%}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.*")} == before
-    train(compose(*run("run", "resume=auto", "test.episodes=9")))  # asks for more
+    train(compose(*run("run", "resume=auto", "test.episodes=9")))  # requests more episodes
     path = tmp_path / "run" / "results.json"
     results = json.loads(path.read_text())
     assert results["episodes"] == 9
@@ -219,7 +221,7 @@ def test_a_directory_holds_one_run_and_one_at_a_time(run, tmp_path):
         lambda checkpoint: checkpoint["state_dict"].popitem(),
     ],
 )
-def test_a_run_whose_checkpoint_was_tampered_with_is_refused_in_one_line(run, tmp_path, forge):
+def test_a_run_with_a_manipulated_checkpoint_is_rejected_in_one_line(run, tmp_path, forge):
     train(compose(*run("run", "schedule.step_size=5")))
     (tmp_path / "run" / "results.json").unlink()
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -242,17 +244,17 @@ def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
     assert (results["seed"], results["shot"], results["episodes"]) == (5, 2, 9)
     assert results["overrides"] == [*SHORT, "seed=5", "shot=2"]
     assert (here / ".hydra" / "overrides.yaml").read_text() == started
-    for overrides, told in (
+    for overrides, message in (
         ([f"resume={tmp_path / 'none'}"], f"there is no {tmp_path}/none/checkpoints/last.ckpt to resume from"),
         ([f"resume={here}", "distance=cosine"], "distance=cosine: a resumed run keeps its distance"),
         ([f"resume={here}", "seed=6"], "run with different settings: seed=6 (there 5)"),
     ):
         done = cli(*overrides)
         assert done.returncode == 1
-        assert done.stderr.startswith("error: ") and told in done.stderr and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_command_that_is_refused_leaves_the_record_of_a_run_as_it_is(cli, run, tmp_path):
+def test_a_rejected_command_leaves_the_record_of_a_run_unchanged(cli, run, tmp_path):
     here = tmp_path / "run"
     train(compose(*run("run", "train.episodes=4", "test.episodes=2")))
     record = here / ".hydra" / "overrides.yaml"
@@ -263,7 +265,7 @@ def test_a_command_that_is_refused_leaves_the_record_of_a_run_as_it_is(cli, run,
     assert record.read_text() == "- train.episodes=4\n" and list(record.parent.iterdir()) == [record]
 
 
-def test_a_directory_is_taken_by_a_run_that_saved_something_or_is_at_work(tmp_path):
+def test_a_directory_is_taken_by_a_run_that_saved_something_or_is_using_it(tmp_path):
     resolve = OmegaConf.create({"subdir": f"${{fewshot_output_subdir:${{resume}},{tmp_path}}}", "resume": None})
     assert resolve.subdir == ".hydra"
     with FileLock(tmp_path / ".lock"):
@@ -291,10 +293,10 @@ def spoil(monkeypatch, at, value):
         return value if method.trainer.datamodule.step.start in (at if isinstance(at, range) else [at]) else 1
 
     def spoiled(self, meta_batch):
-        found = meta_gradient(self, meta_batch)
-        return found._replace(gradients=[of * factor(self) for of in found.gradients])
+        result = meta_gradient(self, meta_batch)
+        return result._replace(gradients=[gradient * factor(self) for gradient in result.gradients])
 
-    monkeypatch.setattr(PrototypicalNetwork, "training_step", lambda self, *of: learn(self, *of) * factor(self))
+    monkeypatch.setattr(PrototypicalNetwork, "training_step", lambda self, *batch: learn(self, *batch) * factor(self))
     monkeypatch.setattr(MAML, "meta_gradient", spoiled)
 
 
@@ -365,7 +367,7 @@ def half_precision(monkeypatch):
 
 
 @pytest.mark.usefixtures("half_precision")
-def test_a_loss_scaler_may_pass_over_steps_but_not_over_all(run, tmp_path, monkeypatch):
+def test_a_loss_scaler_may_skip_steps_but_not_all(run, tmp_path, monkeypatch):
     def last(name):
         loaded = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
         assert all(weight.isfinite().all() for weight in loaded["state_dict"].values())
@@ -373,7 +375,7 @@ def test_a_loss_scaler_may_pass_over_steps_but_not_over_all(run, tmp_path, monke
 
     train(compose(*run("whole")))
     scale, steps = last("whole")
-    assert steps > 10 and scale == 2 ** (16 - (22 - steps))  # each one that it passed over halved it
+    assert steps > 10 and scale == 2 ** (16 - (22 - steps))  # each skipped step halved it
     spoil(monkeypatch, at=range(10, 1000), value=float("nan"))
     with pytest.raises(FewShotError, match=r"gradient of training episode \d+ is nan .* however small the loss scale"):
         train(compose(*run("run", "train.episodes=100")))
@@ -383,7 +385,7 @@ def test_a_loss_scaler_may_pass_over_steps_but_not_over_all(run, tmp_path, monke
     assert last("skipped") == (2 ** (16 - skipped), 12 - skipped) and skipped >= 2
 
 
-def test_a_validation_no_better_than_guessing_is_told_once(run, monkeypatch, capsys):
+def test_a_validation_no_better_than_guessing_is_reported_once(run, monkeypatch, capsys):
     from fewshot.methods.protonet import PrototypicalNetwork  # noqa: PLC0415
 
     monkeypatch.setattr(
@@ -395,31 +397,31 @@ def test_a_validation_no_better_than_guessing_is_told_once(run, monkeypatch, cap
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, with little room."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.system(f"mount -t tmpfs -o size=3m tmpfs {place} 2>/dev/null"):
+    """A separate file system with little space."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if os.system(f"mount -t tmpfs -o size=3m tmpfs {path} 2>/dev/null"):
         pytest.skip("no right to mount a small tmpfs")
-    yield place
-    os.system(f"umount -l {place}")
+    yield path
+    os.system(f"umount -l {path}")
 
 
-def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_once_there_is_room(cli, run, small_disk, tmp_path):
+def test_a_full_disk_ends_a_run_in_one_line_and_it_can_be_resumed_later(cli, run, small_disk, tmp_path):
     finish(run("whole", "encoder.filters=32"))
     here = small_disk / "run"
     filler = small_disk / "filler"
     options = [*SHORT, "encoder.filters=32", f"hydra.run.dir={here}", "resume=auto"]
-    told = []
-    for free in (100_000, 550_000, 400_000):  # the first checkpoint, the next, the best one beside it
+    lines = []
+    for free in (100_000, 550_000, 400_000):  # the first checkpoint, the next, then the best one
         usage = os.statvfs(small_disk)
         filler.write_bytes(bytes(max(0, usage.f_bavail * usage.f_frsize - free)))
         done = cli(*options)
         assert done.returncode == 1, done.stdout
         assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
         assert len(done.stderr.splitlines()) == 1, done.stderr
-        told.append(done.stderr)
+        lines.append(done.stderr)
         filler.unlink()
-    assert "last.ckpt" in told[0] or "best.ckpt" in told[0]
+    assert "last.ckpt" in lines[0] or "best.ckpt" in lines[0]
     done = cli(*options)
     assert done.returncode == 0, done.stderr
     assert outcome(here).kept == outcome(tmp_path / "whole").kept

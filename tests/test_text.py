@@ -1,4 +1,4 @@
-"""What others wrote is shown as text, wherever it goes."""
+"""Untrusted text is shown as text, in every kind of output."""
 
 import ast
 import csv
@@ -31,7 +31,7 @@ texts = st.text() | st.text(st.sampled_from(SIGNS + "ab1w")) | st.text(st.sample
 @example("&lt;b&gt; &#60;i&#62;")
 @example("https://example.com www.example.com ~~no~~ __init__ a_b $x$")
 @example("1. one")
-def test_in_markdown_a_text_is_itself_and_nothing_else(text):
+def test_text_in_markdown_is_shown_literally(text):
     page = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     shown = for_terminal(text).strip()
     cell, line = (
@@ -39,7 +39,7 @@ def test_in_markdown_a_text_is_itself_and_nothing_else(text):
         page.parse(for_markdown(text)),
     )
     cells = [token for token in cell if token.type == "inline"]
-    assert [of.content for of in cells[:2]] == ["a", "b"] and len(cells) == 4 and cells[3].content == "end"
+    assert [token.content for token in cells[:2]] == ["a", "b"] and len(cells) == 4 and cells[3].content == "end"
     for token in (cells[2], *(token for token in line if token.type == "inline")):
         assert {child.type for child in token.children or ()} <= {"text"}
         assert "".join(child.content for child in token.children or ()) == shown
@@ -49,7 +49,7 @@ def test_in_markdown_a_text_is_itself_and_nothing_else(text):
 def test_in_markdown_names_and_overrides_stay_readable():
     for text in ("way=5 train.meta_batch=4", "omniglot/protonet_5way_1shot", "5-way 1-shot", "scaled cosine, × 10"):
         assert for_markdown(text) == text
-    assert for_markdown("https://a www.b") == "https:\\//a www\\.b"  # no link of its own accord
+    assert for_markdown("https://a www.b") == "https:\\//a www\\.b"  # not made a link automatically
 
 
 @given(texts)
@@ -57,7 +57,7 @@ def test_in_markdown_names_and_overrides_stay_readable():
 @example(" +1")
 @example("'=1")
 @example("\t=1")
-def test_in_a_table_of_values_a_text_is_no_formula_and_can_be_read_back(text):
+def test_text_in_csv_is_no_formula_and_can_be_read_back(text):
     text = text.encode(errors="surrogateescape").decode(errors="surrogateescape") if text.isascii() else text
     cell, file = for_csv(text), io.StringIO(newline="")
     csv.writer(file).writerow([cell, "end"])
@@ -69,11 +69,11 @@ def test_in_a_table_of_values_a_text_is_no_formula_and_can_be_read_back(text):
 
 
 @pytest.mark.parametrize("value", [-1, -0.5, None, True])
-def test_in_a_table_of_values_a_number_is_a_number(value):
+def test_a_number_in_csv_stays_a_number(value):
     assert for_csv(value) is value
 
 
-def test_in_a_table_of_values_the_name_of_a_file_leads_to_it():
+def test_file_names_in_csv_stay_usable():
     for name in ("Screenshot at 1\u202fPM.png", "می\u200cخواهم.png", "latin \udce9.png", "-a/../b;c,d.png"):
         assert for_csv(f"/data/{name}") == f"/data/{name}"
 
@@ -81,7 +81,7 @@ def test_in_a_table_of_values_the_name_of_a_file_leads_to_it():
 @given(texts)
 @example('" onload="alert(1)')
 @example("<script>alert(1)</script>")
-def test_in_a_page_a_text_is_itself_between_tags_and_in_an_attribute(text):
+def test_text_in_html_is_shown_literally_between_tags_and_in_attributes(text):
     seen = []
 
     class Reader(HTMLParser):
@@ -105,20 +105,20 @@ def test_in_a_page_a_text_is_itself_between_tags_and_in_an_attribute(text):
 @example("[bold]x[/bold]")
 @example("[/lab]")
 @example("[link=file:///etc/passwd]x[/link]")
-def test_in_a_table_of_the_terminal_a_text_is_itself(text):
+def test_text_in_a_terminal_table_is_shown_literally(text):
     shown = for_terminal(text)
     console = Console(file=io.StringIO(), width=3 * max(1, len(shown)) + 20, force_terminal=False, emoji=False)
     console.print(make_table(text, [text, "n"], [[text, 1]], numbers={"n"}))
-    told = console.file.getvalue()
-    assert told.count(shown) >= 3 and "\x1b" not in told
+    printed = console.file.getvalue()
+    assert printed.count(shown) >= 3 and "\x1b" not in printed
 
 
-def test_what_is_said_is_one_line_each(capsys):
+def test_say_prints_one_line_per_part(capsys):
     say("[bold]a[/lab]\n\x1b[2J", make_table("[/x]", ["[b]"], [["[i]"]]))
     say("why", error=True)
-    told = capsys.readouterr()
-    assert told.out.splitlines()[0] == "[bold]a[/lab]\\n\\x1b[2J" and "[/x]" in told.out and "[i]" in told.out
-    assert told.err == "why\n"
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == "[bold]a[/lab]\\n\\x1b[2J" and "[/x]" in printed.out and "[i]" in printed.out
+    assert printed.err == "why\n"
 
 
 TALK = r"""
@@ -135,14 +135,14 @@ print("the end", file=sys.stderr)
 @pytest.mark.parametrize(
     "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )
-def test_what_a_terminal_cannot_encode_is_shown_all_the_same(environment):
+def test_characters_that_a_terminal_cannot_encode_are_replaced(environment):
     done = subprocess.run([sys.executable, "-c", TALK], capture_output=True, env={**os.environ, **environment})
     assert done.returncode == 0 and done.stderr == b"the end\n"
     assert done.stdout.startswith(b"line 0 +/- \\u6f22 \\ud800\n")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_program_goes_on_when_nobody_reads_any_more(unbuffered):
+def test_a_program_continues_when_its_reader_is_gone(unbuffered):
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with subprocess.Popen(
         [sys.executable, "-c", TALK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
@@ -150,21 +150,21 @@ def test_a_program_goes_on_when_nobody_reads_any_more(unbuffered):
         assert talking.stdout is not None and talking.stderr is not None
         talking.stdout.readline()
         talking.stdout.close()
-        told = talking.stderr.read().decode().splitlines()
+        errors = talking.stderr.read().decode().splitlines()
     assert talking.returncode == 0
     line = "cannot write to the standard output (its reader is gone); the program continues without it"
-    assert told == [line, "the end"]
+    assert errors == [line, "the end"]
 
 
 @pytest.mark.parametrize("closing", ["2>&1 | head -1", ">&- 2>&-", "> /dev/full"])
-def test_a_program_goes_on_where_it_cannot_say_so(closing, tmp_path):
+def test_a_program_continues_when_it_cannot_report_it(closing, tmp_path):
     command = f"{{ '{sys.executable}' -c \"$TALK\"; echo $? > '{tmp_path}/status'; }} {closing}"
     environment = {**os.environ, "TALK": TALK}
     subprocess.run(["bash", "-c", command], capture_output=True, env=environment)
     assert (tmp_path / "status").read_text() == "0\n"
 
 
-def test_a_program_goes_on_when_its_terminal_is_closed(tmp_path):
+def test_a_program_continues_when_its_terminal_is_closed(tmp_path):
     ours, theirs = pty.openpty()
     script = f"import os; os.read(0, 1)\n{TALK}\nopen({str(tmp_path / 'done')!r}, 'w').close()"
     with subprocess.Popen(
@@ -182,16 +182,16 @@ ROOT = Path(__file__).parents[1]
 PRINTING = ("print", "Console", "Table", "track", "writer", "DictWriter", "escape")
 
 
-def test_nothing_is_shown_around_the_functions_that_show_text():
-    """Each call that shows or writes text stands in ``text.py``, or is known to pass it through there."""
+def test_all_output_passes_through_the_functions_of_text():
+    """Each call that prints or writes text is in ``text.py``, or is known to pass its text through there."""
     known = {
         ("callbacks.py", "method.print"),  # numbers of episodes and percentages, above the progress bar
         ("methods/base.py", "self.print"),  # a number and the name of a split
         ("data/bank.py", "track"),
-        ("data/bank.py", "escape"),  # Rich's, of what is made printable first
+        ("data/bank.py", "escape"),  # Rich's, applied to printable text
         ("benchmarks/contest.py", "track"),  # a constant
         ("prediction.py", "track"),  # a constant
-        ("prediction.py", "csv.writer"),  # each row by for_csv
+        ("prediction.py", "csv.writer"),  # each row passes through for_csv
         ("report.py", "csv.DictWriter"),
         ("loggers.py", "csv.DictWriter"),  # the rows of a table that it read
     }
@@ -204,7 +204,9 @@ def test_nothing_is_shown_around_the_functions_that_show_text():
                 continue
             called = ast.unparse(call.func)
             last = called.rpartition(".")[2]
-            if called.endswith((".write_text", ".read_text")) and not any(of.arg == "encoding" for of in call.keywords):
+            if called.endswith((".write_text", ".read_text")) and not any(
+                keyword.arg == "encoding" for keyword in call.keywords
+            ):
                 without_encoding.add((name, call.lineno))
             elif last in PRINTING or called.startswith(("sys.stdout", "sys.stderr")):
                 found.add((name, called))
@@ -215,7 +217,7 @@ def test_nothing_is_shown_around_the_functions_that_show_text():
 @example("$x_{$")
 @example("\\$\\frac$")
 @example("_hidden")
-def test_in_a_figure_a_text_is_itself_and_in_the_legend(text):
+def test_text_in_a_figure_is_shown_literally_and_in_the_legend(text):
     shown = for_figure(text)
     label = Text(text=shown)
     drawn, is_formula = label._preprocess_math(shown)

@@ -38,7 +38,7 @@ def results_of(directory: Path) -> dict:
     return json.loads((directory / "results.json").read_text())
 
 
-def test_a_plain_run_from_another_directory_leaves_everything_in_its_run_directory(cli, tmp_path):
+def test_a_run_from_another_directory_writes_only_to_its_run_directory(cli, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     run_dir = tmp_path / "run"
     done = cli(*TINY, "seed=3", f"hydra.run.dir={run_dir}", cwd=tmp_path / "elsewhere")
@@ -60,7 +60,7 @@ def test_a_plain_run_from_another_directory_leaves_everything_in_its_run_directo
     assert not set(listed["test"]) & {*listed["train"], *listed["val"]}
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_path):
+def test_equal_seeds_give_equal_runs_and_different_seeds_do_not(tiny, tmp_path):
     for run, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(tiny(f"seed={seed}", run=run))
     weights = {
@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_pat
     assert results_of(tmp_path / "a")["accuracy"] == results_of(tmp_path / "b")["accuracy"]
 
 
-def test_the_weights_that_are_tested_are_those_best_on_validation(tiny, tmp_path, monkeypatch):
+def test_the_tested_weights_are_the_best_on_validation(tiny, tmp_path, monkeypatch):
     from fewshot.methods.protonet import PrototypicalNetwork  # noqa: PLC0415
 
     # A training that makes the encoder worse at every step: the first validation is the best.
@@ -120,7 +120,7 @@ def test_every_method_trains_and_tests(tiny, tmp_path, choice):
 
 
 @pytest.mark.parametrize("name", ["protonet", "matching_fce", "maml"])
-def test_the_accuracy_reported_is_that_of_solving_every_episode_by_itself(tiny, tmp_path, name):
+def test_the_reported_accuracy_equals_that_of_solving_each_episode_separately(tiny, tmp_path, name):
     config = tiny(f"method={name}", "train.way=5", "test.episodes=25")
     train(config)
     data = make_data(config)
@@ -132,7 +132,7 @@ def test_the_accuracy_reported_is_that_of_solving_every_episode_by_itself(tiny, 
     for number in range(25):
         episode = data.datasets["test"][EpisodeNumber(0, number)]
         with torch.no_grad():
-            logits = method(episode.load(lambda of: normalise(data.bank.images[of], config.dataset.normalise)))
+            logits = method(episode.load(lambda index: normalise(data.bank.images[index], config.dataset.normalise)))
         right += (logits.argmax(1) == episode.query_labels).sum().item()
     assert results_of(tmp_path / "run")["accuracy"] == right / (25 * 75)
 
@@ -159,7 +159,7 @@ def test_the_study_of_distances_runs_and_is_drawn(cli, tmp_path):
     done = cli("-m", study, *TINY, "dataset=glyphs", f"hydra.sweep.dir={runs}")
     assert done.returncode == 0, done.stderr
     found = [results_of(runs / str(number))["config"]["distance"] for number in range(7)]
-    assert sorted(of["scale"] for of in found if "scale" in of) == [1, 5, 10, 10, 20, 40]
+    assert sorted(distance["scale"] for distance in found if "scale" in distance) == [1, 5, 10, 10, 20, 40]
     drawn = cli("figure=distance_study", f"runs={runs}", f"out={tmp_path}", script="figure.py")
     assert drawn.returncode == 0, drawn.stderr
     assert len((tmp_path / "distance_study.md").read_text().splitlines()) == 2 + 7
@@ -176,7 +176,7 @@ def test_the_cells_of_a_sweep_are_reported(cli, tmp_path):
     assert [result["shot"] for result in read_results(str(tmp_path))] == [1, 5]
 
 
-def test_train_keys_default_to_those_of_the_test_unless_the_method_says_otherwise():
+def test_train_keys_default_to_those_of_the_test_unless_the_method_sets_them():
     config = compose("way=7", "shot=3", "query=2", "run_dir=x")
     assert (config.train.way, config.train.shot, config.train.query) == (20, 3, 5)
     assert compose("train.query=9", "run_dir=x").train.query == 9
@@ -245,18 +245,18 @@ BAD = {
 
 @pytest.mark.parametrize("overrides", BAD)
 def test_a_mistake_ends_in_one_clear_line(cli, overrides, tmp_path):
-    places = [] if overrides[0].startswith("hydra.run.dir") else [f"hydra.run.dir={tmp_path / 'run'}"]
-    done = cli(*overrides, *places)
+    run_dir = [] if overrides[0].startswith("hydra.run.dir") else [f"hydra.run.dir={tmp_path / 'run'}"]
+    done = cli(*overrides, *run_dir)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout
-    told = done.stderr.strip().splitlines()
-    assert told[0].startswith("error: ")
-    assert all(of in told[0] for of in BAD[overrides]), told[0]
-    assert len(told) == (3 if "dataset=miniimagenet" in overrides else 1), done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert lines[0].startswith("error: ")
+    assert all(part in lines[0] for part in BAD[overrides]), lines[0]
+    assert len(lines) == (3 if "dataset=miniimagenet" in overrides else 1), done.stderr
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_an_interrupt_ends_in_one_line_that_tells_how_to_go_on(cache_dir, tmp_path):
+def test_an_interrupt_ends_in_one_line_that_says_how_to_resume(cache_dir, tmp_path):
     overrides = [*TINY, "train.episodes=100000", f"cache_dir={cache_dir}", f"hydra.run.dir={tmp_path}"]
     command = [sys.executable, str(ROOT / "src" / "train.py"), *overrides]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
@@ -264,10 +264,10 @@ def test_an_interrupt_ends_in_one_line_that_tells_how_to_go_on(cache_dir, tmp_pa
             assert running.poll() is None
             time.sleep(0.2)
         running.send_signal(signal.SIGINT)
-        _, told = running.communicate(timeout=60)
+        _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
     expected = f"error: interrupted; resume with: python {ROOT / 'src' / 'train.py'} resume={tmp_path}"
-    assert told.strip().splitlines() == ["finishing the current step; interrupt again to stop immediately", expected]
+    assert errors.strip().splitlines() == ["finishing the current step; interrupt again to stop immediately", expected]
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
@@ -284,6 +284,6 @@ def test_the_real_data_trains_and_tests(cli, real_data, tmp_path, dataset, expec
     assert tuple(map(len, classes.values())) == expected
 
 
-def test_the_run_directory_lies_in_outputs_of_the_project(cli):
+def test_the_default_run_directory_is_in_outputs_of_the_project(cli):
     shown = cli("--cfg", "all", "--package", "hydra.run", "--resolve", cwd="/").stdout
     assert f"dir: {ROOT / 'outputs'}" in shown

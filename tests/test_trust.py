@@ -1,4 +1,4 @@
-"""Files from strangers: whatever they say, no code runs, nothing of the reader's is told or overwritten."""
+"""Untrusted files: whatever they contain, no code runs, and nothing of the user's is revealed or overwritten."""
 
 import copy
 import json
@@ -29,19 +29,19 @@ from fewshot.trained import load_trained
 from fewshot.training import train
 from fewshot.trust import KnownTargets, default_directories, plain, read_config
 
-SECRET = "fewshot-canary-7391"  # of the reader's environment
+SECRET = "fewshot-canary-7391"  # in the user's environment
 TINY = ["train.episodes=2", "train.way=3", "val.episodes=2", "test.episodes=2", "encoder.filters=4", "hardware=cpu"]
 fired: list[Any] = []
 
 
 def fire(*arguments: Any, **keywords: Any) -> None:
-    """What no file may ever call."""
+    """The function that no file may ever call."""
     fired.append((arguments, keywords))
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory, cache_dir):  # noqa: ARG001
-    """A run that is complete."""
+    """A complete run."""
     here = tmp_path_factory.mktemp("run")
     train(compose(*TINY, f"run_dir={here}"))
     return here
@@ -54,7 +54,7 @@ def good(run_dir):
 
 @pytest.fixture(scope="module")
 def read(run_dir, tmp_path_factory):
-    """Puts a checkpoint of some configuration before every reader; returns what they say and what they would use."""
+    """Gives a checkpoint with some configuration to every reader; returns their errors or what they would use."""
     there = tmp_path_factory.mktemp("stranger")
     (there / "checkpoints").mkdir()
     (there / "checkpoints" / "best.ckpt").symlink_to("last.ckpt")
@@ -67,11 +67,11 @@ def read(run_dir, tmp_path_factory):
     }
 
     def evaluate():
-        asked = _task(load_trained(str(there)).config, evaluating)
-        check(asked)
-        return asked
+        requested = _task(load_trained(str(there)).config, evaluating)
+        check(requested)
+        return requested
 
-    def go_on(which):
+    def resume(which):
         config, _ = load_for_resume(resuming[which].copy())
         check(config)
         instantiate(without_initial_weights(config.method))
@@ -80,30 +80,30 @@ def read(run_dir, tmp_path_factory):
     readers = {
         "predict": lambda: vars(load_trained(str(there))),
         "evaluate": evaluate,
-        "resume": lambda: go_on("resume"),
-        "auto": lambda: go_on("auto"),
+        "resume": lambda: resume("resume"),
+        "auto": lambda: resume("auto"),
     }
 
-    def ask(config):
+    def outcomes_of(config):
         torch.save({**whole, "hyper_parameters": config}, there / "checkpoints" / "last.ckpt")
-        said = {}
+        outcomes = {}
         for name, reader in readers.items():
             try:
                 with nothing_touched():
-                    said[name] = reader()
+                    outcomes[name] = reader()
             except Exception as error:
-                said[name] = _explain(error)
-                if said[name] is None:
+                outcomes[name] = _explain(error)
+                if outcomes[name] is None:
                     raise
-                assert "\n" not in said[name]
-        return said
+                assert "\n" not in outcomes[name]
+        return outcomes
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWSHOT_CANARY", SECRET)
         known, places = KnownTargets(), default_directories()  # read once, since the files stay the same
         patch.setattr(fewshot.trust, "default_directories", lambda: places)
         patch.setattr(fewshot.trust, "KnownTargets", lambda own=None: known_to(known, own))
-        yield ask
+        yield outcomes_of
 
 
 def known_to(known, own):
@@ -113,7 +113,7 @@ def known_to(known, own):
 
 
 def paths(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place of a configuration, mappings and values alike."""
+    """The path of every mapping and value in a configuration."""
     below = [at for key, value in node.items() for at in paths(value, (*path, key))] if isinstance(node, dict) else []
     return [path, *below] if path else below
 
@@ -164,9 +164,9 @@ payloads = st.recursive(
 )
 
 
-def harmless(said):
+def harmless(outcomes):
     assert not fired
-    for reader, content in said.items():
+    for reader, content in outcomes.items():
         assert SECRET not in repr(content), reader
 
 
@@ -186,21 +186,21 @@ def test_no_hostile_configuration_runs_code_or_reads_the_environment(good, read,
 def test_no_resolver_is_ever_called(good, read, resolver):
     for inside in ARGUMENTS:
         for path in (("method",), ("method", "distance"), ("dataset", "source", "size")):
-            said = read(put(good["hyper_parameters"], path, f"${{{resolver}:{inside}}}"))
-            harmless(said)
-            assert all(type(one) is str for one in said.values())
+            outcomes = read(put(good["hyper_parameters"], path, f"${{{resolver}:{inside}}}"))
+            harmless(outcomes)
+            assert all(type(outcome) is str for outcome in outcomes.values())
 
 
-def test_a_good_configuration_is_taken_by_every_reader(good, read):
-    assert not any(type(one) is str for one in read(good["hyper_parameters"]).values())
+def test_every_reader_accepts_a_good_configuration(good, read):
+    assert not any(type(outcome) is str for outcome in read(good["hyper_parameters"]).values())
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "fire" in text])
 @pytest.mark.parametrize("path", [(), ("method",), ("method", "encoder"), ("dataset", "source")])
 def test_text_is_never_read_as_a_mapping(good, read, text, path):
-    said = read(put(good["hyper_parameters"], path, text) if path else text)
-    harmless(said)
-    assert all(type(one) is str for one in said.values())
+    outcomes = read(put(good["hyper_parameters"], path, text) if path else text)
+    harmless(outcomes)
+    assert all(type(outcome) is str for outcome in outcomes.values())
 
 
 @pytest.mark.parametrize(
@@ -228,11 +228,11 @@ def test_text_is_never_read_as_a_mapping(good, read, text, path):
         (("way",), b"x", "a bytes, which is not plain data"),
     ],
 )
-def test_what_is_wrong_with_a_configuration_is_told(good, read, path, value, message):
-    said = read(put(good["hyper_parameters"], path, value))
-    harmless(said)
-    assert message in said["predict"]
-    assert all(type(one) is str for one in said.values())
+def test_what_is_wrong_with_a_configuration_is_reported(good, read, path, value, message):
+    outcomes = read(put(good["hyper_parameters"], path, value))
+    harmless(outcomes)
+    assert message in outcomes["predict"]
+    assert all(type(outcome) is str for outcome in outcomes.values())
 
 
 def test_a_configuration_that_grows_or_never_ends_is_refused():
@@ -253,7 +253,7 @@ def test_the_checked_copy_is_what_is_used(good):
     assert config["method"] is not good["hyper_parameters"]["method"]
 
 
-def test_the_readers_places_hold(good, tmp_path):
+def test_the_users_directories_take_precedence(good, tmp_path):
     theirs = copy.deepcopy(good["hyper_parameters"]) | {"data_dir": "/etc", "cache_dir": "/etc", "run_dir": "/etc"}
     theirs["dataset"]["source"] = {
         "_target_": "fewshot.data.folder.folder",
@@ -272,7 +272,7 @@ def test_the_readers_places_hold(good, tmp_path):
 
 
 @pytest.mark.parametrize("trust", ["os", ["sys"], "fewshot", "../x", "a b", [3]])
-def test_what_cannot_be_trusted_is_told(good, tmp_path, trust):
+def test_what_cannot_be_trusted_is_reported(good, tmp_path, trust):
     torch.save(good, tmp_path / "x.ckpt")
     with pytest.raises(FewShotError, match="trust="):
         load_checkpoint(tmp_path / "x.ckpt", trust=trust)
@@ -298,13 +298,13 @@ def test_what_takes_more_memory_than_disk_is_refused(good, tmp_path):
         load_checkpoint(tmp_path / "small.ckpt")
 
 
-@pytest.mark.parametrize("place", ["/dev/zero", "/dev/stdin", "fifo"])
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path, place):
-    path = tmp_path / place
-    if place == "fifo":
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/stdin", "fifo"])
+def test_an_irregular_file_does_not_block(tmp_path, name):
+    path = tmp_path / name
+    if name == "fifo":
         os.mkfifo(path)
-    elif not Path(place).exists():
-        pytest.skip(f"no {place}")
+    elif not Path(name).exists():
+        pytest.skip(f"no {name}")
     with pytest.raises(FewShotError, match=f"{path} is broken"):
         load_checkpoint(path)
 
@@ -322,7 +322,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, place):
         (b"\xff\xfe\x00", []),
     ],
 )
-def test_overrides_are_text(tmp_path, monkeypatch, capsys, content, found):
+def test_overrides_are_strings(tmp_path, monkeypatch, capsys, content, found):
     monkeypatch.setenv("FEWSHOT_CANARY", SECRET)
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "overrides.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -344,7 +344,7 @@ def test_results_are_data(run_dir, tmp_path, monkeypatch, key, value):
     assert SECRET not in str(caught.value) and not fired
 
 
-def test_results_in_a_pipe_are_not_waited_for(tmp_path):
+def test_results_in_a_pipe_do_not_block(tmp_path):
     os.mkfifo(tmp_path / "results.json")
     with pytest.raises(FewShotError, match="it is not a regular file"):
         complete_results(compose(*TINY, f"run_dir={tmp_path}"))
@@ -360,7 +360,7 @@ def test_nothing_is_written_through_a_link(tmp_path, planted):
 
 
 @pytest.mark.parametrize("folder", ["checkpoints", "tensorboard"])
-def test_a_run_whose_folders_are_links_is_not_resumed(good, tmp_path, folder):
+def test_a_run_whose_directories_are_links_is_not_resumed(good, tmp_path, folder):
     (tmp_path / "run").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run" / folder).symlink_to(tmp_path / "elsewhere")

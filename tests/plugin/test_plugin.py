@@ -1,4 +1,4 @@
-"""The life of a package outside fewshot, with a method, data set, encoder, optimizer and logger of its own."""
+"""A package outside fewshot with its own methods, data set, encoder, optimizer and logger."""
 
 import json
 import os
@@ -56,8 +56,8 @@ def test_it_resumes(run, call, tmp_path):
 
 def test_a_sweep_finds_it_on_the_search_path(call, tmp_path):
     others = [choice for choice in CHOSEN if not choice.startswith("method")]
-    place = ["hydra.searchpath=[pkg://someones.conf]", f"hydra.sweep.dir={tmp_path}"]
-    done = call("-m", *place, *others, *TINY, "method=relation,simpleshot")
+    search = ["hydra.searchpath=[pkg://someones.conf]", f"hydra.sweep.dir={tmp_path}"]
+    done = call("-m", *search, *others, *TINY, "method=relation,simpleshot")
     assert done.returncode == 0, done.stderr
     methods = [json.loads((tmp_path / job / "results.json").read_text())["method"] for job in "01"]
     assert methods == ["relation", "simpleshot"]

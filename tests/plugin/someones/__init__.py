@@ -1,1 +1,1 @@
-"""A package of someone who uses fewshot: each part is one file of Python and one of YAML, in a group of ``conf``."""
+"""A user's package for fewshot: each part is one Python file and one YAML file in a group of ``conf``."""

@@ -1,4 +1,4 @@
-"""An optimizer that steps by the sign of the gradient."""
+"""An optimizer that uses only the sign of the gradient."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +14,7 @@ class Signs(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step."""
+        """Take one step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

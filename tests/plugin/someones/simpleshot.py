@@ -26,5 +26,5 @@ class SimpleShot(MetricMethod):
 
     def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
         """Logits ``[queries, way]``."""
-        support, query = (normalize(one - self.mean) for one in (embedded.support, embedded.query))
+        support, query = (normalize(embeddings - self.mean) for embeddings in (embedded.support, embedded.query))
         return -self.distance(query, prototypes(support, embedded.support_labels, embedded.way))
