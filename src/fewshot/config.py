@@ -361,16 +361,16 @@ def search_path(*places: str) -> list[ConfigSource]:
     return list({source.full_path(): source for source in sources if source.available()}.values())
 
 
-def source_at(place: str) -> ConfigSource:
+def source_at(name: str) -> ConfigSource:
     """Return a source of configuration files: a directory, or ``pkg://PACKAGE``; it need not exist.
 
     Raises:
         HydraException: Hydra does not know the scheme.
     """
     Plugins.instance()  # registers the schemes
-    scheme, separator, path = place.partition("://")
+    scheme, separator, path = name.partition("://")
     if not separator:
-        scheme, path = "file", place
+        scheme, path = "file", name
     path = os.path.realpath(path) if scheme == "file" else path
     return SourcesRegistry.instance().resolve(scheme)("search path", f"{scheme}://{path}")
 

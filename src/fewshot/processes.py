@@ -34,19 +34,19 @@ def stop_together(trainer: pl.Trainer, resume: str) -> Iterator[None]:
         started: list[Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
         children = started.copy()
         started.clear()  # Lightning watches these, and would kill this process, too
-        gone = _gone(children, parent) if trainer.world_size > 1 and isinstance(error, RuntimeError) else None
+        ended = _ended(children, parent) if trainer.world_size > 1 and isinstance(error, RuntimeError) else None
         for child in children:
             child.kill()
-        if gone is None:
+        if ended is None:
             raise
-        raise FewShotError(f"{gone}, and the run with it; resume with: {resume}") from error
+        raise FewShotError(f"{ended}, and the run with it; resume with: {resume}") from error
     finally:
         # The threads of gloo abort a process that ends before them (PyTorch issue 190489); Lightning handles only NCCL.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _gone(children: list[Popen[bytes]], parent: int) -> str | None:
+def _ended(children: list[Popen[bytes]], parent: int) -> str | None:
     """Describe the process that has ended, if any: to the others, its end is an error in a collective operation."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
