@@ -69,10 +69,10 @@ def shown(demo, letters, way=3, shot=2) -> Visit:
     """A visit with a support set, and for its query the last image of the first class."""
     visit = Visit()
     for label in range(way):
-        visit, told = demo.add(visit, f"letter {label}", files(*letters[label][:shot]))
-        assert not told
-    visit, told = demo.ask(visit, files(letters[0][-1]))
-    assert not told
+        visit, notes = demo.add(visit, f"letter {label}", files(*letters[label][:shot]))
+        assert not notes
+    visit, notes = demo.ask(visit, files(letters[0][-1]))
+    assert not notes
     return visit
 
 
@@ -86,10 +86,10 @@ def rows(answer: str) -> dict[str, tuple[float, float]]:
 def test_an_answer_has_the_probabilities_and_the_scores_of_the_method(demo, letters, method):
     page = demo(method)
     visit = shown(page, letters, way=3, shot=2)
-    answer, told = page.answer(visit)
+    answer, notes = page.answer(visit)
     logits = page.predictor.learn(visit.support)([visit.query])[0]
     found = rows(answer)
-    assert list(found) == [f"letter {label}" for label in logits.argsort(descending=True).tolist()] and not told
+    assert list(found) == [f"letter {label}" for label in logits.argsort(descending=True).tolist()] and not notes
     for label, (probability, logit) in enumerate(zip(logits.softmax(0).tolist(), logits.tolist(), strict=True)):
         shown_probability, score = found[f"letter {label}"]
         assert shown_probability == pytest.approx(100 * probability, abs=0.051)
@@ -113,38 +113,38 @@ def test_the_distances_are_those_of_the_embeddings(demo, letters):
 def test_classes_grow_and_go_and_each_visit_is_its_own(demo, letters):
     page = demo()
     first = shown(page, letters, way=2)
-    second, told = page.add(first, "  letter   1 ", files(letters[1][3]))
-    assert [len(of) for of in second.support.values()] == [2, 3] and not told
+    second, notes = page.add(first, "  letter   1 ", files(letters[1][3]))
+    assert [len(of) for of in second.support.values()] == [2, 3] and not notes
     assert [len(of) for of in first.support.values()] == [2, 2]
     third = page.remove(page.remove(second, "letter 0"), "nobody")
     assert list(third.support) == ["letter 1"] and third.query is second.query
-    answer, told = page.answer(third)
-    assert not answer and told == ["a support set needs two classes or more, and an image or more of each"]
+    answer, notes = page.answer(third)
+    assert not answer and notes == ["a support set needs at least two classes, and at least one image of each"]
     assert page.answer(Visit()) == ("", []) and page.ask(third, []) == (third, [])
 
 
 def test_maml_tells_where_it_has_more_classes_than_it_was_made_for(demo, letters):
     page = demo("maml")
     assert page.answer(shown(page, letters, way=5))[1] == []
-    answer, told = page.answer(shown(page, letters, way=6, shot=1))
-    assert len(rows(answer)) == 6 and told == ["this network was made for 5 classes: it tells 6 apart less well"]
+    answer, notes = page.answer(shown(page, letters, way=6, shot=1))
+    assert len(rows(answer)) == 6 and notes == ["this network was trained for 5 classes: with 6 it is less accurate"]
 
 
 def test_limits_hold(demo, letters):
     page = demo(max_images=3, max_classes=2, max_megabytes=1)
-    visit, told = page.add(Visit(), "many", files(*letters[0]))
+    visit, notes = page.add(Visit(), "many", files(*letters[0]))
     assert len(visit.support["many"]) == 3
-    assert told == ["3.png is left out, and what came after it: many has 3 images, and no more are allowed"]
+    assert notes == ["3.png and all after it are left out: 3 images in a class are the most allowed"]
     visit, _ = page.add(visit, "two", files(letters[1][0]))
-    after, told = page.add(visit, "three", files(letters[2][0]))
-    assert after is visit and told == ["three is left out: there are 2 classes, and no more are allowed"]
+    after, notes = page.add(visit, "three", files(letters[2][0]))
+    assert after is visit and notes == ["three is left out: 2 classes are the most allowed"]
     noise = png(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8))
     assert len(noise) > 2**20
     for after, (line,) in (page.add(visit, "two", files(noise)), page.ask(visit, files(noise))):
         assert after.support == visit.support
-        assert line == "cannot read the image 0.png: it has more than the 1 MB that are allowed; replace or remove it"
-    after, told = page.add(Visit(), " ", files(letters[0][0]))
-    assert not after.support and told == ["name the class, then add its images"]
+        assert line == "cannot read the image 0.png: it has more than the allowed 1 MB; replace or remove it"
+    after, notes = page.add(Visit(), " ", files(letters[0][0]))
+    assert not after.support and notes == ["enter a name for the class, then add its images"]
     after, _ = page.add(Visit(), "n" * 99, files(letters[0][0]))
     assert list(after.support) == ["n" * 40]
 
@@ -164,7 +164,7 @@ HOSTILE = {
     "PostScript is a program, and is not run": lambda: png(np.zeros((9, 9, 3), dtype=np.uint8), "EPS"),
     "exceeds limit of": bomb,
     "not an image in a known format": lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
-    "is blank: it has one colour alone": lambda: png(np.full((9, 9), 7, dtype=np.uint8)),
+    "is blank: it has only one colour": lambda: png(np.full((9, 9), 7, dtype=np.uint8)),
 }
 
 
@@ -172,8 +172,8 @@ HOSTILE = {
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(demo, letters, why):
     page = demo()
     content = HOSTILE[why]()
-    visit, told = page.add(Visit(), "a", files(letters[0][0], content, letters[0][1]))
-    assert len(visit.support["a"]) == 2 and len(told) == 1 and "1.png" in told[0] and why in told[0]
+    visit, notes = page.add(Visit(), "a", files(letters[0][0], content, letters[0][1]))
+    assert len(visit.support["a"]) == 2 and len(notes) == 1 and "1.png" in notes[0] and why in notes[0]
     before = shown(page, letters)
     after, (line,) = page.ask(before, files(content))
     assert "0.png" in line and why in line and after.query is None and after.support == before.support
@@ -181,7 +181,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(demo, letters, why):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "notes"),
     [
         (["max_images=0"], "max_images=0 must be a whole number of at least 1"),
         (["max_megabytes=ten"], "max_megabytes=ten must be a whole number of at least 1"),
@@ -191,10 +191,10 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(demo, letters, why):
         (["checkpoint=null", "encoder=conv4"], "weights that nobody has trained"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(run, overrides, told):
+def test_a_mistake_is_reported_in_one_line(run, overrides, notes):
     with pytest.raises(FewShotError) as caught:
         serve(compose(f"checkpoint={run('protonet')}", *overrides, name="demo"))
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert notes in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_without_gradio_the_extra_is_named(run, monkeypatch):
@@ -227,17 +227,17 @@ def test_a_huge_request_takes_no_memory_and_is_answered_in_one_line():
     tracemalloc.stop()
     assert peak < 2**23 and left == 0
     assert answers[0]["status"] == 413
-    assert answers[1]["body"] == b"a request may have 2,097,152 bytes; send fewer images at once"
+    assert answers[1]["body"] == b"a request may have at most 2,097,152 bytes; send fewer images at once"
 
 
 def test_images_that_are_too_much_at_once_are_named(demo, letters):
     sent = [["0.png", f"data:image/png;base64,{b64encode(letters[0][0]).decode()}"], ["1.png", None]]
-    visit, told = demo().add(Visit(), "a", _sent(json.dumps(sent)))
+    visit, notes = demo().add(Visit(), "a", _sent(json.dumps(sent)))
     assert len(visit.support["a"]) == 1
-    assert told == ["1.png is left out: it is too much at once with those before it; add it by itself"]
+    assert notes == ["1.png is left out: with the images before it, it is too large; add it separately"]
 
 
-def test_visits_are_kept_by_last_use_and_who_loses_one_is_told_once():
+def test_visits_are_kept_by_last_use_and_who_loses_one_is_notified_once():
     now = 0.0
     visits, shown = Visits(lambda: now), Visit({"a": ()})
     visits.put("active", shown)
@@ -246,8 +246,8 @@ def test_visits_are_kept_by_last_use_and_who_loses_one_is_told_once():
         visits.put(f"looks {number}", Visit())
     for number in range(VISITORS + 2):
         visits.put(f"new {number}", shown)
-        visit, told = visits.take("active")
-        assert visit is shown and told == []
+        visit, notes = visits.take("active")
+        assert visit is shown and notes == []
         visits.put("active", visit)
     for number in range(3):
         assert visits.take(f"new {number}") == (Visit(), [FORGOTTEN])
@@ -344,7 +344,7 @@ def test_a_malformed_request_is_refused_and_leaves_no_traceback(address, capfd):
     assert "Traceback" not in written.err + written.out
 
 
-def test_an_address_in_use_is_told(address, run):
+def test_an_address_in_use_is_reported(address, run):
     config = compose(f"checkpoint={run('protonet')}", f"port={address.rpartition(':')[2]}", name="demo")
     with pytest.raises(FewShotError, match=r"cannot serve at 127\.0\.0\.1:\d+: .*; choose another by host="):
         serve(config)
@@ -448,9 +448,9 @@ def test_in_a_browser_files_are_answered_as_the_predictor_answers_them(browser, 
     tab.examples(ODD, [*letters[1][:2], b"no image"], 4)
     assert tab.texts(".class b") == ["letter 0", ODD]
     broken = "cannot read the image 2.png: not an image in a known format; replace or remove it"
-    tab.until(lambda: tab.texts(".told p") == [broken], "what is broken")
+    tab.until(lambda: tab.texts(".notes p") == [broken], "what is broken")
     tab.upload([letters[0][4]], 1)
-    tab.until(lambda: tab.all(".scores") and not tab.texts(".told p"), "the answer")
+    tab.until(lambda: tab.all(".scores") and not tab.texts(".notes p"), "the answer")
     assert "distance: squared Euclidean" in tab.texts("small")[0]
 
     predictor = make_predictor(compose(f"checkpoint={run('protonet')}", name="demo"))
@@ -482,17 +482,19 @@ def test_in_a_browser_drawings_are_classified_added_and_taken_out(browser, serve
     tab.until(lambda: tab.texts(".answer b") == ["drawn"], "the answer")
     tab.all(".add")[0].click()
     tab.until(
-        lambda: tab.texts(".told p") == ["the drawing is blank: it has one colour alone"], "why nothing was added"
+        lambda: tab.texts(".notes p") == ["the drawing is blank: it has only one colour"], "why nothing was added"
     )
 
     tab.all(".class")[0].click()
     tab.until(lambda: tab.name() == "letter 0", "the name")
     tab.upload(letters[0][2:4], 0)
-    tab.until(lambda: "1.png is left out" in " ".join(tab.texts(".told p")), "the limit")
+    tab.until(lambda: "1.png and all after it" in " ".join(tab.texts(".notes p")), "the limit")
     tab.until(lambda: len(tab.all(".class img")) == 4, "the images within the limit")
     tab.all(".class button")[1].click()
     tab.until(lambda: tab.texts(".class b") == ["letter 0"], "the removal")
-    tab.until(lambda: "a support set needs two classes" in " ".join(tab.texts(".told p")), "why there is no answer")
+    tab.until(
+        lambda: "a support set needs at least two classes" in " ".join(tab.texts(".notes p")), "why there is no answer"
+    )
     tab.until(lambda: not tab.all(".answer"), "the end of the answer")
-    next(of for of in tab.all("button") if of.text == "Start anew").click()
+    next(of for of in tab.all("button") if of.text == "Remove everything").click()
     tab.until(lambda: not tab.all(".class"), "the beginning")

@@ -111,7 +111,7 @@ def test_a_paired_difference_is_that_of_the_episodes():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["checkpoint=null"], "nothing to evaluate"),
         (["split=rest"], "split=rest must be train, val or test"),
@@ -122,10 +122,10 @@ def test_a_paired_difference_is_that_of_the_episodes():
         (["hardware=cpu", "hardware.devices=2"], "evaluation uses one device"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(run, evaluate, overrides, told):
+def test_a_mistake_is_reported_in_one_line(run, evaluate, overrides, message):
     with pytest.raises(FewShotError) as caught:
         evaluate(run("protonet"), *overrides)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_it_does_not_write_over_a_run(tmp_path):
@@ -144,9 +144,9 @@ def test_runs_on_other_classes_are_not_compared(run, evaluate):
 
 
 def test_the_command_tests(cli, run, tmp_path):
-    told = cli(f"checkpoint={run('protonet')}", "episodes=2", f"out={tmp_path / 'out'}", script="evaluate.py")
-    assert told.returncode == 0, told.stderr
-    assert "lowest: " in told.stdout and (tmp_path / "out" / "results.json").exists()
+    message = cli(f"checkpoint={run('protonet')}", "episodes=2", f"out={tmp_path / 'out'}", script="evaluate.py")
+    assert message.returncode == 0, message.stderr
+    assert "lowest: " in message.stdout and (tmp_path / "out" / "results.json").exists()
     wrong = cli(f"checkpoint={run('protonet')}", "way=five", script="evaluate.py")
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr and "five" in wrong.stderr
     assert torch.load(run("protonet") / "checkpoints" / "best.ckpt", weights_only=True)

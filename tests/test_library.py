@@ -140,9 +140,9 @@ def test_any_encoder_classifies(examples):
         ([np.zeros((4, 4))], ["a"], r"array of float64 \[4, 4\]; give uint8"),
         ([np.zeros((4, 4, 2), np.uint8)], ["a"], r"uint8 \[4, 4, 2\]"),
         ([np.zeros((0, 4), np.uint8)], ["a"], r"no pixels: \[0, 4\]"),
-        ([np.zeros((4, 4), np.uint8)] * 2, ["a", "a"], "two classes or more"),
+        ([np.zeros((4, 4), np.uint8)] * 2, ["a", "a"], "at least two classes"),
         ([np.zeros((4, 4), np.uint8)] * 2, ["a"], r"labels have shape \[1\] for 2 images"),
-        ([], [], "two classes or more"),
+        ([], [], "at least two classes"),
         (["nowhere.png"], ["a"], "cannot read the image nowhere.png"),
     ],
 )

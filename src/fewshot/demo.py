@@ -1,4 +1,4 @@
-"""A page in the browser: images of one's own into classes, a query, and the answer with its distances."""
+"""A page in the browser: add examples to classes, then get the answer for a query, with its distances."""
 
 import io
 import json
@@ -32,25 +32,25 @@ from fewshot.text import for_html, say
 
 LONGEST = 40  # characters of a class's name
 THUMBNAIL = 64  # pixels, the most that a picture in the page has on a side
-VISITORS = 20  # whose images are kept: those who were active last
-IDLE = 3600  # seconds without activity after which a visitor's images are forgotten
+VISITORS = 20  # the most recently active ones, whose images are kept
+IDLE = 3600  # seconds without activity after which a visitor's images are removed
 FORGOTTEN = (
-    f"your images are no longer here: the page keeps those of the {VISITORS} visitors who were active last, for up to "
+    f"your images have been removed: the page keeps those of the {VISITORS} most recent visitors, for up to "
     f"{IDLE // 60} minutes; add them again"
 )
-# What the page asks for. Gradio would also take files, give them out, and fetch what it is told to.
+# Paths that the page requests. Gradio would also accept files, serve them, and fetch addresses.
 ASKED = re.compile(
     r"/(|config|theme\.css|favicon\.ico|manifest\.json|(assets|static)/.*"
     r"|gradio_api/(startup-events|(queue|heartbeat)/.*))"
 )
 LOCAL = ("localhost", "127.0.0.1", "::1")
-FORM = 2**20  # bytes of a request beside the images
+FORM = 2**20  # bytes of a request in addition to the images
 Message = Mapping[str, Any]  # of ASGI
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# A square to draw on, and to drop images on. Gradio's own decodes what it is sent, whatever that is, before a guard of
-# ours could look at it; here images come as text, and are never files of the server's.
+# A square to draw and drop images on. Gradio's own component decodes whatever it receives before we could check it;
+# here images arrive as strings and never become files on the server.
 PAD = """
 <div class="square"><canvas width="280" height="280"></canvas></div>
 <div class="buttons">
@@ -70,7 +70,7 @@ const clear = () => {
 const send = images => { props.value = JSON.stringify(images); trigger("submit"); };
 const sendDrawing = () => send([["the drawing", pad.toDataURL()]]);
 const sendFiles = async files => {
-    // One image and one byte more than are allowed, so that the server can tell.
+    // One image and one byte more than allowed, so that the server notices.
     const read = file => new Promise(done => {
         const reader = new FileReader();
         reader.onload = () => done([file.name, reader.result]);
@@ -125,8 +125,8 @@ STYLE = """
 .buttons {display: flex; flex-direction: column; align-items: flex-start; gap: 8px}
 .buttons button, .buttons label {padding: 3px 12px; font: inherit; cursor: pointer; color: inherit; background: none;
     border: 1px solid #9998; border-radius: 6px}
-.told:not(:has(p)) {display: none}
-.told p {margin: 4px 0; padding: 6px 12px; border-left: 4px solid #D55E00; background: #D55E0022}
+.notes:not(:has(p)) {display: none}
+.notes p {margin: 4px 0; padding: 6px 12px; border-left: 4px solid #D55E00; background: #D55E0022}
 .class {display: flex; align-items: center; gap: 10px; padding: 6px 0; border-top: 1px solid #8884; cursor: pointer}
 .class b {width: 7em; overflow-wrap: anywhere}
 .class div {display: flex; flex-wrap: wrap; gap: 4px; flex: 1}
@@ -146,10 +146,10 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Visit:
-    """What one visitor has shown.
+    """The images of one visitor.
 
     Attributes:
-        support: the images of each class, by its name; none is empty.
+        support: the images of each class, by its name; no class is empty.
         query: the image to classify.
     """
 
@@ -158,10 +158,10 @@ class Visit:
 
 
 class Visits:
-    """The visits of those who were active last; those that are forgotten are remembered as such.
+    """The images of the most recent visitors, and which visitors have lost theirs.
 
     Args:
-        clock: the time in seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -170,7 +170,7 @@ class Visits:
         self._forgotten: deque[str] = deque(maxlen=500 * VISITORS)
 
     def take(self, session: str) -> tuple[Visit, list[str]]:
-        """The visit of a session, a new one where there is none; and what to tell its visitor, if it was forgotten."""
+        """Return the visit of a session, or a new one; and a note for the visitor if the images were removed."""
         self._forget()
         if session in self._kept:
             return self._kept[session][0], []
@@ -180,7 +180,7 @@ class Visits:
         return Visit(), []
 
     def put(self, session: str, visit: Visit) -> None:
-        """Keep a visit; an empty one takes no place."""
+        """Keep a visit, unless it is empty."""
         self._kept.pop(session, None)
         if visit.support or visit.query is not None:
             self._kept[session] = visit, self._clock()
@@ -193,10 +193,10 @@ class Visits:
 
 
 class Demo:
-    """What the page does, without the page.
+    """What the page does, independent of Gradio.
 
     Args:
-        predictor: what classifies.
+        predictor: classifies the query.
         limits: ``max_megabytes``, ``max_images`` and ``max_classes`` of ``conf/demo.yaml``.
     """
 
@@ -204,22 +204,21 @@ class Demo:
         self.predictor, self.limits = predictor, limits
 
     def add(self, visit: Visit, name: str, files: Sequence[ImageFile]) -> tuple[Visit, list[str]]:
-        """Put images into a class, which need not be there yet.
+        """Add images to a class, which may be new.
 
         Returns:
-            The visit after it, and why what is left out is.
+            The updated visit, and why images were left out.
         """
         name = " ".join(name.split())[:LONGEST]
         if not name:
-            return visit, ["name the class, then add its images"]
+            return visit, ["enter a name for the class, then add its images"]
         if name not in visit.support and len(visit.support) == self.limits.max_classes:
-            return visit, [f"{name} is left out: there are {len(visit.support)} classes, and no more are allowed"]
+            return visit, [f"{name} is left out: {len(visit.support)} classes are the most allowed"]
         images, notes = list(visit.support.get(name, ())), []
         for file in files:
             if len(images) == self.limits.max_images:
                 notes.append(
-                    f"{file.name} is left out, and what came after it: {name} has {len(images)} images, and no "
-                    "more are allowed"
+                    f"{file.name} and all after it are left out: {len(images)} images in a class are the most allowed"
                 )
                 break
             try:
@@ -229,11 +228,11 @@ class Demo:
         return replace(visit, support={**visit.support, name: tuple(images)}) if images else visit, notes
 
     def remove(self, visit: Visit, name: str) -> Visit:
-        """Take a class out, if it is there."""
-        return replace(visit, support={other: of for other, of in visit.support.items() if other != name})
+        """Remove a class, if it exists."""
+        return replace(visit, support={other: images for other, images in visit.support.items() if other != name})
 
     def ask(self, visit: Visit, files: Sequence[ImageFile]) -> tuple[Visit, list[str]]:
-        """Take the first of some images for the query; without one, it stays.
+        """Use the first of some images as the query; without images, keep the query.
 
         Returns:
             See ``add``.
@@ -246,10 +245,10 @@ class Demo:
             return replace(visit, query=None), [str(error)]
 
     def answer(self, visit: Visit) -> tuple[str, list[str]]:
-        """The answer to the query by the support set as it is.
+        """Classify the query by the support set.
 
         Returns:
-            HTML, and what is to be known about it, or why there is none.
+            HTML, and notes on the answer, or on why there is none.
         """
         if visit.query is None:
             return "", []
@@ -261,7 +260,7 @@ class Demo:
         notes = []
         if isinstance(method, MAML) and way > method.head.out_features:
             notes.append(
-                f"this network was made for {method.head.out_features} classes: it tells {way} apart less well"
+                f"this network was trained for {method.head.out_features} classes: with {way} it is less accurate"
             )
         return _answer(visit.query, list(visit.support), logits, *measure(method)), notes
 
@@ -269,24 +268,24 @@ class Demo:
         def within() -> bytes:
             content = file.read()
             if len(content) > self.limits.max_megabytes * 2**20:
-                raise ValueError(f"it has more than the {self.limits.max_megabytes} MB that are allowed")
+                raise ValueError(f"it has more than the allowed {self.limits.max_megabytes} MB")
             return content
 
         pixels = self.predictor.read(ImageFile(file.name, within))
         if pixels.min() == pixels.max():
-            raise FewShotError(f"{file.name} is blank: it has one colour alone")
+            raise FewShotError(f"{file.name} is blank: it has only one colour")
         return pixels
 
 
 def measure(method: FewShotMethod) -> tuple[str, str, int]:
-    """What the logits of a method are: in a word, in more words, and the sign that they have of it."""
+    """Return what the logits of a method measure, an explanation, and the sign of the measure in the logits."""
     if isinstance(method, PrototypicalNetwork):
         names: dict[Any, str] = {l2: "squared Euclidean", cosine: "cosine"}
         kind = names.get(getattr(method.distance, "func", None), "scaled cosine")
         return "distance", f"{kind}, between the embedded query and the mean of the embedded examples", -1
     if isinstance(method, MatchingNetwork):
         return "logit", "logarithm of the query's mean attention on the class's examples", 1
-    return "logit", "what the network gives a class; the probabilities are its softmax", 1
+    return "logit", "the network's score of the class; the probabilities are its softmax", 1
 
 
 def serve(config: DictConfig) -> None:
@@ -296,8 +295,8 @@ def serve(config: DictConfig) -> None:
         config: the composed ``conf/demo.yaml``.
 
     Raises:
-        FewShotError: a number is no positive whole one; gradio is not there; there is no complete run, or nothing to
-            classify with (see ``make_predictor``); or the address cannot be had.
+        FewShotError: a number is not a positive whole number; gradio is not installed; there is no complete run, or no
+            predictor (see ``make_predictor``); or the address is not available.
     """
     for key in ("port", "max_megabytes", "max_together", "max_images", "max_classes"):
         if not isinstance(config[key], int) or config[key] < 1:
@@ -310,13 +309,13 @@ def serve(config: DictConfig) -> None:
 
 @contextmanager
 def page_of(config: DictConfig) -> Iterator[Any]:
-    """Serve the page while a block of code runs, which is given its ``gradio.Blocks``; see ``serve``."""
+    """Serve the page, a ``gradio.Blocks``, while the ``with`` block runs; see ``serve``."""
     try:
         import gradio as gr  # noqa: PLC0415
         from starlette.middleware import Middleware  # noqa: PLC0415
     except ImportError as error:
         raise FewShotError("gradio is not installed; install the extra: pip install -e '.[demo]'") from error
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is there
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio polls its own server
     page = make_page(Demo(make_predictor(config), config), config)
     largest = FORM + _together(config) * 4 // 3  # in base64
     try:
@@ -336,9 +335,9 @@ def page_of(config: DictConfig) -> Iterator[Any]:
         )
     except OSError as error:
         raise FewShotError(
-            f"cannot serve at {config.host}:{config.port}: {error}; choose another by host=ADDRESS port=NUMBER"
+            f"cannot serve at {config.host}:{config.port}: {error}; choose another one with host=ADDRESS port=NUMBER"
         ) from error
-    say(f"{page.local_url}    Ctrl-C ends it")
+    say(f"{page.local_url}    Ctrl-C stops it")
     try:
         yield page
     finally:
@@ -346,21 +345,21 @@ def page_of(config: DictConfig) -> Iterator[Any]:
 
 
 def _together(config: DictConfig) -> int:
-    """Bytes of the images that are sent at once: those of one image at least."""
+    """Return the bytes of images allowed in one request, at least those of one image."""
     return int(max(config.max_together, config.max_megabytes) * 2**20 + 1)
 
 
 def _hosts(host: str) -> frozenset[str] | None:
-    """The names that a page for this machine alone is asked by; None where the user opened it to others."""
+    """Return the host names of a page that only this machine may use; None if it is open to others."""
     plain = host.strip("[]").lower()
-    with suppress(ValueError):  # a name, and no address
+    with suppress(ValueError):  # a name instead of an address
         if plain == "localhost" or ip_address(plain).is_loopback:
             return frozenset({plain, *LOCAL})
     return None
 
 
 def make_page(demo: Demo, config: DictConfig) -> Any:
-    """The page, a ``gradio.Blocks``; what it does is in ``Demo``."""
+    """Make the page, a ``gradio.Blocks``; its actions are those of ``Demo``."""
     import gradio as gr  # noqa: PLC0415
 
     visits = Visits()
@@ -371,7 +370,7 @@ def make_page(demo: Demo, config: DictConfig) -> Any:
         visit, left_out = act(visit)
         visits.put(session, visit)
         answer, notes = demo.answer(visit)
-        return [_gallery(visit), answer, _told([*forgotten, *left_out, *notes]), "", ""]
+        return [_gallery(visit), answer, _notes([*forgotten, *left_out, *notes]), "", ""]
 
     def add(name: str, sent: str, request: gr.Request) -> list[Any]:
         return shown(request, lambda visit: demo.add(visit, name, _sent(sent)))
@@ -382,7 +381,7 @@ def make_page(demo: Demo, config: DictConfig) -> Any:
     def remove(event: gr.EventData, request: gr.Request) -> list[Any]:
         return shown(request, lambda visit: (demo.remove(visit, str(event.name)), []))
 
-    def start_anew(request: gr.Request) -> list[Any]:
+    def start_again(request: gr.Request) -> list[Any]:
         return shown(request, lambda _: (Visit(), []))
 
     def choose(event: gr.EventData) -> str:
@@ -393,7 +392,7 @@ def make_page(demo: Demo, config: DictConfig) -> Any:
     network = str(config.checkpoint or config.encoder.name).removeprefix(f"{ROOT}/")
     with gr.Blocks(title="fewshot", analytics_enabled=False) as page:
         gr.HTML(f"<h2>A few examples of each class, and an answer</h2><code>{for_html(network)}</code>")
-        told = gr.HTML(elem_classes="told")
+        notes = gr.HTML(elem_classes="notes")
         with gr.Row():
             with gr.Column():
                 with gr.Row():
@@ -401,38 +400,38 @@ def make_page(demo: Demo, config: DictConfig) -> Any:
                     name = gr.Textbox("A", max_length=LONGEST, show_label=False, container=False)
                 examples = gr.HTML(query=False, **pad)
                 support = gr.HTML(js_on_load=CHOICE, apply_default_css=False)
-                anew = gr.Button("Start anew", size="sm")
+                again = gr.Button("Remove everything", size="sm")
             with gr.Column():
                 gr.HTML("<h3>Query</h3>")
                 query = gr.HTML(query=True, **pad)
                 answer = gr.HTML(apply_default_css=False)
-        # One at a time: what MAML does to its network, and Python to its warnings, is seen by other threads.
+        # One at a time: MAML changes its network while it adapts, and other threads would see that.
         how: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "trigger_mode": "multiple"}
         how |= {"api_visibility": "private", "show_progress": "hidden"}
-        how |= {"outputs": [support, answer, told, examples, query]}
+        how |= {"outputs": [support, answer, notes, examples, query]}
         examples.submit(add, [name, examples], **how)
         query.submit(ask, [query], **how)
         support.remove(remove, [], **how)
         support.choose(choose, [], **how | {"outputs": [name]})
-        anew.click(start_anew, [], **how)
+        again.click(start_again, [], **how)
     return page
 
 
 class Gate:
-    """Lets through to a web app what the page asks for, and of that no more than is needed: an ASGI middleware.
+    """ASGI middleware that passes on only requests that the page itself makes.
 
     Args:
         app: the web app.
         largest: bytes of a request.
-        hosts: names that a request may call this machine by; None: any. Any page of the web can point a name of its
-            own at this machine, and read what a server answers to that name.
+        hosts: allowed host names; None: any. Otherwise any web page could point its own name at this machine, and read
+            what the server answers (DNS rebinding).
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], largest: int, hosts: Collection[str] | None = None) -> None:
         self.app, self.largest, self.hosts = app, largest, hosts
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        """Handle a request; what the page has no use for is answered here, and so is what the app cannot read."""
+        """Handle a request; refuse what the page never requests, and what the app cannot parse."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         begun = False
@@ -447,13 +446,13 @@ class Gate:
         except Exception:
             if begun:
                 raise
-            await _refuse(send, 400, "the page sends nothing of this kind")
+            await _refuse(send, 400, "malformed request")
 
     async def _handle(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         if self.hosts is not None and _host(scope) not in self.hosts:
-            return await _refuse(send, 403, "this page is served under other names")
+            return await _refuse(send, 403, "wrong host name")
         if not ASKED.fullmatch(scope["path"]):
-            return await _refuse(send, 404, "the page has no use for this")
+            return await _refuse(send, 404, "not part of the page")
         if scope.get("method") != "POST":
             return await self.app(scope, receive, send)
         body, size, more = bytearray(), 0, True
@@ -462,27 +461,29 @@ class Gate:
             size += len(message.get("body", b""))
             more = message.get("more_body", False)
             if size > self.largest:
-                body.clear()  # the rest is read, since a client that still sends sees no answer, but not kept
+                body.clear()  # read the rest without keeping it: a client sees no answer while it sends
             else:
                 body += message.get("body", b"")
         if size > self.largest:
-            return await _refuse(send, 413, f"a request may have {self.largest:,} bytes; send fewer images at once")
-        text = _text_alone(body)
+            return await _refuse(
+                send, 413, f"a request may have at most {self.largest:,} bytes; send fewer images at once"
+            )
+        text = _only_strings(body)
         body.clear()
         if text is None:
-            return await _refuse(send, 400, "the page sends text alone")
+            return await _refuse(send, 400, "the page only sends strings")
         read: Iterator[Message] = iter([{"type": "http.request", "body": text}])
 
-        async def again() -> Message:
+        async def replay() -> Message:
             return next(read, None) or await receive()
 
-        return await self.app(scope, again, send)
+        return await self.app(scope, replay, send)
 
 
 def _host(scope: Mapping[str, Any]) -> str:
-    """The name, without the port, that a request calls this machine by."""
-    named = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
-    return re.sub(r":\d+$", "", named[0]).strip("[]").lower() if len(named) == 1 else ""
+    """Return the host name of a request, without the port."""
+    names = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
+    return re.sub(r":\d+$", "", names[0]).strip("[]").lower() if len(names) == 1 else ""
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:
@@ -490,20 +491,20 @@ async def _refuse(send: Send, status: int, why: str) -> None:
     await send({"type": "http.response.body", "body": why.encode()})
 
 
-def _text_alone(body: bytearray) -> bytes | None:
-    """The same JSON, if it gives the components of the page nothing but text: what is no text may name a file."""
+def _only_strings(body: bytearray) -> bytes | None:
+    """Return the same JSON if it only holds strings for the components; anything else could name a file."""
     try:
         content = json.loads(body)
-        plain = all(of is None or isinstance(of, str) for of in content.get("data", ()))
+        plain = all(value is None or isinstance(value, str) for value in content.get("data", ()))
         return json.dumps(content).encode() if plain else None
     except (ValueError, AttributeError, TypeError, RecursionError):
         return None
 
 
 def _sent(text: str) -> list[ImageFile]:
-    """What a pad sends: the name of each image, and its content as ``data:KIND;base64,CONTENT``.
+    """Parse what a pad sends: for each image its name, and its content as ``data:KIND;base64,CONTENT``.
 
-    Null in place of the content: there was no room for it beside the others.
+    The content is null if the request had no room for it.
     """
     images = json.loads(text or "[]")
     return [ImageFile(str(name), partial(_content, str(name), url)) for name, url in images]
@@ -511,7 +512,7 @@ def _sent(text: str) -> list[ImageFile]:
 
 def _content(name: str, url: Any) -> bytes:
     if url is None:
-        raise FewShotError(f"{name} is left out: it is too much at once with those before it; add it by itself")
+        raise FewShotError(f"{name} is left out: with the images before it, it is too large; add it separately")
     return b64decode(str(url).partition(",")[2])
 
 
@@ -526,9 +527,9 @@ def _gallery(visit: Visit) -> str:
 def _answer(query: Pixels, classes: Sequence[str], logits: torch.Tensor, measured: str, meaning: str, sign: int) -> str:
     probabilities, order = logits.softmax(0).tolist(), logits.argsort(descending=True).tolist()
     rows = "".join(
-        f'<tr><td>{for_html(classes[of])}</td><td><div class="bar" style="width: {probabilities[of]:.1%}"></div></td>'
-        f'<td class="number">{probabilities[of]:.1%}</td><td class="number">{sign * logits[of]:.3f}</td></tr>'
-        for of in order
+        f'<tr><td>{for_html(classes[i])}</td><td><div class="bar" style="width: {probabilities[i]:.1%}"></div></td>'
+        f'<td class="number">{probabilities[i]:.1%}</td><td class="number">{sign * logits[i]:.3f}</td></tr>'
+        for i in order
     )
     return (
         f'<div class="answer">{_picture(query)}<b>{for_html(classes[order[0]])}</b> {probabilities[order[0]]:.1%}</div>'
@@ -537,12 +538,12 @@ def _answer(query: Pixels, classes: Sequence[str], logits: torch.Tensor, measure
     )
 
 
-def _told(lines: Sequence[str]) -> str:
+def _notes(lines: Sequence[str]) -> str:
     return "".join(f"<p>{for_html(line)}</p>" for line in lines)
 
 
 def _picture(pixels: Pixels) -> str:
-    """An image as the network sees it, or smaller."""
+    """An ``img`` element: the image as the network sees it, at most ``THUMBNAIL`` pixels wide and high."""
     image, content = Image.fromarray(pixels.squeeze()), io.BytesIO()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     image.save(content, "PNG")

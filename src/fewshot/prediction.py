@@ -1,4 +1,4 @@
-"""Classify images of one's own: a folder of examples a class, and a method that needs no more than those."""
+"""Classify your own images, given a folder of examples for each class."""
 
 import csv
 import hashlib
@@ -35,7 +35,7 @@ from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.text import for_csv, for_figure, make_table, say
 from fewshot.trained import load_trained, make_untrained, with_chosen_method
 
-WARNED = 20  # pairs of images that are nearly the same, each by a line
+WARNED = 20  # near-duplicate pairs that are named, one per line
 Pixels = NDArray[np.uint8]
 
 
@@ -46,9 +46,9 @@ class Prediction:
     Attributes:
         file: the query.
         label: the most probable class.
-        probability: its, by the softmax over the classes of the support set. It tells how much likelier this class is
-            than the others of the set, not whether the image shows any of them.
-        runner_up: the second.
+        probability: of that class, by the softmax over the classes of the support set. It compares these classes; it
+            does not say whether the image shows any of them.
+        runner_up: the second most probable class.
     """
 
     file: str
@@ -58,16 +58,16 @@ class Prediction:
 
 
 class Predictor:
-    """A method, with what it takes to show it images of one's own.
+    """Applies a method to images from files.
 
     Args:
-        method: trained, or one that needs no training.
-        dataset: the ``size``, ``channels`` and ``normalise`` of the images that its encoder takes.
-        ink: it knows letters that are bright on black, see ``read_photo``.
+        method: trained, or a method that needs no training.
+        dataset: ``size``, ``channels`` and ``normalise`` of the images that its encoder takes.
+        ink: it was trained on bright letters on black, see ``read_photo``.
         hardware: the group of that name; one device is used.
 
     Raises:
-        FewShotError: more than one device is asked for.
+        FewShotError: ``hardware`` requests more than one device.
     """
 
     def __init__(self, method: FewShotMethod, dataset: DictConfig, ink: bool, hardware: DictConfig) -> None:
@@ -83,42 +83,44 @@ class Predictor:
             self.method.double()
 
     def read(self, file: ImageFile) -> Pixels:
-        """An image as the network is to see it: uint8 ``[size, size, channels]``; see ``read_photo``."""
+        """Read an image as the network sees it: uint8 ``[size, size, channels]``; see ``read_photo``."""
         return read_photo(file, self.size, self.channels, self.ink)
 
     def learn(self, support: Mapping[str, Sequence[Pixels]]) -> Callable[[Sequence[Pixels]], torch.Tensor]:
-        """Learn some classes from examples.
+        """Learn classes from examples.
 
         Args:
-            support: the images of each class, by its name, as ``read`` gives them; at least one each.
+            support: the images of each class, by its name, as returned by ``read``; at least one per class.
 
         Returns:
-            A function of such images, at least one, to logits ``[images, way]`` on the CPU, the classes in the order
-            of ``support``; their softmax is the probabilities.
+            A function from one or more such images to logits ``[images, way]`` on the CPU, the classes in the order of
+            ``support``. Their softmax gives the probabilities.
 
         Raises:
             FewShotError: there are fewer than two classes, or one is empty; from the function: a logit is not finite.
         """
         if len(support) < 2 or not all(support.values()):
-            raise FewShotError("a support set needs two classes or more, and an image or more of each")
-        labels = torch.arange(len(support)).repeat_interleave(torch.tensor([len(of) for of in support.values()]))
-        # Full context embeddings read the support as a sequence, and were trained on shuffled ones.
+            raise FewShotError("a support set needs at least two classes, and at least one image of each")
+        labels = torch.arange(len(support)).repeat_interleave(
+            torch.tensor([len(examples) for examples in support.values()])
+        )
+        # Full context embeddings read the support set as a sequence, and were trained on shuffled ones.
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        images = self._input([image for of in support.values() for image in of])
+        images = self._input([image for examples in support.values() for image in examples])
         with torch.no_grad(), self._fabric.autocast():
             classify = self.method.classifier(images[order], labels[order].to(images.device), len(support))
 
-        def answer(queries: Sequence[Pixels]) -> torch.Tensor:
+        def predict_logits(queries: Sequence[Pixels]) -> torch.Tensor:
             with torch.no_grad(), self._fabric.autocast():
                 logits = classify(self._input(queries)).float().cpu()
             if not logits.isfinite().all():
                 raise FewShotError(
-                    "the network's logits for these images are not finite (NaN or infinite), so there is no answer; "
-                    "choose hardware.precision=32-true, or another checkpoint"
+                    "the network's logits for these images are not finite (NaN or infinite); choose "
+                    "hardware.precision=32-true, or a different checkpoint"
                 )
             return logits
 
-        return answer
+        return predict_logits
 
     def _input(self, images: Sequence[Pixels]) -> torch.Tensor:
         pixels = torch.from_numpy(np.stack(images)).to(self._fabric.device)
@@ -141,17 +143,16 @@ def make_predictor(config: DictConfig) -> Predictor:
 
 
 def predict(config: DictConfig) -> None:
-    """Classify the queries by the support set; write ``predictions.csv``, print the first, draw a sheet if asked.
+    """Classify the queries by the support set: write ``predictions.csv``, print the first, and draw a contact sheet.
 
-    Files that cannot be read are named, and the others go on. The queries are read a batch at a time, so any number
-    of them fits into memory.
+    Files that cannot be read are named and left out. Queries are read in batches, so any number fits into memory.
 
     Args:
         config: the composed ``conf/predict.yaml``.
 
     Raises:
-        FewShotError: the support set or the queries are not there; a class has no image that can be read; no query can
-            be read, or all are in the support set.
+        FewShotError: the support set or the queries are missing; a class has no readable image; or no query is
+            readable and outside of the support set.
     """
     for key in ("batch", "sheet", "shown"):
         least = 1 if key == "batch" else 0
@@ -161,13 +162,14 @@ def predict(config: DictConfig) -> None:
     predictor = make_predictor(config)
     support, known, files = _read_support(examples, predictor.read)
     classify, classes = predictor.learn(support), list(support)
-    twins = Known([pixels for of in support.values() for pixels in of])
+    twins = Known([pixels for images in support.values() for pixels in images])
     out = output_directory(config.out, "predict")
 
     shown: list[Prediction] = []
     drawn: list[tuple[Prediction, Pixels]] = []
     copies: list[str] = []
-    right: dict[bool, list[bool]] = {False: [], True: []}  # of each query whose class is known, by whether it is a copy
+    # For queries whose class is known: whether the answer is right, by whether the query is a copy.
+    right: dict[bool, list[bool]] = {False: [], True: []}
     left_out = 0
     with atomic_writer(written := out / "predictions.csv") as file:
         table = csv.writer(file)
@@ -186,15 +188,15 @@ def predict(config: DictConfig) -> None:
                 drawn += [(prediction, pixels)] if len(drawn) < config.sheet else []
                 copied = twins.find(pixels)
                 if copied is not None:
-                    copies.append(f"{name} looks the same as {files[copied].name} of the support set")
+                    copies.append(f"{name} looks the same as {files[copied].name} in the support set")
                 truth = _class_of(name, config.query, support)
                 right[copied is not None] += [prediction.label == truth] if truth is not None else []
         if left_out == len(queries):
-            raise FewShotError("no query is left to classify: see the lines above for why each was left out")
+            raise FewShotError("there is no query left to classify; the lines above say why each was left out")
 
-    _tell(shown, len(queries) - left_out, support)
-    _tell_right(right)
-    _warn_of_copies(copies, "so that its class is given away")
+    _print(shown, len(queries) - left_out, support)
+    _print_right(right)
+    _warn_of_copies(copies, "which gives away its class")
     if left_out:
         say(f"{left_out:,} left out, for the reasons above")
     say(written)
@@ -203,12 +205,12 @@ def predict(config: DictConfig) -> None:
 
 
 def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, columns: int = 6) -> Path:
-    """Draw queries as the network saw them, each with its answer and that answer's probability.
+    """Draw queries as the network saw them, each with its answer and probability.
 
     Args:
         drawn: predictions, each with its pixels, uint8 ``[size, size, channels]``.
         path: of the picture.
-        columns: pictures side by side.
+        columns: at most so many queries side by side.
 
     Returns:
         The path.
@@ -229,45 +231,45 @@ def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, column
 
 def _find_support(place: str | None) -> dict[str, list[ImageFile]]:
     if place is None or not Path(place).expanduser().is_dir():
-        why = "no support set is named" if place is None else f"there is no folder {place}"
-        raise FewShotError(f"{why}; name one that holds a folder a class, with images in each: support=DIR")
+        why = "there is no support set" if place is None else f"there is no folder {place}"
+        raise FewShotError(f"{why}; name a folder that contains one folder of images per class: support=DIR")
     classes = by_class(list_folder(Path(place).expanduser()))
     splits = splits_named(list(classes))
     if splits:
-        names = [name for of in splits.values() for name in of]
+        names = [name for folders in splits.values() for name in folders]
         raise FewShotError(
-            f"{place} holds the splits of a data set, {', '.join(names)}, and no folder a class; name one of them: "
-            f"support={Path(place) / names[-1]}"
+            f"{place} contains the splits of a data set, {', '.join(names)}, instead of one folder per class; name one "
+            f"of them: support={Path(place) / names[-1]}"
         )
     if len(classes) < 2:
         raise FewShotError(
-            f"{place} holds {len(classes)} folders with files in them, and two classes or more are needed: put the "
-            "images of each class into a folder of its name"
+            f"{place} contains {len(classes)} folders with files, and at least two classes are needed: put the images "
+            "of each class into a folder with its name"
         )
     return classes
 
 
 def _find_queries(place: str | None) -> list[ImageFile]:
     if place is None:
-        raise FewShotError("no queries are named; name them by query=DIR, query=FILE or 'query=\"GLOB\"'")
+        raise FewShotError("there are no queries; name them with query=DIR, query=FILE or 'query=\"GLOB\"'")
     path = Path(place).expanduser()
     if path.is_dir():
         found = list(list_folder(path).values())
     else:
         paths = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-        found = [ImageFile(str(of), of.read_bytes) for of in paths if not of.is_dir()]
+        found = [ImageFile(str(path), path.read_bytes) for path in paths if not path.is_dir()]
     if not found:
         raise FewShotError(f"there is nothing to classify in query={place}; name a folder, a file or a pattern")
     return found
 
 
 def _class_of(file: str, place: str, classes: Container[str]) -> str | None:
-    """The class of a query that lies in a folder of its name, or in a folder of that; None where it does not.
+    """The class that the nearest folder of a query is named after; None if there is no such folder.
 
     Args:
-        file: the query's path.
-        place: where the queries are looked for; folders above it say nothing.
-        classes: their names.
+        file: path of the query.
+        place: the ``query`` argument; folders above it do not count.
+        classes: names of the classes.
     """
     path, root = Path(file), Path(place).expanduser()
     if not root.is_dir():
@@ -277,19 +279,19 @@ def _class_of(file: str, place: str, classes: Container[str]) -> str | None:
     return next((name for name in below if name in classes), None)
 
 
-def _tell_right(right: Mapping[bool, Sequence[bool]]) -> None:
-    """How many queries are right, and how many without the copies of support images."""
-    of_all = [*right[False], *right[True]]
-    if of_all:
-        counted = f"{sum(of_all):,} of the {len(of_all):,} queries in folders named after a class are right"
-        say(f"{counted}: {np.mean(of_all):.2%}")
+def _print_right(right: Mapping[bool, Sequence[bool]]) -> None:
+    """Print how many queries are right, with and without copies of support images."""
+    everything = [*right[False], *right[True]]
+    if everything:
+        counted = f"{sum(everything):,} of the {len(everything):,} queries in folders named after a class are right"
+        say(f"{counted}: {np.mean(everything):.2%}")
     if right[True] and right[False]:
         say(f"without the {len(right[True]):,} that look the same as a support image: {np.mean(right[False]):.2%}")
 
 
 def _warn_of_copies(pairs: Sequence[str], consequence: str) -> None:
     for pair in pairs[:WARNED]:
-        say(f"warning: {pair} (recompressed, resized or mirrored, say), {consequence}", error=True)
+        say(f"warning: {pair} (perhaps recompressed, resized or mirrored), {consequence}", error=True)
     if len(pairs) > WARNED:
         say(f"warning: and {len(pairs) - WARNED:,} more such pairs", error=True)
 
@@ -297,7 +299,7 @@ def _warn_of_copies(pairs: Sequence[str], consequence: str) -> None:
 def _read_support(
     examples: Mapping[str, Sequence[ImageFile]], read: Callable[[ImageFile], Pixels]
 ) -> tuple[dict[str, list[Pixels]], dict[bytes, ImageFile], list[ImageFile]]:
-    """The images of each class; each file by the hash of its bytes; and the files in the order of the images."""
+    """Read the images of each class; also return each file by the hash of its bytes, and the files in order."""
     support: dict[str, list[Pixels]] = {}
     known: dict[bytes, ImageFile] = {}
     read_files: list[ImageFile] = []
@@ -311,25 +313,25 @@ def _read_support(
                 _leave_out(error)
                 continue
             if class_of.setdefault(digest, name) != name:
-                say(f"warning: {file.name} is the same image as {known[digest].name}, of another class", error=True)
+                say(f"warning: {file.name} is the same image as {known[digest].name} of a different class", error=True)
             known.setdefault(digest, file)
             support[name].append(pixels)
             read_files.append(file)
         if not support[name]:
-            raise FewShotError(f"no image of the class {name} in {Path(files[0].name).parent} can be read; add one")
+            raise FewShotError(f"class {name} has no readable image in {Path(files[0].name).parent}; add one")
     _warn_of_twins(support, read_files)
     return support, known, read_files
 
 
 def _warn_of_twins(support: Mapping[str, Sequence[Pixels]], files: Sequence[ImageFile]) -> None:
-    """Name the images of different classes that are nearly the same; the same pixels count, too."""
-    images = [(name, pixels) for name, of in support.items() for pixels in of]
+    """Name near-duplicate images, and images with equal pixels, in different classes."""
+    images = [(name, pixels) for name, examples in support.items() for pixels in examples]
     pairs = []
     for one, other, mirror in candidates(thumbnails(np.stack([pixels for _, pixels in images]))):
         (first, pixels), (second, others) = images[one], images[other]
         if first != second and are_twins(pixels, others, mirror):
             pairs.append(f"{files[other].name} of the class {second} looks the same as {files[one].name} of {first}")
-    _warn_of_copies(list(dict.fromkeys(pairs)), "so that nothing tells these classes apart")
+    _warn_of_copies(list(dict.fromkeys(pairs)), "so they cannot be told apart")
 
 
 def _read_queries(
@@ -339,7 +341,7 @@ def _read_queries(
         try:
             digest, pixels = _read(file, read)
             if digest in known:
-                raise FewShotError(f"{file.name} is in the support set, as {known[digest].name}: its class is told")
+                raise FewShotError(f"{file.name} is in the support set, as {known[digest].name}")
         except FewShotError as error:
             _leave_out(error)
         else:
@@ -347,7 +349,7 @@ def _read_queries(
 
 
 def _read(file: ImageFile, read: Callable[[ImageFile], Pixels]) -> tuple[bytes, Pixels]:
-    contents: list[bytes] = []  # read once, where what goes wrong with it is reported
+    contents: list[bytes] = []  # read only once, where errors are reported
 
     def once() -> bytes:
         contents.append(file.read())
@@ -367,12 +369,12 @@ def _leave_out(why: FewShotError) -> None:
     say(f"left out: {why}", error=True)
 
 
-def _tell(shown: Sequence[Prediction], queries: int, support: Mapping[str, Sequence[Pixels]]) -> None:
+def _print(shown: Sequence[Prediction], queries: int, support: Mapping[str, Sequence[Pixels]]) -> None:
     shots = Counter(map(len, support.values()))
-    images = f"{min(shots)}" if len(shots) == 1 else f"{min(shots)} to {max(shots)}"
-    rows = [(Path(of.file).name, of.label, f"{of.probability:.1%}", of.runner_up) for of in shown]
+    images = f"{min(shots)} to {max(shots)} images" if len(shots) > 1 else f"{min(shots)} image{'s' * (min(shots) > 1)}"
+    rows = [(Path(answer.file).name, answer.label, f"{answer.probability:.1%}", answer.runner_up) for answer in shown]
     if shown:
-        title = f"{queries:,} queries, {len(support)} classes by {images} images each"
+        title = f"{queries:,} queries, {len(support)} classes with {images} each"
         say(make_table(title, ["file", "label", "probability", "runner-up"], rows, numbers=("probability",)))
     if len(shown) < queries:
         say(f"... and {queries - len(shown):,} more:")
