@@ -95,7 +95,7 @@ def test_an_answer_has_the_probabilities_and_the_scores_of_the_method(demo, lett
         assert shown_probability == pytest.approx(100 * probability, abs=0.051)
         assert score == pytest.approx(-logit if method == "protonet" else logit, abs=6e-4) and abs(score) > 0.01
     named = {"protonet": "distance: squared Euclidean", "matching": "logit: logarithm of the query's mean attention"}
-    assert named.get(method.removesuffix("_fce"), "logit: what the network gives a class") in answer
+    assert named.get(method.removesuffix("_fce"), "logit: the network's score of the class") in answer
 
 
 def test_the_distances_are_those_of_the_embeddings(demo, letters):
@@ -123,7 +123,7 @@ def test_classes_grow_and_go_and_each_visit_is_its_own(demo, letters):
     assert page.answer(Visit()) == ("", []) and page.ask(third, []) == (third, [])
 
 
-def test_maml_tells_where_it_has_more_classes_than_it_was_made_for(demo, letters):
+def test_maml_notes_more_classes_than_it_was_trained_for(demo, letters):
     page = demo("maml")
     assert page.answer(shown(page, letters, way=5))[1] == []
     answer, notes = page.answer(shown(page, letters, way=6, shot=1))
@@ -346,7 +346,7 @@ def test_a_malformed_request_is_refused_and_leaves_no_traceback(address, capfd):
 
 def test_an_address_in_use_is_reported(address, run):
     config = compose(f"checkpoint={run('protonet')}", f"port={address.rpartition(':')[2]}", name="demo")
-    with pytest.raises(FewShotError, match=r"cannot serve at 127\.0\.0\.1:\d+: .*; choose another by host="):
+    with pytest.raises(FewShotError, match=r"cannot serve at 127\.0\.0\.1:\d+: .*; choose another one with host="):
         serve(config)
 
 
