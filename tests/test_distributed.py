@@ -274,7 +274,7 @@ def test_incompatible_settings_are_rejected(tmp_path, cache_dir, monkeypatch):
         (
             "method=maml",
             "hardware.accumulate_grad_batches=2",
-        ): r"accumulate_grad_batches=2 must be 1: method=maml takes",
+        ): r"accumulate_grad_batches=2 must be 1: method=maml already takes",
     }.items():
         HydraConfig.instance().set_config(compose_unresolved(*here, *overrides))
         with pytest.raises(FewShotError, match=message):
