@@ -74,11 +74,11 @@ def test_a_checkpoint_that_would_run_code_is_rejected_and_runs_nothing(good, tmp
 
 
 @pytest.mark.parametrize("target", ["os.system", "fewshot.cli.os.system", "fewshot.config.compose", "builtins.eval"])
-@pytest.mark.parametrize("node", [("method",), ("encoder",), ("dataset", "source"), ("method", "distance")])
-def test_a_configuration_with_unknown_targets_is_rejected(good, tmp_path, target, node):
+@pytest.mark.parametrize("keys", [("method",), ("encoder",), ("dataset", "source"), ("method", "distance")])
+def test_a_configuration_with_unknown_targets_is_rejected(good, tmp_path, target, keys):
     evil = content(good)
     node = evil["hyper_parameters"]
-    for key in node:
+    for key in keys:
         node = node[key]
     node["_target_"] = target
     torch.save(evil, tmp_path / "evil.ckpt")
