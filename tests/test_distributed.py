@@ -242,6 +242,7 @@ def end(signal_, whom, run_dir, *overrides):
     return running.returncode, errors.strip().splitlines()
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_ends_all_and_the_run_can_be_resumed(cache_dir, tmp_path):
     resume = f"resume with: python {ROOT / 'src' / 'train.py'} resume={tmp_path}"
     start = [*SMALL, "hardware=ddp_cpu", "train.episodes=1000000", "checkpoint_every=6", "val.every=1000000"]

@@ -18,6 +18,7 @@ def test_all_notebooks_exist():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_it_runs(path, tmp_path, cache_dir, monkeypatch):
     monkeypatch.setenv("FEWSHOT_CACHE_DIR", str(cache_dir))
     notebook = nbformat.read(path, as_version=4)

@@ -111,6 +111,7 @@ def run(tmp_path, cache_dir):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(run, tmp_path, method):
     finish(run("warm", *METHODS[method]))  # the image bank is there from here on
     began = time.monotonic()
@@ -232,6 +233,7 @@ def test_a_run_with_a_manipulated_checkpoint_is_rejected_in_one_line(run, tmp_pa
         train(compose(*run("run", "schedule.step_size=5", "resume=auto", "train.episodes=24")))
 
 
+@pytest.mark.slow
 def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
     here = tmp_path / "run"
     done = cli(*SHORT, "seed=5", "shot=2", f"hydra.run.dir={here}")
@@ -406,6 +408,7 @@ def small_disk(tmp_path):
     os.system(f"umount -l {path}")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_in_one_line_and_it_can_be_resumed_later(cli, run, small_disk, tmp_path):
     finish(run("whole", "encoder.filters=32"))
     here = small_disk / "run"

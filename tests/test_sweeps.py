@@ -131,6 +131,7 @@ def test_every_entry_point_reports_failed_jobs(name):
     assert compose_unresolved(name=name).hydra.callbacks.sweep._target_ == "fewshot.sweeps.Sweep"
 
 
+@pytest.mark.slow
 def test_every_method_sweeps_over_shot_and_way(cli, tmp_path):
     grid = ["method=protonet,matching,maml", "shot=1,5", "way=5,20"]
     tiny = [setting for setting in TINY if setting != "train.way=5"]
@@ -158,6 +159,7 @@ def test_jobs_of_other_processes_are_summarised_and_failures_reported(cli, tmp_p
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_a_search_maximises_validation_accuracy_and_repeats_its_path_when_resumed(cli, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="no Optuna sweeper: pip install -e '.[optuna]'")
     search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "optimizer.lr=tag(log,interval(0.0001,0.1))"]
@@ -176,6 +178,7 @@ def test_a_search_maximises_validation_accuracy_and_repeats_its_path_when_resume
     assert "episode 4: validation accuracy" not in again.stdout
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_is_resumed(cli, cache_dir, tmp_path):
     sweep = [
         "-m",

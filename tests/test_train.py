@@ -137,6 +137,7 @@ def test_the_reported_accuracy_equals_that_of_solving_each_episode_separately(ti
     assert results_of(tmp_path / "run")["accuracy"] == right / (25 * 75)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_combination(cli, tmp_path):
     done = cli("-m", *TINY, "shot=1,2", "distance=l2,cosine", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -154,6 +155,7 @@ def test_a_job_that_fails_is_named_at_the_end_of_a_sweep_and_the_others_run(cli,
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_the_study_of_distances_runs_and_is_drawn(cli, tmp_path):
     runs, study = tmp_path / "runs", "+experiment/matching_distance=glob(*)"
     done = cli("-m", study, *TINY, "dataset=glyphs", f"hydra.sweep.dir={runs}")
@@ -273,6 +275,7 @@ def test_an_interrupt_ends_in_one_line_that_says_how_to_resume(cache_dir, tmp_pa
 
 @pytest.mark.real_data
 @pytest.mark.parametrize(("dataset", "expected"), [("omniglot", (1028, 172, 423)), ("miniimagenet", (64, 16, 20))])
+@pytest.mark.slow
 def test_the_real_data_trains_and_tests(cli, real_data, tmp_path, dataset, expected):
     run_dir = tmp_path / "run"
     done = cli(*TINY, f"dataset={dataset}", f"data_dir={real_data}", f"hydra.run.dir={run_dir}")

@@ -13,6 +13,7 @@ def scratch(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_all_training_loops_have_the_same_losses():
     lightning, fit = training.through_lightning(SHAPE)
     threading.Thread(target=fit, daemon=True).start()

@@ -157,6 +157,7 @@ def test_what_only_the_images_show_not_to_fit_is_named_too():
         seeded(v2.Resize([5, 5]), [(0,)])(images_of()[None])
 
 
+@pytest.mark.slow
 def test_a_transform_of_ones_own_is_a_function_and_a_file(cli, tmp_path):
     (tmp_path / "mine.py").write_text("def negative(images, most):\n    return most - images\n")
     (tmp_path / "conf" / "transform").mkdir(parents=True)

@@ -26,6 +26,7 @@ def test_adaptation_matches_the_runs_test(run, tmp_path, monkeypatch):
     assert Image.open(picture).width > 1000
 
 
+@pytest.mark.slow
 def test_graphs_are_drawn_with_their_numbers_of_nodes(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(Axes, "set", lambda _, **named: titles.append(named.get("title")))

@@ -63,6 +63,7 @@ def test_a_sweep_finds_it_on_the_search_path(call, tmp_path):
     assert methods == ["relation", "simpleshot"]
 
 
+@pytest.mark.slow
 def test_evaluate_needs_its_configuration_or_trust(run, call, tmp_path):
     accuracy = json.loads((run / "results.json").read_text())["accuracy"]
     asked = [f"checkpoint={run}", "hardware=cpu"]
