@@ -198,10 +198,7 @@ def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None =
 def _first(config: DictConfig) -> Trained:
     """What this command evaluates first, or alone; see ``conf/evaluate.yaml``."""
     if config.checkpoint is None:
-        trained = without_training(config.overrides)
-        for node in (trained.config, trained.config.dataset.source):
-            node.update({key: value for key, value in data_directories(config).items() if key in node})
-        return trained
+        return without_training(config.overrides, data_directories(config))
     trained = load_trained(config.checkpoint, trust=config.trust, places=data_directories(config))
     return with_chosen_method(trained, config.overrides)
 

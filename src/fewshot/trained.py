@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 from torch import nn
 
 from fewshot.checkpoints import check_weights, load_checkpoint, without_initial_weights
-from fewshot.config import compose, import_target
+from fewshot.config import as_overrides, compose, import_target, search_path
 from fewshot.encoders.adaptable import BatchStatisticsNorm2d
 from fewshot.errors import FewShotError, mistake, reason
 from fewshot.methods.base import FewShotMethod, require_finite
@@ -100,16 +99,17 @@ def with_chosen_method(trained: Trained, overrides: Iterable[str]) -> Trained:
     return replace(trained, method=method, config=config)
 
 
-def without_training(overrides: Iterable[str]) -> Trained:
+def without_training(overrides: Iterable[str], places: Mapping[str, Any]) -> Trained:
     """Make the method that a command line chooses, with an encoder that needs no training.
 
     Args:
         overrides: of the command line; those of dataset, method, distance and encoder count.
+        places: ``data_dir`` and ``cache_dir``.
 
     Raises:
         FewShotError: the method or the encoder has untrained weights.
     """
-    config = _compose(choices_of(overrides, (*FROM_CHECKPOINT, *REPLACEABLE)))
+    config = _compose([*as_overrides(places), *choices_of(overrides, (*FROM_CHECKPOINT, *REPLACEABLE))])
     return Trained(None, make_untrained(config.method, f"method={config.choices.method}"), config, {})
 
 
@@ -158,10 +158,8 @@ def choices_of(overrides: Iterable[str], groups: Iterable[str]) -> list[str]:
 
 def _compose(overrides: Iterable[str]) -> DictConfig:
     """The training configuration with some overrides, from this command's own search path."""
-    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
-    return compose(
-        *overrides, places=[f"{one.schema}://{one.path}" for one in sources if one.schema in ("file", "pkg")]
-    )
+    places = [source.full_path() for source in search_path() if source.scheme() in ("file", "pkg")]
+    return compose(*overrides, places=places)
 
 
 def restore(path: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> FewShotMethod:
