@@ -13,15 +13,16 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from fewshot.data.bank import SPLITS, Source
 
@@ -429,6 +430,204 @@ MINIIMAGENET = [
 ]
 
 
+# Omniglot: two alphabets of each part, three drawings of each character
+
+ALPHABETS = {
+    "images_background": {"Greek": 3, "Japanese_(hiragana)": 3},
+    "images_evaluation": {"Tibetan": 2, "ULOG": 2},
+}
+DRAWERS = 3
+
+
+@cache
+def drawing(number: int, drawer: int, side: int = 105) -> bytes:
+    image = Image.new("1", (side, side), 1)
+    ImageDraw.Draw(image).line([(20, 20 + 5 * number), (85, 60 + drawer)], fill=0, width=4)
+    return encoded(np.asarray(image), "PNG")
+
+
+def drawings(
+    part: str,
+    path: str = "{part}/{alphabet}/{character}/{name}.png",
+    only: tuple[str, ...] = (),
+    drawers: int = DRAWERS,
+) -> Files:
+    """The drawings of a part; ``path`` says where each is, ``only`` of which alphabets."""
+    return {
+        path.format(
+            part=part,
+            alphabet=alphabet,
+            character=f"character{number:02}",
+            name=f"{10 * len(alphabet) + number:04}_{drawer}",
+        ): drawing(len(alphabet) + number, drawer)
+        for alphabet, count in ALPHABETS[part].items()
+        for number in range(1, count + 1)
+        for drawer in range(1, drawers + 1)
+        if alphabet in only or not only
+    }
+
+
+BACKGROUND, EVALUATION = ALPHABETS
+
+
+def both(path: str = "{part}/{alphabet}/{character}/{name}.png") -> Files:
+    return {**drawings(BACKGROUND, path), **drawings(EVALUATION, path)}
+
+
+def part_archives(path: str = "{part}.zip", pack: Callable[..., bytes] = zipped, inner: str = "") -> Files:
+    """An archive for each part."""
+    return {path.format(part=part): pack(below(inner, drawings(part))) for part in ALPHABETS}
+
+
+MERGED = "{alphabet}/{character}/{name}.png"
+LAKE = {  # what else Lake's repository contains
+    "README.md": b"hello",
+    "python/strokes_background.zip": zipped({"strokes_background/Greek/character01/0001_1.txt": b"1,2,3"}),
+    "python/images_background_small1.zip": zipped(
+        drawings(BACKGROUND, "images_background_small1/{alphabet}/{character}/{name}.png", ("Greek",))
+    ),
+    "python/one-shot-classification/all_runs.zip": zipped({"run01/training/class01.png": drawing(1, 1)}),
+    "matlab/data_background.mat": b"MATLAB",
+}
+
+OMNIGLOT = [
+    Layout("zips in omniglot/", below("omniglot", part_archives())),
+    Layout("folders in omniglot/", below("omniglot", both())),
+    *(
+        Layout(f"folders in {name}/", below(name, both()))
+        for name in ("omniglot-py", "Omniglot", "OMNIGLOT", "omniglot_dataset", "Omniglot Data Set")
+    ),
+    Layout("folders in omniglot/images/", below("omniglot/images", both())),
+    Layout("Lake's repository", below("omniglot-master", LAKE, below("python", part_archives()))),
+    Layout("Lake's repository, in omniglot/", below("omniglot", LAKE, below("python", part_archives()))),
+    Layout("Lake's repository, unpacked", below("omniglot", LAKE, below("python", both()))),
+    Layout("Lake's repository, as data_dir", below("omniglot", LAKE, below("python", part_archives())), "omniglot"),
+    Layout("Lake's repository under another name, as data_dir", below("lake", LAKE, below("python", both())), "lake"),
+    Layout("its python/ as data_dir", below("omniglot/python", part_archives()), "omniglot/python"),
+    Layout("the folder itself as data_dir", below("omniglot", both()), "omniglot"),
+    Layout("a folder of another name as data_dir", below("characters", both()), "characters"),
+    Layout("a folder of another name below data_dir", below("characters", both())),
+    Layout("zips in data_dir", part_archives()),
+    Layout("folders in data_dir", both()),
+    Layout("one part in a folder, one in a zip", below("omniglot", drawings(BACKGROUND), part_archives())),
+    Layout(
+        "parts in different folders",
+        {**below("omniglot", drawings(BACKGROUND)), **below("omniglot-py", drawings(EVALUATION))},
+    ),
+    Layout("zips that contain a folder more", below("omniglot", part_archives(inner="omniglot"))),
+    Layout("folders twice, as some programs unpack", below("omniglot", both("{part}/{part}/" + MERGED))),
+    Layout(
+        "zips without the part's folder",
+        below("omniglot", {f"{part}.zip": zipped(drawings(part, MERGED)) for part in ALPHABETS}),
+    ),
+    *(
+        Layout(f"{kind} of each part", below("omniglot", part_archives("{part}" + kind, pack)))
+        for kind, pack in ((".tar", tarred), (".tar.gz", lambda *files: tarred(*files, mode="w:gz")))
+    ),
+    Layout("one zip of everything", {"omniglot.zip": zipped(below("omniglot", both()))}),
+    Layout("one zip of everything, as data_dir", {"all.zip": zipped(both())}, "all.zip"),
+    Layout("merged", below("omniglot", both(MERGED))),
+    Layout("merged, in omniglot/data/", below("omniglot/data", both(MERGED))),
+    Layout("merged, in omniglot_resized/", below("omniglot_resized", both(MERGED))),
+    Layout("merged, as data_dir", below("all", both(MERGED)), "all"),
+    Layout("merged, zipped", below("omniglot", {"images.zip": zipped(both(MERGED))})),
+    Layout(
+        "an alphabet divided over train/ and test/",
+        {
+            f"omniglot/{'train' if 'character01' in path else 'test'}/{path}": contents
+            for path, contents in both(MERGED).items()
+        },
+    ),
+    Layout(
+        "alphabets without brackets, in small letters",
+        below("omniglot", {p.replace("(", "").replace(")", "").lower(): c for p, c in both().items()}),
+    ),
+    Layout("names in capitals", below("omniglot", {p.replace(".png", ".PNG"): c for p, c in both().items()})),
+    Layout(
+        "linked alphabets",
+        {**below("elsewhere", both(MERGED))},
+        "data",
+        links=tuple(
+            (f"data/omniglot/{part}/{alphabet}", f"../../../elsewhere/{alphabet}")
+            for part, alphabets in ALPHABETS.items()
+            for alphabet in alphabets
+        ),
+    ),
+    Layout("a linked folder", below("elsewhere", both()), "data", links=(("data/omniglot", "../elsewhere"),)),
+    Layout(
+        "the smaller background sets too",
+        below("omniglot", both(), drawings(BACKGROUND, "images_background_small1/" + MERGED, ("Greek",))),
+    ),
+    Layout("unpacked beside the zips", below("omniglot", both(), part_archives())),
+    Layout(
+        "half unpacked beside the zips",
+        below("omniglot", drawings(BACKGROUND, only=("Greek",)), part_archives()),
+    ),
+    Layout(
+        "an alphabet of your own",
+        below("omniglot", both(), drawings(BACKGROUND, "images_background/Mine/{character}/{name}.png", ("Greek",))),
+    ),
+    # Found, but incomplete.
+    Layout(
+        "a zip with zips",
+        {"omniglot-master.zip": zipped(below("omniglot-master/python", part_archives()))},
+        message=r"omniglot-master\.zip contains archives, such as .*python/images_background\.zip: unpack it",
+    ),
+    Layout(
+        "only the background set",
+        below("omniglot", drawings(BACKGROUND)),
+        message=r"omniglot contains images_background/, but not images_evaluation, which cannot be downloaded",
+    ),
+    Layout(
+        "the background set as data_dir",
+        below("omniglot", both()),
+        "omniglot/images_background",
+        message=r"is half of Omniglot, and images_evaluation is next to it: choose data_dir=.*/omniglot$",
+    ),
+    Layout(
+        "an alphabet is missing",
+        below("omniglot", drawings(BACKGROUND, only=("Greek",)), drawings(EVALUATION)),
+        message=r"has 3 of the 6 characters of images_background: 0 of 3 of Japanese.*unpack it again",
+    ),
+    Layout(
+        "drawings are missing",
+        below("omniglot", drawings(BACKGROUND, drawers=2), drawings(EVALUATION)),
+        message=r"images_background has 2 of 3 drawings of Greek/character01, .*; unpack it again",
+    ),
+    Layout("an empty folder", {"omniglot/.keep": b""}, message=r"Omniglot is not in .*omniglot and cannot be"),
+    Layout("an empty data_dir", {}, message=r"Omniglot is not in .*omniglot and cannot be downloaded"),
+    Layout(
+        "something else in the folder",
+        below("omniglot", {"data_background.mat": b"MATLAB"}),
+        message=r"omniglot contains data_background\.mat, but not images_background, which cannot be downloaded",
+    ),
+    Layout("other images below data_dir", below("birds", classes()), message="Omniglot is not in"),
+]
+
+
+@contextmanager
+def small_omniglot() -> Iterator[None]:
+    """Pretend that Omniglot has 10 characters of 3 drawings, and that there is no network."""
+    from torchvision.datasets import Omniglot  # noqa: PLC0415
+
+    from fewshot.data import omniglot as module  # noqa: PLC0415
+
+    with (
+        patch.multiple(module, ALPHABETS=ALPHABETS, DRAWERS=DRAWERS, TRAIN_CHARACTERS=7, PAUSES=()),
+        patch.object(Omniglot, "download_url_prefix", "http://127.0.0.1:9"),
+    ):
+        yield
+
+
+def read_omniglot(data_dir: Path) -> Source:
+    from fewshot.data.omniglot import omniglot  # noqa: PLC0415
+
+    with small_omniglot():
+        source = omniglot(str(data_dir), 28, "random", 0, 2, rotations=False)
+        classes = source.classes()
+    return replace(source, classes=lambda: classes)
+
+
 def read_miniimagenet(data_dir: Path) -> Source:
     from fewshot.data.miniimagenet import miniimagenet  # noqa: PLC0415
 
@@ -437,6 +636,7 @@ def read_miniimagenet(data_dir: Path) -> Source:
 
 READERS: dict[str, tuple[list[Layout], Callable[[Path], Source]]] = {
     "miniImageNet": (MINIIMAGENET, read_miniimagenet),
+    "Omniglot": (OMNIGLOT, read_omniglot),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import listing
 from fewshot.data.bank import SPLITS, open_bank
 from fewshot.errors import FewShotError
-from layouts import COUNT, MINI, MINIIMAGENET, Layout, pixels, read_miniimagenet
+from layouts import COUNT, MINI, MINIIMAGENET, OMNIGLOT, Layout, pixels, read_miniimagenet, read_omniglot
 
 
 def named(layouts: list[Layout]):
@@ -38,6 +38,27 @@ def test_miniimagenet_that_is_not_whole_is_named_with_what_makes_it_whole(tmp_pa
     data_dir = layout.write(tmp_path / "data")
     with pytest.raises(FewShotError, match=layout.message):
         read_miniimagenet(data_dir).classes()
+
+
+@named([layout for layout in OMNIGLOT if layout.message is None])
+def test_omniglot_is_read_from_every_layout(tmp_path, layout):
+    expected = open_bank("omniglot", read_omniglot(OMNIGLOT[0].write(tmp_path / "zips")), {}, tmp_path / "cache")
+    data_dir = layout.write(tmp_path / "data")
+    before = listing(tmp_path / "data")
+    source = read_omniglot(data_dir)
+    bank = open_bank("omniglot", source, {}, tmp_path / "cache")
+    assert listing(tmp_path / "data") == before
+    assert all(path.is_file() for path in source.files) and source.files
+    assert (bank.names, bank.splits) == (expected.names, expected.splits)
+    assert (bank.images == expected.images).all()
+
+
+@named([layout for layout in OMNIGLOT if layout.message is not None])
+def test_omniglot_that_is_incomplete_is_named_with_what_makes_it_complete(tmp_path, layout):
+    data_dir = layout.write(tmp_path / "data")
+    with pytest.raises(FewShotError, match=layout.message) as caught:
+        read_omniglot(data_dir)
+    assert "remove" not in str(caught.value) and "delete" not in str(caught.value)
 
 
 def test_a_layout_that_is_whole_is_read_where_another_one_is_not(tmp_path, capsys):

@@ -100,12 +100,26 @@ def children(folder: Path) -> list[str]:
 
 
 def holds(folder: Path) -> str:
-    """What lies directly in a folder, for a message."""
+    """What a folder contains, for a message."""
     if not folder.is_dir():
         return f"there is no folder {folder}"
-    with os.scandir(folder) as entries:
-        names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
-    return f"{folder} holds {shortened(names) or 'nothing'}"
+    return f"{folder} holds {shortened(contents(folder)) or 'nothing'}"
+
+
+def contents(folder: Path) -> list[str]:
+    """The names of the files and folders in a folder, those of folders with a slash; hidden ones are left out.
+
+    Raises:
+        FewShotError: it cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise FewShotError(f"cannot list the folder {folder}: {error.strerror}; make it readable") from error
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def plain_name(name: str) -> str:

@@ -1,12 +1,14 @@
 """Omniglot (Lake et al., 2015): 1,623 hand-written characters of 50 alphabets, each drawn by 20 people."""
 
 import hashlib
+import re
 import socket
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from http.client import HTTPException
 from pathlib import Path
@@ -19,12 +21,13 @@ from torchvision.datasets import Omniglot
 from torchvision.datasets.utils import download_url
 
 from fewshot.data.bank import ImageClass, Source, bright_ink
-from fewshot.data.files import ImageFile, list_folder, list_zip
+from fewshot.data.files import ImageFile, file_at, is_archive, list_archive
 from fewshot.data.images import decode
+from fewshot.data.locate import IMAGES, Place, contents, places, plain_name
 from fewshot.errors import FewShotError, shortened
 from fewshot.text import say
 
-FOLDERS = ("omniglot", "omniglot-py")  # under data_dir; the second is torchvision's
+FOLDERS = ("omniglot", "omniglot-py")  # searched before others with such a name; the second is torchvision's
 # How many characters each alphabet has. They are numbered from 1 without gaps.
 ALPHABETS = {
     "images_background": {
@@ -83,6 +86,7 @@ ALPHABETS = {
     },
 }
 DRAWERS = 20
+CHARACTER = re.compile(r"character\d+", re.IGNORECASE)
 SPLITS = ("vinyals", "lake", "random")
 TRAIN_CHARACTERS = 1200  # of the vinyals and random splits, validation included
 VAL_CHARACTERS = 172  # of the lake and random splits, where nothing else is asked for: as many as vinyals has
@@ -95,11 +99,14 @@ SILENCE = 60  # seconds after which a server that sends nothing is given up
 def omniglot(
     data_dir: str, size: int, split: str, split_seed: int | None, val_characters: int | None, rotations: bool
 ) -> Source:
-    """Find Omniglot below ``data_dir``, as folders or zips, or download it there.
+    """Find Omniglot in or below ``data_dir``, or download it there.
+
+    A drawing is recognised by its path, ``.../ALPHABET/characterNN/FILE.png``, in folders or in archives. What is above
+    the alphabets does not matter: ``images_background`` and ``images_evaluation``, Lake's repository with its
+    ``python/*.zip``, all alphabets in one folder, or the folders of a split.
 
     Args:
-        data_dir: holds ``omniglot/`` or ``omniglot-py/`` with ``images_background`` and ``images_evaluation``,
-            each a zip or the folder it unpacks to.
+        data_dir: a folder named after Omniglot, one that contains it, or an archive of it.
         size: height and width of the images; ink is bright on black.
         split: see ``split_characters``.
         split_seed: the ``seed`` there.
@@ -116,13 +123,10 @@ def omniglot(
             "dataset.source.split=vinyals is a fixed list, on which dataset.source.split_seed and "
             "dataset.source.val_characters have no effect: leave them out, or choose split=random or split=lake"
         )
-    places = [_find(Path(data_dir).expanduser(), part) for part in ALPHABETS]
-    files: list[Path] = []
-    for place in places:
-        files += [place / name for name in list_folder(place)] if place.is_dir() else [place]
+    parts = _find(Path(data_dir).expanduser())
 
     def classes() -> list[ImageClass]:
-        background, evaluation = (_characters(place) for place in places)
+        background, evaluation = (part.characters() for part in parts)
         drawings = background | evaluation
         splits = split_characters(list(background), list(evaluation), split, split_seed, val_characters)
         listed = []
@@ -134,7 +138,7 @@ def omniglot(
                     listed.append(ImageClass(f"{character}@{90 * turn}", name, DRAWERS, load))
         return listed
 
-    return Source(files, classes, split)
+    return Source(list(dict.fromkeys(file for part in parts for file in part.files())), classes, split)
 
 
 def split_characters(
@@ -198,33 +202,153 @@ def _turned(read: Callable[[], NDArray[np.uint8]], quarters: int) -> NDArray[np.
     return np.rot90(read(), quarters, axes=(1, 2))
 
 
-def _characters(place: Path) -> dict[str, list[ImageFile]]:
-    """The drawings of every character "alphabet/character" of one part, checked to be complete."""
-    listed = list_folder(place) if place.is_dir() else list_zip(place)
-    characters = defaultdict(list)
-    for name, file in listed.items():
-        if name.endswith(".png") and name.count("/") >= 2:
-            characters["/".join(name.split("/")[-3:-1])].append(file)
-    found = Counter(character.split("/")[0] for character in characters)
-    expected = ALPHABETS[place.stem]
-    fix = "unpack it again" if place.is_dir() else "fetch it again"
-    wrong = [f"{found[name]} of {count} of {name}" for name, count in expected.items() if found[name] != count]
-    wrong += [f"{count} of {name}, which is no alphabet of it" for name, count in found.items() if name not in expected]
-    if wrong:
-        total = sum(expected.values())
-        raise FewShotError(f"{place} holds {len(characters)} characters instead of {total}: {shortened(wrong)}; {fix}")
-    wrong = [f"{len(of_one)} of {name}" for name, of_one in characters.items() if len(of_one) != DRAWERS]
-    if wrong:
-        raise FewShotError(f"{place} does not hold {DRAWERS} drawings of each character: {shortened(wrong)}; {fix}")
-    return dict(characters)
+@dataclass(frozen=True)
+class _Part:
+    """The background or the evaluation set in a folder.
+
+    Attributes:
+        name: a key of ``ALPHABETS``.
+        place: the folder.
+        loose: the drawings of each character "alphabet/character" outside of archives.
+        archives: paths in the folder of the archives that may contain others, the likeliest first.
+    """
+
+    name: str
+    place: Place
+    loose: dict[str, list[ImageFile]]
+    archives: list[str]
+
+    def files(self) -> list[Path]:
+        """The files that the drawings depend on."""
+        used = [Path(file.name) for drawings in self.loose.values() for file in drawings]
+        return used if self.is_whole() else used + [self.place.path / name for name in self.archives]
+
+    def is_whole(self) -> bool:
+        """Whether there is nothing to look for in archives."""
+        return not self._wrong(self.loose)
+
+    def likelihood(self) -> int:
+        """How likely the part is there, from 0 to 2; archives with telling names are not opened to find out."""
+        named = bool(self.archives) and _part_of(self.archives[0]) == self.name
+        return 2 if named or self.is_whole() else 1 if self.loose else 0
+
+    def characters(self) -> dict[str, list[ImageFile]]:
+        """The drawings of every character.
+
+        Raises:
+            FewShotError: they are not complete; or an archive is broken or not to be trusted.
+        """
+        tree = {name: file for name, file in self.place.files.items() if not is_archive(name)}
+        found, archives = self.loose, iter(self.archives)
+        while wrong := self._wrong(found):
+            archive = next(archives, None)
+            if archive is None:
+                where = _commonest_folder(found, self.place.path)
+                fix = "unpack it again" if where.is_dir() else "fetch it again"
+                expected = sum(ALPHABETS[self.name].values())
+                counts = f"{len(found)} of the {expected} characters of {self.name}: " if len(found) != expected else ""
+                raise FewShotError(f"{where} has {counts}{shortened(wrong)}; {fix}")
+            members = list_archive(self.place.path / archive)
+            found = _drawings(tree := tree | {f"{archive}/{name}": file for name, file in members.items()}, self.name)
+            nested = [name for name in members if is_archive(name) and _part_of(name) in (self.name, None)]
+            if nested and not found and archive == self.archives[-1]:
+                raise FewShotError(f"{self.place.path / archive} contains archives, such as {nested[0]}: unpack it")
+        return found
+
+    def _wrong(self, found: Mapping[str, Sequence[ImageFile]]) -> list[str]:
+        counts = Counter(character.split("/")[0] for character in found)
+        wrong = [
+            f"{counts[name]} of {count} of {name}"
+            for name, count in ALPHABETS[self.name].items()
+            if counts[name] != count
+        ]
+        return wrong or [
+            f"{len(drawings)} of {DRAWERS} drawings of {character}"
+            for character, drawings in found.items()
+            if len(drawings) != DRAWERS
+        ]
 
 
-def _find(data_dir: Path, part: str) -> Path:
-    for folder in FOLDERS:
-        for name in (part, f"{part}.zip"):
-            if (data_dir / folder / name).exists():
-                return data_dir / folder / name
-    return _download(data_dir / FOLDERS[0], part)
+def _commonest_folder(found: Mapping[str, Sequence[ImageFile]], default: Path) -> Path:
+    """Return the folder or archive that most of the characters are in."""
+    above: Counter[Path] = Counter()
+    for drawings in found.values():
+        archive, separator, _ = drawings[0].name.rpartition(":")
+        above[Path(archive) if separator and is_archive(archive) else Path(drawings[0].name).parents[2]] += 1
+    return above.most_common(1)[0][0] if above else default
+
+
+def _drawings(files: Mapping[str, ImageFile], part: str) -> dict[str, list[ImageFile]]:
+    """Return the drawings of each character "alphabet/character" of a part.
+
+    If a character is in several folders, as in Lake's smaller background sets, the folder with most characters counts
+    in which it is complete.
+    """
+    alphabets = {plain_name(name): name for name in ALPHABETS[part]}
+    folders: dict[str, dict[str, list[ImageFile]]] = defaultdict(lambda: defaultdict(list))
+    for path, file in files.items():
+        *above, alphabet, character, _ = ["", "", *path.split("/")]
+        name = alphabets.get(plain_name(alphabet))
+        if name and CHARACTER.fullmatch(character) and path.lower().endswith(IMAGES):
+            folders["/".join(above)][f"{name}/{character.lower()}"].append(file)
+    found: dict[str, list[ImageFile]] = {}
+    for _, characters in sorted(folders.items(), key=lambda item: (-len(item[1]), item[0].count("/"), item[0])):
+        for character, drawings in characters.items():
+            if character not in found or len(drawings) == DRAWERS != len(found[character]):
+                found[character] = drawings
+    return found
+
+
+def _part_of(path: str) -> str | None:
+    """Return the part that a folder or an archive is named after."""
+    name = plain_name(path.rstrip("/").rpartition("/")[2])
+    return next((part for part in ALPHABETS if plain_name(part) in name), None)
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a folder or an archive without Omniglot in its name may be a part of it."""
+
+    def is_part(name: str) -> bool:
+        return _part_of(name) is not None or any(
+            plain_name(name) == plain_name(a) for p in ALPHABETS.values() for a in p
+        )
+
+    return is_part(path.name) or (path.is_dir() and any(map(is_part, contents(path))))
+
+
+def _find(root: Path) -> list[_Part]:
+    """Find both parts; they may be in different folders. Download what is in none."""
+    searched: list[Place] = []
+    candidates: dict[str, list[_Part]] = {name: [] for name in ALPHABETS}
+    for place in places(root, "omniglot", FOLDERS, _belongs):
+        searched.append(place)
+        for name, parts in candidates.items():
+            parts.extend(_part_in(place, name))
+        if all(any(part.likelihood() == 2 for part in parts) for parts in candidates.values()):
+            break
+    return [
+        max(parts, key=_Part.likelihood) if parts else _fetched(root, searched, name)
+        for name, parts in candidates.items()
+    ]
+
+
+def _part_in(place: Place, name: str) -> Iterator[_Part]:
+    loose = _drawings({path: file for path, file in place.files.items() if not is_archive(path)}, name)
+    archives = [path for path in place.archives() if _part_of(path) in (name, None) and "strokes" not in path.lower()]
+    archives.sort(key=lambda path: (_part_of(path) is None, len(path), path))
+    if loose or archives:
+        yield _Part(name, place, loose, archives)
+
+
+def _fetched(root: Path, searched: Sequence[Place], part: str) -> _Part:
+    """Download a part into the folder that is named after Omniglot."""
+    if root.is_file():
+        raise FewShotError(f"{root} contains nothing of Omniglot's {part}; fetch it again")
+    if _part_of(root.name) not in (None, part) and part in map(_part_of, contents(root.parent)):
+        raise FewShotError(f"{root} is half of Omniglot, and {part} is next to it: choose data_dir={root.parent}")
+    folder = next((place.path for place in searched if place.named), root / FOLDERS[0])
+    archive = _download(folder, part)
+    return _Part(part, Place(folder, True, {archive.name: file_at(archive)}), {}, [archive.name])
 
 
 def _download(folder: Path, part: str) -> Path:
@@ -232,7 +356,7 @@ def _download(folder: Path, part: str) -> Path:
     archive = folder / f"{part}.zip"
     url = f"{Omniglot.download_url_prefix}/{archive.name}"
     lock = folder / f".{part}.lock"
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
@@ -240,15 +364,21 @@ def _download(folder: Path, part: str) -> Path:
                 _fetch(url, archive, Omniglot.zips_md5[part])
     except (OSError, RuntimeError, HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else error
+        present = contents(folder)
+        where = (
+            f"{folder} contains {shortened(present)}, but not {part}, which"
+            if present
+            else f"Omniglot is not in {folder} and"
+        )
         raise FewShotError(
-            f"Omniglot is not in {folder} and cannot be downloaded from {url}: {reason}; "
-            f"put {archive.name} there, or name the folder that holds omniglot/ with data_dir=PATH"
+            f"{where} cannot be downloaded from {url}: {reason}; put {archive.name} there, or name the folder that "
+            "contains Omniglot with data_dir=PATH"
         ) from error
     finally:
-        with suppress(OSError):  # the first that is not empty is as far as this goes
+        with suppress(OSError):  # only empty folders are removed
             lock.unlink(missing_ok=True)
-            for one in made:
-                one.rmdir()
+            for created_folder in created:
+                created_folder.rmdir()
     return archive
 
 
