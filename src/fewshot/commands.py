@@ -14,7 +14,7 @@ from fewshot.errors import FewShotError
 from fewshot.text import say
 
 
-def train(config: DictConfig) -> float:
+def train(config: DictConfig) -> float | None:
     """Train a few-shot method, choose its weights on validation classes, and test them once."""
     from fewshot.training import train
 

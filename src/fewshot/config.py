@@ -45,6 +45,7 @@ class Training(Task):
     episodes: int = MISSING
     meta_batch: int = MISSING
     batch_size: int | None = None
+    also_on: str | None = None
     steps: int = MISSING
     on_nan: str = MISSING
 
@@ -126,6 +127,7 @@ RENAMED = {
 }
 ONE_OF = {
     "train.on_nan": ("stop", "skip"),
+    "train.also_on": (None, "val"),
     "dataset.normalise": ("range", "standardise", "plain"),
     "dataset.channels": (1, 3),
 }
@@ -261,7 +263,7 @@ def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[...,
 
 
 def _or(choices: Iterable[Any]) -> str:
-    return " or ".join(dict.fromkeys(map(str, choices)))
+    return " or ".join(dict.fromkeys("null" if choice is None else str(choice) for choice in choices))
 
 
 def _fits(value: Any, hint: Any) -> bool:

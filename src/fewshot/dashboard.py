@@ -1,5 +1,6 @@
 """What is logged in addition to losses and accuracies: configuration, learning rate, pictures."""
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -110,7 +111,8 @@ def log_result(loggers: Sequence[Logger], result: Result, step: int) -> None:
         step: the last training step.
     """
     for logger in loggers:
-        logger.log_metrics({"val/best_accuracy": result["val_accuracy"]}, step)
+        if result["val_accuracy"] is not None:
+            logger.log_metrics({"val/best_accuracy": result["val_accuracy"]}, step)
         if isinstance(logger, TensorBoardLogger):
             _log_hyperparameters(logger, result)
 
@@ -152,7 +154,8 @@ def _log_hyperparameters(logger: TensorBoardLogger, result: Result) -> None:
     settings["other"] = " ".join(
         override for override in result["overrides"] if override.lstrip("+~").partition("=")[0] not in shown
     )
-    metrics = {"val/best_accuracy": result["val_accuracy"], "test/accuracy": result["accuracy"]}
+    validation = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
+    metrics = {"val/best_accuracy": validation, "test/accuracy": result["accuracy"]}
     experiment, *session = hparams(settings, metrics)
     content = experiment.value[0].metadata.plugin_data
     columns = HParamsPluginData.FromString(content.content)

@@ -54,6 +54,10 @@ class OneSplit(EpisodeDataModule):
     def __init__(self, split: str, dataset: DictConfig, **settings: Any) -> None:
         super().__init__(dataset, **settings)
         self.split, self.left_out = split, list[str]()
+        if split == "val" and not self.has_validation:
+            raise FewShotError(
+                "split=val: the run was trained on the validation classes, too (train.also_on=val); choose split=test"
+            )
 
     @property
     def bank(self) -> ImageBank:
@@ -63,7 +67,7 @@ class OneSplit(EpisodeDataModule):
     def check_classes(self, classes: Sequence[ImageClass]) -> None:
         """Refuse a split that is too small even with all its classes, see ``EpisodeDataModule``."""
         way, shot, query = (self.episode[key] for key in ("way", "shot", "query"))
-        counts = {one.name: one.count for one in classes if one.split == self.split}
+        counts = {one.name: one.count for one in classes if one.split in self.parts_of(self.split)}
         if len(counts) < way or max(counts.values()) < shot + query:
             check_task(self.split, list(counts), list(counts.values()), way, shot, query)
 

@@ -152,10 +152,11 @@ class Line:
 
     @property
     def chosen_at(self) -> str:
-        """Task on which the weights were chosen; empty if it is the test's."""
+        """Task on which the weights were chosen; empty if it is the test's, or if no validation chose them."""
         run = run_config(self.runs[0])
         task = f"{run.get('way')}-way {run.get('shot')}-shot"
-        return task if is_evaluation(self.runs[0]) and task != self.task else ""
+        chosen = is_evaluation(self.runs[0]) and run["train"].get("also_on") is None
+        return task if chosen and task != self.task else ""
 
     @property
     def precision(self) -> str:

@@ -27,6 +27,7 @@ from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.errors import FewShotError
+from fewshot.files import write_atomically
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_of, report_out_of_memory
 from fewshot.initial import read_encoder
 from fewshot.loggers import open_loggers, parts
@@ -73,14 +74,14 @@ def compose_and_train(*overrides: str, **settings: Any) -> Path:
     return Path(config.run_dir)
 
 
-def train(config: DictConfig) -> float:
+def train(config: DictConfig) -> float | None:
     """Train, validate and test as configured; all output goes to ``config.run_dir``.
 
     Args:
         config: the composed ``conf/train.yaml``. A null ``run_dir`` is set to a new directory below ``outputs``.
 
     Returns:
-        The validation accuracy of the chosen weights, a fraction.
+        The validation accuracy of the chosen weights, a fraction; None without validation (``train.also_on=val``).
 
     Raises:
         FewShotError: a mistake in the configuration or the data.
@@ -95,6 +96,7 @@ def train(config: DictConfig) -> float:
         config, checkpoint = load_for_resume(config)
         check(config)
         check_hardware(config.hardware)
+        _check_search(config)
         config.hardware.precision = precision_of(config.hardware)  # saved in checkpoints and kept on resume
         with report_out_of_memory(_memory_advice(config)):
             data = make_data(config)
@@ -105,7 +107,7 @@ def train(config: DictConfig) -> float:
                 results = complete_results(config)
                 if results is not None:
                     _show_results(results, run_dir)
-                    return float(results["val_accuracy"])
+                    return None if results["val_accuracy"] is None else float(results["val_accuracy"])
                 check_best(run_dir, checkpoint)
             return _train(config, checkpoint, data, interruption)
 
@@ -123,7 +125,7 @@ def _memory_advice(config: DictConfig) -> str:
 
 def _train(
     config: DictConfig, checkpoint: dict[str, Any] | None, data: EpisodeDataModule, interruption: Interruption
-) -> float:
+) -> float | None:
     step = checkpoint["global_step"] if checkpoint is not None else 0
     dashboard = Dashboard(config.get("pictures", True))
     dashboard.load_run_ids(checkpoint)
@@ -138,7 +140,7 @@ def _train_and_log(
     interruption: Interruption,
     dashboard: Dashboard,
     loggers: Sequence[Logger],
-) -> float:
+) -> float | None:
     keep_freed_memory()
     run_dir = Path(config.run_dir)
     # On resume the weights come from the checkpoint, so the initial ones are not read again.
@@ -183,12 +185,15 @@ def _train_and_log(
                 raise
             raise cannot_resume(resume_from, error) from error
         interruption.check(trainer)
+        if not data.has_validation:
+            _keep_final_weights(run_dir)
+            trainer.strategy.barrier()
         # Loading the best checkpoint for the test resets the callbacks to their state at that time.
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
         precisions, encoder_init = record.precisions, record.encoder_init
         trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
 
-    validation = max(estimate["accuracy"] for estimate in validations)
+    validation = max((estimate["accuracy"] for estimate in validations), default=None)
     results = outcome(config, method, data.bank, trainer) | {
         "val_accuracy": validation,
         "meta_batch": data.meta_batch,
@@ -328,6 +333,20 @@ def _check_hardware(config: DictConfig, method: FewShotMethod, trainer: pl.Train
         )
 
 
+def _check_search(config: DictConfig) -> None:
+    """Reject a search (``hydra/sweeper=search``) for the best validation accuracy without validation.
+
+    Raises:
+        FewShotError: names the key.
+    """
+    search = HydraConfig.initialized() and HydraConfig.get().sweeper.get("direction") is not None
+    if search and config.train.also_on is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise FewShotError(
+            f"train.also_on={config.train.also_on} leaves no validation accuracy to search by; search first, and train "
+            "on the validation classes with the settings that were found"
+        )
+
+
 def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
     """Reject a state that Lightning would silently ignore, or that would make PyTorch fail at the first step.
 
@@ -351,6 +370,12 @@ def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
 def _choices_on_resume(config: DictConfig) -> str:
     """Return the overrides that a resumed run takes from its command line, as text to append to a command."""
     return "".join(f" {shlex.quote(override)}" for override in chosen_on_resume(config.overrides))
+
+
+@rank_zero_only
+def _keep_final_weights(run_dir: Path) -> None:
+    """Without validation no weights are the best: the final ones take their place."""
+    write_atomically(best_checkpoint(run_dir), last_checkpoint(run_dir).read_bytes())
 
 
 @rank_zero_only

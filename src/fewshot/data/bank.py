@@ -126,6 +126,10 @@ class ImageBank:
         splits = tuple("" if name in names else split for name, split in zip(self.names, self.splits, strict=True))
         return replace(self, splits=splits)
 
+    def with_validation_in_training(self) -> "ImageBank":
+        """Return the same images, with the validation classes among the training classes."""
+        return replace(self, splits=tuple("train" if split == "val" else split for split in self.splits))
+
     def record(self) -> dict[str, Any]:
         """What identifies the data of a result: the split rule, and counts and digests of classes and images.
 

@@ -56,6 +56,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         trains_on: "episodes" or "classes", see ``FewShotMethod``.
 
     Attributes:
+        has_validation: False: the validation classes are trained on (``train.also_on=val``).
         trained: how many training episodes are done, over all processes.
         stage: the training episodes from the last checkpoint to the next, counted over all processes, too.
         step: those of the training step at hand.
@@ -89,6 +90,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         self.train_episode = {**{key: given["train"][key] for key in task}, "seed": seed}
         self.train_episodes, self._meta_batch = given["train"]["episodes"], given["train"]["meta_batch"]
         self._every, self._checkpoint_every = given["val"]["every"], given["checkpoint_every"]
+        self.has_validation = given["train"].get("also_on") != "val"
         self.trains_on, self._batch_size = trains_on, given["train"].get("batch_size")
         self.episodes = {split: given[split]["episodes"] for split in ("val", "test")}
         self.trained = 0
@@ -103,6 +105,8 @@ class EpisodeDataModule(pl.LightningDataModule):
             name = source._target_.rpartition(".")[2]
             settings = OmegaConf.to_container(source, resolve=True)
             self._bank = open_bank(name, instantiate(source), settings, self.cache_dir, self.check_classes)
+            if not self.has_validation:
+                self._bank = self._bank.with_validation_in_training()
             for finding in self._bank.findings:
                 rank_zero_only(say)(f"warning: {name}: {finding}")
         return self._bank
@@ -114,14 +118,20 @@ class EpisodeDataModule(pl.LightningDataModule):
             FewShotError: see ``check_task``.
         """
         for split, task in self._tasks().items():
-            own = [one for one in classes if one.split == split]
+            own = [one for one in classes if one.split in self.parts_of(split)]
             shape = {key: value for key, value in task.items() if key != "seed"}
             check_task(split, [one.name for one in own], [one.count for one in own], **shape)
+
+    def parts_of(self, split: str) -> tuple[str, ...]:
+        """Return the splits of the data set whose classes are in ``split`` of this module."""
+        return (split, "val") if split == "train" and not self.has_validation else (split,)
 
     def _tasks(self) -> dict[str, dict[str, int]]:
         """The way, shot, query and seed of the episodes of each split that episodes are drawn from."""
         tasks = {"train": self.train_episode, "val": self.episode, "test": self.episode}
-        return {split: task for split, task in tasks.items() if split != "train" or self.trains_on == "episodes"}
+        unused = {"train"} if self.trains_on == "classes" else set()
+        unused |= set() if self.has_validation else {"val"}
+        return {split: task for split, task in tasks.items() if split not in unused}
 
     @cached_property
     def images(self) -> ImageTable:
@@ -177,7 +187,9 @@ class EpisodeDataModule(pl.LightningDataModule):
     @property
     def validates(self) -> bool:
         """Whether a validation follows the current stage."""
-        return self.stage.stop % self.every == 0 or self.stage.stop == self.train_episodes
+        return self.has_validation and (
+            self.stage.stop % self.every == 0 or self.stage.stop == self.train_episodes
+        )
 
     def train_dataloader(self) -> TrainingLoader[MetaBatch] | TrainingLoader[ClassBatch]:
         """The meta-batches from the episodes trained so far to the next checkpoint or validation."""
@@ -234,9 +246,9 @@ class EpisodeDataModule(pl.LightningDataModule):
         """Go on after the episodes that a checkpoint has been trained on."""
         self.trained = state_dict["trained"]
 
-    def val_dataloader(self) -> EvaluationLoader:
-        """The validation episodes, the same at every epoch."""
-        return self._evaluation_loader("val")
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """The validation episodes, the same at every epoch; none without validation classes."""
+        return self._evaluation_loader("val") if self.has_validation else []
 
     def test_dataloader(self) -> EvaluationLoader:
         """The test episodes."""
