@@ -95,15 +95,16 @@ def test_no_program_tests_on_the_classes_that_were_trained_on(tiny, tmp_path):
 
 
 def test_the_report_tells_the_two_apart(tiny, tmp_path):
-    train(tiny(run="runs/one"))
-    train(tiny("train.also_on=val", run="runs/both"))
+    train(tiny(run="runs/b"))
+    train(tiny("train.also_on=val", run="runs/a"))
     found = list(find_results([tmp_path / "runs"]).values())
     assert len({json.dumps(settings(result), sort_keys=True) for result in found}) == 2
     methods = {"protonet": {"title": "Prototypical networks", "match": {"choices.method": "protonet"}}}
     tables = {"glyphs": {"title": "Glyphs", "cells": ["5way_1shot"], "methods": methods}}
     config = compose(name="report")
     report(str(tmp_path / "runs"), OmegaConf.create(tables), config.sources, str(tmp_path / "report"), None)
-    assert "train.also_on=val" in (tmp_path / "report" / "report.md").read_text()
+    rows = [row for row in (tmp_path / "report" / "report.md").read_text().splitlines() if row.startswith("| Proto")]
+    assert ["and validation classes" in row for row in rows] == [False, True]
 
 
 @pytest.mark.parametrize("value", ["test", "train", "3"])

@@ -294,7 +294,8 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
         text.append("")
     text += [
         "Accuracy in % on test classes, with the split it was measured on in parentheses: results on different splits "
-        "are not comparable. *Ours* uses the weights with the best validation accuracy: the mean over the seeds ± the "
+        "are not comparable. *Ours* uses the weights with the best validation accuracy, or the final ones of a run "
+        "that was also trained on the validation classes (`train.also_on=val`): the mean over the seeds ± the "
         "95% interval over the test episodes of one training (the widest, if there are several seeds; all are tested "
         "on the same episodes). *Spread over seeds*: the standard deviation between trainings, with the lowest and "
         "highest accuracy. *Trained*: task and number of the training episodes (for MAML, tasks) and the time of one "
@@ -410,7 +411,12 @@ def _matches(result: Result, match: Mapping[str, Any]) -> bool:
 
 def _lines(cell: Line, groups: Sequence[list[Result]], unnamed: Mapping[str, Any] | None) -> list[Line]:
     """Make the lines of a cell, sorted so that the settings closest to the experiment's come first."""
-    ordered = sorted(groups, key=lambda group: (len(changes(group[0])), is_evaluation(group[0])))
+
+    def distance(group: list[Result]) -> tuple[bool, int, bool]:
+        run = group[0]
+        return bool(run_config(run)["train"].get("also_on")), len(changes(run)), is_evaluation(run)
+
+    ordered = sorted(groups, key=distance)
     lines: list[Line] = []
     for number, group in enumerate(ordered, 1):
         name = unnamed["name"] if unnamed is not None and group[0]["data"]["classes"] == unnamed["classes"] else None
@@ -425,9 +431,10 @@ def _differences(run: Result, first: Result) -> list[str]:
     """Return the settings in which a run differs from ``first``, unless an override or another column shows them."""
     own, other = settings(run), settings(first)
     named = {change.lstrip("+~").partition("=")[0] for change in changes(run)}
+    joined = own.get("train.also_on") != other.get("train.also_on")  # explains the numbers of classes and images
     differences = []
     for key in {**own, **other}:
-        if own.get(key) == other.get(key) or key in SHOWN or key in named:
+        if own.get(key) == other.get(key) or key in SHOWN or key in named or (joined and key.startswith("data.")):
             continue
         value = own.get(key, "unset")
         differences.append(f"{key}={value[:8] if 'sha256' in key and isinstance(value, str) else value}")
@@ -469,6 +476,7 @@ def _ours(line: Line, machines: Sequence[str]) -> list[str]:
         if images is None
         else [f"{episodes} batches of {images} images"]
     )
+    trained += ["training and validation classes"] if line.train.get("also_on") else []
     trained += [f"chosen at {line.chosen_at}"] if line.chosen_at else []
     return [
         f"{line.ours:.2f} ± {line.ci95:.2f}" + (f" ({line.split})" if line.split else ""),

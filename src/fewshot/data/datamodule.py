@@ -187,9 +187,7 @@ class EpisodeDataModule(pl.LightningDataModule):
     @property
     def validates(self) -> bool:
         """Whether a validation follows the current stage."""
-        return self.has_validation and (
-            self.stage.stop % self.every == 0 or self.stage.stop == self.train_episodes
-        )
+        return self.has_validation and (self.stage.stop % self.every == 0 or self.stage.stop == self.train_episodes)
 
     def train_dataloader(self) -> TrainingLoader[MetaBatch] | TrainingLoader[ClassBatch]:
         """The meta-batches from the episodes trained so far to the next checkpoint or validation."""
