@@ -27,7 +27,7 @@ from fewshot.files import write_atomically
 from fewshot.runs import complete_results, load_for_resume, overrides
 from fewshot.trained import load_trained
 from fewshot.training import train
-from fewshot.trust import KnownTargets, default_directories, plain, read_config
+from fewshot.trust import GROUPS, KnownTargets, default_directories, plain, read_config
 
 SECRET = "fewshot-canary-7391"  # in the user's environment
 TINY = ["train.episodes=2", "train.way=3", "val.episodes=2", "test.episodes=2", "encoder.filters=4", "hardware=cpu"]
@@ -233,6 +233,14 @@ def test_what_is_wrong_with_a_configuration_is_reported(good, read, path, value,
     harmless(outcomes)
     assert message in outcomes["predict"]
     assert all(type(outcome) is str for outcome in outcomes.values())
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("value", ["text", 3, 1.5, True, ["text"]])
+def test_a_group_is_a_mapping_or_null(good, read, group, value):
+    outcomes = read(put(good["hyper_parameters"], (group,), value))
+    harmless(outcomes)
+    assert all(f"its {group} is not a mapping" in outcome for outcome in outcomes.values())
 
 
 def test_a_configuration_that_grows_or_never_ends_is_refused():

@@ -42,6 +42,8 @@ NO_SLOTS = (
     *CHOSEN_ON_RESUME,
 )  # groups that a checkpoint may not use
 INITIAL_WEIGHTS = ("file", "init")  # sources of the initial weights; the trained ones are in the checkpoint
+# Groups, which are mappings or null; the schema leaves their content open.
+GROUPS = ("dataset", "method", "distance", "encoder", "optimizer", "schedule", "transform", "hardware")
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 
 DIRECTORIES = ("data_dir", "cache_dir")  # keys that take the user's values, wherever they are in a configuration
@@ -117,6 +119,9 @@ def read_config(
         raise FewShotError(
             f"{path} is from an earlier version of fewshot, which had {old}: train again, or use it with that version"
         )
+    for key in GROUPS:
+        if not isinstance(config.get(key), dict | None):
+            raise ValueError(f"its {key} is not a mapping")
     for key in ("method", "dataset.source"):
         node = _select(config, key)
         if not isinstance(node, dict) or "_target_" not in node:
