@@ -44,7 +44,7 @@ def test_import_is_lazy_and_all_names_exist():
 
 
 def test_train_and_load(tmp_path, monkeypatch, cache_dir):
-    monkeypatch.setattr("fewshot.runs.ROOT", tmp_path)
+    monkeypatch.setattr("fewshot.directories.ROOT", tmp_path)
     small = {"train": {"episodes": 2, "way": 3}, "val": {"episodes": 2}, "test": {"episodes": 2}}
     run = fewshot.train("query=2", method="protonet", encoder={"filters": 4}, cache_dir=cache_dir, **small)
     assert run.parents[1] == tmp_path / "outputs" and run.name.endswith("_protonet_glyphs")

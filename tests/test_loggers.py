@@ -69,7 +69,7 @@ def test_every_logger_gets_the_same_scalars_and_the_configuration(run, tmp_path)
         settings = yaml.safe_load((tmp_path / log / "hparams.yaml").read_text())
         assert settings["encoder"]["filters"] == 8 and "logger" not in settings
     assert {path.name for path in (tmp_path / "none").iterdir()} == {
-        *(".lock", "checkpoints", "classes.json", "results.json")
+        *(".lock", "checkpoints", "classes.json", "episodes.csv", "results.json")
     }
 
 

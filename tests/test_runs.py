@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fewshot.training
 from fewshot.callbacks import FiniteGradients
 from fewshot.config import compose
+from fewshot.directories import newest_run
 from fewshot.errors import FewShotError, Interrupted
-from fewshot.runs import newest_run
 from fewshot.training import train
 
 KILLS = int(os.environ.get("FEWSHOT_KILLS", "20"))

@@ -186,6 +186,7 @@ def test_all_output_passes_through_the_functions_of_text():
     """Each call that prints or writes text is in ``text.py``, or is known to pass its text through there."""
     known = {
         ("callbacks.py", "method.print"),  # numbers of episodes and percentages, above the progress bar
+        ("progress.py", "Console"),  # shows constants and numbers
         ("methods/base.py", "self.print"),  # a number and the name of a split
         ("data/bank.py", "track"),
         ("data/bank.py", "escape"),  # Rich's, applied to printable text

@@ -1,4 +1,4 @@
-"""Callbacks of a run: progress bar, records for resuming, non-finite gradients, interruption."""
+"""Callbacks of a run: records for resuming, non-finite gradients, interruption."""
 
 import signal
 import sys
@@ -12,7 +12,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.data.contents import contents_of
@@ -24,24 +24,6 @@ from fewshot.methods.base import FewShotMethod, require_finite
 from fewshot.metrics import largest
 from fewshot.text import say
 from fewshot.trust import plain
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's progress bar, with the range of training episodes, loss and accuracy."""
-
-    def get_metrics(self, trainer: pl.Trainer, method: pl.LightningModule) -> dict[str, Any]:  # noqa: D102
-        metrics = super().get_metrics(trainer, method)
-        metrics.pop("v_num", None)
-        return metrics
-
-    def _update_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Showing a number means waiting for it: on a GPU, do so only when the log does, too.
-        if not asynchronous(pl_module.device) or trainer.global_step % _log_every(trainer) == 0:
-            super()._update_metrics(trainer, pl_module)
-
-    def _get_train_description(self, current_epoch: int) -> str:  # noqa: ARG002
-        data = _data(self.trainer)
-        return f"Episodes to {data.stage.stop:,} of {data.train_episodes:,}"
 
 
 class Record(pl.Callback):
@@ -178,6 +160,21 @@ class Answers(pl.Callback):
         """The classes with the largest logit of each query, bool ``[queries, way]``, per episode of this process."""
         answers = torch.cat(self._largest).cpu().numpy()
         return dict(zip(self._numbers, answers, strict=True))
+
+    def right(self, trainer: pl.Trainer) -> NDArray[np.float64]:
+        """Count the right answers in each test episode, over all processes; all of them must call this.
+
+        Returns:
+            float64 ``[episodes]``, with fractions for ties as in ``fewshot.metrics.credit``.
+        """
+        data = _data(trainer)
+        labels = data.datasets["test"].query_labels.numpy()
+        right = np.zeros(data.episodes["test"], dtype=np.float32)  # MPS has no float64
+        for number, answer in self.answers.items():
+            right[number.number] = (answer[np.arange(len(labels)), labels] / answer.sum(1)).sum()
+        device = trainer.strategy.root_device
+        total = trainer.strategy.reduce(torch.from_numpy(right).to(device), reduce_op="sum")
+        return np.asarray(total.cpu().numpy(), dtype=np.float64)
 
     def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self._numbers, self._largest = [], []

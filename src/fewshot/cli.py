@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
@@ -30,11 +31,11 @@ from fewshot import __version__
 from fewshot.commands import COMMANDS
 from fewshot.config import CHECKOUT, CONF, RENAMED, compose_unresolved, is_group, options, search_path, source_at
 from fewshot.errors import Interrupted, mistake
+from fewshot.processes import PATIENCE, rank
 from fewshot.sweeps import FAILURE, Sweep, failures
 from fewshot.text import for_terminal, open_streams, say
 
-LEADING = {"report": "runs"}  # commands whose first arguments may omit this key
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning's sources of the rank
+LEADING = {"report": "runs", "compare": "runs"}  # commands whose first arguments may omit this key
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # requested by the user
 # What Hydra and OmegaConf add to messages for authors of configuration files.
 ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
@@ -118,6 +119,7 @@ def run(name: str, arguments: list[str] | None = None) -> None:
     if {"--help", "-h"} & set(sys.argv):
         # Hydra's list of groups takes a second, and our help prints its own.
         Hydra.format_config_groups = lambda *_: ""  # type: ignore[method-assign]
+    Hydra.get_mode = _mode  # type: ignore[method-assign, assignment]
     function = job(COMMANDS[name], typed)
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(function)
     if TRACEBACK:
@@ -126,6 +128,13 @@ def run(name: str, arguments: list[str] | None = None) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
         _guard(main)
         _exit_if_jobs_failed()
+
+
+def _mode(hydra_: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+    """Return the configured mode. Hydra's own method ignores errors, only to compose again and raise them then."""
+    config = hydra_.compose_config(config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False)
+    mode: RunMode | None = config.hydra.mode
+    return mode
 
 
 def job(function: Callable[[DictConfig], Any], typed: list[str]) -> Callable[[DictConfig], Any]:
@@ -203,22 +212,11 @@ def _exit_interrupted(interrupt: KeyboardInterrupt) -> None:
 
 
 def _exit(message: str, status: int) -> None:
-    rank = _rank()
-    if rank > 0:
-        from fewshot.processes import PATIENCE  # noqa: PLC0415
-
+    if rank() > 0:
         time.sleep(PATIENCE)  # rank 0 reports a failure of all processes, and ends this one
-        message = f"process {rank}: {message}"
+        message = f"process {rank()}: {message}"
     say(*f"error: {message}".split("\n"), error=True)
     sys.exit(status)
-
-
-def _rank() -> int:
-    """Return the rank of this process, from Lightning if it is imported."""
-    lightning = sys.modules.get("lightning_fabric.utilities.rank_zero")
-    if lightning is not None:
-        return int(lightning.rank_zero_only.rank)
-    return int(next((os.environ[name] for name in RANKS if name in os.environ), 0))
 
 
 def _explain(error: BaseException) -> str | None:
@@ -289,10 +287,12 @@ def _wrong_overrides() -> Iterator[str]:
             yield _plain(error) + (plugin or _nearest(option, _options(group, search_path(*places))))
         else:
             chosen.append(tried)
-    names = list(_keys(compose_unresolved(*chosen, name=name, places=places)))
+    composed = compose_unresolved(*chosen, name=name, places=places)
+    names = list(_keys(composed))
     for key, tried in keys:
-        try:
-            compose_unresolved(*chosen, tried, name=name, places=places)
+        try:  # composing again for each key would take much longer
+            override = OverridesParser.create().parse_override(tried)
+            ConfigLoaderImpl._apply_overrides_to_config([override], composed.copy())
         except (HydraException, OmegaConfBaseException) as error:
             hint = "" if key in names else _nearest(key, names)
             yield f"{key} is now {RENAMED[key]}" if key in RENAMED else _plain(error) + hint

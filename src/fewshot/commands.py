@@ -11,11 +11,14 @@ from omegaconf import DictConfig
 
 from fewshot.config import CHECKOUT, ROOT, check_types
 from fewshot.errors import FewShotError
+from fewshot.processes import rank
 from fewshot.text import say
 
 
 def train(config: DictConfig) -> float | None:
     """Train a few-shot method, choose its weights on validation classes, and test them once."""
+    if config.run_dir is not None and rank() == 0:
+        say(f"run directory: {config.run_dir}")  # before the slow import
     from fewshot.training import train
 
     return train(config)
@@ -41,6 +44,13 @@ def report(config: DictConfig) -> None:
 
     for path in report(config.runs, config.tables, config.sources, config.out, config.readme):
         say(path)
+
+
+def compare(config: DictConfig) -> None:
+    """Compare runs and sweeps with each other, in a table and a figure."""
+    from fewshot.compare import compare
+
+    compare(config.runs, config.reference, config.out)
 
 
 def figure(config: DictConfig) -> None:
@@ -76,7 +86,9 @@ def bench(config: DictConfig) -> None:
     bench(choose(config.only), config.rounds, Path(config.out).expanduser())
 
 
-COMMANDS = {command.__name__: command for command in (train, evaluate, predict, report, figure, export, demo, bench)}
+COMMANDS = {
+    command.__name__: command for command in (train, evaluate, predict, report, compare, figure, export, demo, bench)
+}
 
 
 def _only_in_a_checkout(name: str) -> None:

@@ -481,7 +481,7 @@ def _experiment() -> str | None:
 
 def _output_subdir(resume: str | None, output_dir: str) -> str | None:
     """Return where Hydra records how a run was started; None keeps the record of an existing run."""
-    from fewshot.runs import is_taken  # noqa: PLC0415
+    from fewshot.directories import is_taken  # noqa: PLC0415
 
     return None if resume not in (None, "auto") or is_taken(Path(output_dir)) else ".hydra"
 

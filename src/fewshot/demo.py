@@ -20,6 +20,7 @@ from PIL import Image
 
 from fewshot.config import ROOT
 from fewshot.data.files import ImageFile
+from fewshot.directories import newest_run
 from fewshot.distances import cosine, l2
 from fewshot.errors import FewShotError
 from fewshot.methods.base import FewShotMethod
@@ -27,7 +28,6 @@ from fewshot.methods.maml import MAML
 from fewshot.methods.matching import MatchingNetwork
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.prediction import Pixels, Predictor, make_predictor
-from fewshot.runs import newest_run
 from fewshot.text import for_html, say
 
 LONGEST = 40  # characters of a class's name

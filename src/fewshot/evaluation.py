@@ -17,12 +17,14 @@ from fewshot.data.bank import SPLITS, ImageBank, ImageClass
 from fewshot.data.contents import contents_of, differences, known_to
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, check_task
+from fewshot.directories import last_checkpoint
 from fewshot.errors import FewShotError, shortened
 from fewshot.files import output_directory
 from fewshot.hardware import check_hardware, keep_freed_memory, report_out_of_memory
 from fewshot.metrics import Estimate, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
-from fewshot.runs import check_same_data, data_directories, last_checkpoint, overrides, trained_on, write_json
+from fewshot.results import write_episodes
+from fewshot.runs import check_same_data, data_directories, overrides, trained_on, write_json
 from fewshot.text import make_table, say
 from fewshot.trained import (
     FROM_CHECKPOINT,
@@ -162,6 +164,8 @@ def evaluate(config: DictConfig) -> float:
         }
     # The report takes the accuracy in a results.json for that on test classes.
     written = out / ("results.json" if config.split == "test" else f"results_{config.split}.json")
+    if config.split == "test":
+        write_episodes(written, own.right)
     write_json(written, results)
     worst = seen[np.argsort(accuracies, kind="stable")]
     picture = out / "confusion.png"

@@ -56,6 +56,14 @@ def machine(device: torch.device, processes: int = 1) -> dict[str, Any]:
     return record | {"accelerator": torch.cuda.get_device_name(device)} if device.type == "cuda" else record
 
 
+def describe(record: Mapping[str, Any]) -> str:
+    """Return what ``machine`` recorded, in words: the accelerator or else the processor, processes and threads."""
+    words = [str(record.get("accelerator") or record.get("processor") or "CPU")]
+    for count, word, ending in ((record.get("processes"), "process", "es"), (record.get("threads"), "thread", "s")):
+        words += [f"{count} {word}{ending if count != 1 else ''}"] if count else []
+    return ", ".join(words)
+
+
 def asynchronous(device: torch.device) -> bool:
     """Whether the host continues while the device computes, so that reading a number means waiting for it."""
     return device.type != "cpu"

@@ -12,8 +12,9 @@ from torch import nn
 from fewshot.checkpoints import shapes
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, known_to
+from fewshot.directories import results_file
 from fewshot.errors import FewShotError, shortened
-from fewshot.runs import data_directories, results_file, trained_on
+from fewshot.runs import data_directories, trained_on
 from fewshot.text import say
 from fewshot.trained import load_trained
 

@@ -1,21 +1,32 @@
-"""Distributed training, see ``hardware=ddp``: if one process fails, the others end, too."""
+"""The processes of a run, see ``hardware=ddp``: which one this is, and if one fails, the others end, too."""
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from subprocess import Popen
-
-import pytorch_lightning as pl
-import torch
+from typing import TYPE_CHECKING
 
 from fewshot.errors import FewShotError
 
+if TYPE_CHECKING:  # the command line imports this file
+    import pytorch_lightning as pl
+
 PATIENCE = 5.0  # seconds to wait for another process to end and for that to be noticed
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning's sources of the rank
+
+
+def rank() -> int:
+    """Return the rank of this process, from Lightning if it is imported."""
+    lightning = sys.modules.get("lightning_fabric.utilities.rank_zero")
+    if lightning is not None:
+        return int(lightning.rank_zero_only.rank)
+    return int(next((os.environ[name] for name in RANKS if name in os.environ), 0))
 
 
 @contextlib.contextmanager
-def stop_together(trainer: pl.Trainer, resume: str) -> Iterator[None]:
+def stop_together(trainer: "pl.Trainer", resume: str) -> Iterator[None]:
     """If the trainer fails inside the block, end the processes that it has started on this machine at once.
 
     torchrun and Slurm end those that they have started. The process group is always destroyed.
@@ -27,6 +38,8 @@ def stop_together(trainer: pl.Trainer, resume: str) -> Iterator[None]:
     Raises:
         FewShotError: the cause of the failure is that another process has ended.
     """
+    import torch  # noqa: PLC0415
+
     parent = os.getppid()
     try:
         yield

@@ -22,7 +22,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from fewshot.errors import FewShotError
 from fewshot.results import Result, by_settings, is_evaluation, read_results, run_config, seed_of, settings, split_of
-from fewshot.style import COLOURS, LINES, MARKERS, STYLE
+from fewshot.style import COLOURS, DPI, LINES, MARKERS, STYLE, WIDTH
 from fewshot.text import for_csv, for_markdown
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
@@ -43,7 +43,6 @@ REST = ("train_episodes", "train_seconds", "machine", "experiment")
 SPLIT_MARKERS = {"vinyals": "o", "random": "s", "lake": "^", "ravi": "D"}
 # How reference accuracies are drawn: colour, offset within the cell's row, line style in the curves.
 WHO = {"published": (COLOURS[4], -0.24, ":"), "others": (COLOURS[3], -0.08, "--"), "article": (COLOURS[1], 0.08, "-.")}
-WIDTH, DPI = 9, 110  # of a figure, in inches and pixels per inch: about the width of a page
 
 
 @dataclass(frozen=True)

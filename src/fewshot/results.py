@@ -4,14 +4,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fewshot.errors import FewShotError
-from fewshot.files import read_json
+from fewshot.errors import FewShotError, reason
+from fewshot.files import read_json, read_text, write_atomically
 from fewshot.text import say
+
+if TYPE_CHECKING:  # the command line imports this file
+    import numpy as np
+    from numpy.typing import NDArray
 
 Result = Mapping[str, Any]  # contents of a results.json, as written by fewshot.training
 Settings = dict[str, Any]  # dotted keys and their values
+
+EPISODES, EPISODES_HEADER = "episodes.csv", "right"  # a file next to the results, and its first line
 
 # Required keys.
 NEEDED = {
@@ -88,6 +94,11 @@ def read_results(runs: str | Sequence[str], *, known_data: bool = False) -> list
     Raises:
         FewShotError: there are no results.
     """
+    return list(read_runs(runs, known_data=known_data).values())
+
+
+def read_runs(runs: str | Sequence[str], *, known_data: bool = False) -> dict[Path, Result]:
+    """Read results like ``read_results``, by the path of their file."""
     paths = [Path(run).expanduser() for run in ([runs] if isinstance(runs, str) else runs)]
     found = find_results(paths)
     below = ", ".join(map(str, paths))
@@ -96,16 +107,16 @@ def read_results(runs: str | Sequence[str], *, known_data: bool = False) -> list
             f"no results.json of a run below {below}; train first, or specify the directory with runs=PATH"
         )
     reasons = {path: _not_counted(result, known_data) for path, result in found.items()}
-    for path, reason in reasons.items():
-        if reason:
-            _skip(path, reason)
+    for path, why in reasons.items():
+        if why:
+            _skip(path, why)
     found = {path: result for path, result in found.items() if not reasons[path]}
     if not found:
         raise FewShotError(
             f"none of the {len(reasons)} results below {below} can be reported, see the lines above; train again, or "
             "specify a different directory with runs=PATH"
         )
-    return list(found.values())
+    return found
 
 
 def find_results(paths: Sequence[Path]) -> dict[Path, Result]:
@@ -128,6 +139,47 @@ def find_results(paths: Sequence[Path]) -> dict[Path, Result]:
                 else:
                     found[path.resolve()] = result
     return found
+
+
+def write_episodes(path: Path, right: "NDArray[np.float64]") -> None:
+    """Write the number of right answers in each test episode, one line per episode, next to a ``results.json``.
+
+    Args:
+        path: the path of the results.
+        right: right answers per episode, float64 ``[episodes]``; fractions where classes tied.
+    """
+    lines = [EPISODES_HEADER, *(f"{number:.9g}" for number in right)]
+    write_atomically(path.with_name(EPISODES), "\n".join([*lines, ""]).encode())
+
+
+def read_episodes(path: Path, result: Result) -> "NDArray[np.float64] | None":
+    """Read the number of right answers in each test episode, float64 ``[episodes]``.
+
+    Args:
+        path: the path of the results.
+        result: the results.
+
+    Returns:
+        None if the file is missing, broken or does not give the accuracy in the results, which is reported unless the
+        file is missing.
+    """
+    import numpy as np  # noqa: PLC0415
+
+    file = path.with_name(EPISODES)
+    try:
+        header, *lines = read_text(file).splitlines()
+        right = np.array([float(line) for line in lines])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        _skip(file, f"it is broken: {reason(error)}")
+        return None
+    queries = result["way"] * (result.get("query") or 0)
+    whole = header == EPISODES_HEADER and len(right) == result["episodes"] and queries > 0
+    if not whole or not abs(right.mean() / queries - result["accuracy"]) < 1e-6:  # also if it is not a number
+        _skip(file, "it does not belong to the results next to it")
+        return None
+    return right
 
 
 def by_settings(results: Sequence[Result]) -> list[list[Result]]:

@@ -1,24 +1,22 @@
-"""Run directories: locking, overwrite protection, resuming."""
+"""Resume runs: their checkpoints, settings and data must fit."""
 
-import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors, shapes, without_initial_weights
-from fewshot.config import ROOT, is_group, training_steps
+from fewshot.config import is_group, training_steps
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, differences, read_contents, read_names
+from fewshot.directories import best_checkpoint, has_run, last_checkpoint, results_file
 from fewshot.errors import FewShotError, reason
 from fewshot.files import read_json, read_text, write_atomically
 from fewshot.results import is_evaluation, wrong
@@ -50,84 +48,6 @@ MAY_DIFFER = {
     *("method.task_batching", "method.vmap_tasks", "method.recompute"),
     *("method.encoder.file", "method.encoder.load"),  # the weights are in the checkpoint
 }
-
-
-def last_checkpoint(run_dir: Path) -> Path:
-    """Return the path of the checkpoint to resume from."""
-    return run_dir / "checkpoints" / "last.ckpt"
-
-
-def new_run_dir(name: str) -> Path:
-    """Return the default run directory, ``outputs/DATE/TIME_NAME``, as on the command line."""
-    now = datetime.now()  # local time
-    return ROOT / "outputs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}_{name}"
-
-
-def best_checkpoint(run_dir: Path) -> Path:
-    """Return the path of the checkpoint with the best validation accuracy."""
-    return run_dir / "checkpoints" / "best.ckpt"
-
-
-def results_file(run_dir: Path) -> Path:
-    """Return the path of the results, which exist once the run is complete."""
-    return run_dir / "results.json"
-
-
-def newest_run(folder: Path) -> Path:
-    """Return the complete run below a directory that finished last.
-
-    Raises:
-        FewShotError: there is none.
-    """
-    runs = [path.parent for path in folder.rglob(results_file(Path()).name) if best_checkpoint(path.parent).is_file()]
-    if not runs:
-        raise FewShotError(
-            f"there is no complete run below {folder}; train one first with make train, or name one: checkpoint=RUN_DIR"
-        )
-    return max(runs, key=lambda run: results_file(run).stat().st_mtime_ns)
-
-
-@contextlib.contextmanager
-def lock_run(run_dir: Path) -> Iterator[None]:
-    """Lock a run directory inside the ``with`` block.
-
-    Raises:
-        FewShotError: another run is using it.
-    """
-    lock = FileLock(run_dir / ".lock", timeout=0)
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise FewShotError(
-                f"another run is using {run_dir}; wait until it ends, or choose another directory with "
-                "hydra.run.dir=PATH"
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def has_run(run_dir: Path) -> bool:
-    """Whether a run has saved anything in a directory."""
-    return last_checkpoint(run_dir).exists() or results_file(run_dir).exists()
-
-
-def is_taken(run_dir: Path) -> bool:
-    """Whether a directory belongs to another run, which has saved something there or is using it.
-
-    For ranks other than 0 the directory always counts as taken, because rank 0 of their own run may be using it.
-    """
-    if rank_zero_only.rank != 0 or has_run(run_dir):  # type: ignore[attr-defined]
-        return True
-    lock = run_dir / ".lock"
-    try:
-        with FileLock(lock, timeout=0) if lock.exists() else contextlib.nullcontext():
-            return False
-    except Timeout:
-        return True
 
 
 def load_for_resume(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | None]:

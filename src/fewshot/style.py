@@ -12,3 +12,4 @@ STYLE: Any = {
     "grid.alpha": 0.3,
     "font.size": 10,
 }
+WIDTH, DPI = 9, 110  # of a figure, in inches and pixels per inch: about the width of a page

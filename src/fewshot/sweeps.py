@@ -79,21 +79,26 @@ def read_jobs(folder: Path) -> list[Job]:
     if not all(map(is_evaluation, found.values())):  # otherwise it is a sweep of evaluations
         found = {path: result for path, result in found.items() if not is_evaluation(result)}
     paths = sorted(found, key=_natural)
-    settings = [_settings(found[path]) for path in paths]
+    return [
+        Job(
+            name=str(path.parent.relative_to(folder.resolve())),
+            swept=swept,
+            validation=_percent(max(found[path]["validations"], key=lambda point: point["accuracy"], default={})),
+            test=_percent(found[path]),
+        )
+        for path, swept in zip(paths, differing([found[path] for path in paths]), strict=True)
+    ]
+
+
+def differing(results: Sequence[Result]) -> list[dict[str, str]]:
+    """Return each run's overrides of the keys whose values differ between the runs; "" where a run has none."""
+    settings = [_settings(result) for result in results]
     keys = [
         key
         for key in dict.fromkeys(key for overrides in settings for key in overrides)
         if len({overrides.get(key, "") for overrides in settings}) > 1
     ]
-    return [
-        Job(
-            name=str(path.parent.relative_to(folder.resolve())),
-            swept={key: overrides.get(key, "") for key in keys},
-            validation=_percent(max(found[path]["validations"], key=lambda point: point["accuracy"], default={})),
-            test=_percent(found[path]),
-        )
-        for path, overrides in zip(paths, settings, strict=True)
-    ]
+    return [{key: overrides.get(key, "") for key in keys} for overrides in settings]
 
 
 def tabulate(jobs: Sequence[Job]) -> Table:

@@ -39,6 +39,14 @@ def for_terminal(text: str) -> str:
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
+def cut(text: str, width: int) -> str:
+    """Cut a string in the middle, since names often differ at their end as well as at their beginning."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    return f"{text[: width - 1 - end].rstrip()}…{text[len(text) - end :].lstrip()}"
+
+
 def for_markdown(text: str) -> str:
     """Escape text within a line or a table cell of Markdown, where it is neither Markdown nor HTML."""
     signed = SIGNS.sub(r"\\\g<0>", for_terminal(text).strip())

@@ -13,10 +13,10 @@ from torch import nn
 
 from fewshot.checkpoints import check_weights, load_checkpoint, without_initial_weights
 from fewshot.config import as_overrides, compose, import_target, search_path
+from fewshot.directories import best_checkpoint
 from fewshot.encoders.adaptable import BatchStatisticsNorm2d
 from fewshot.errors import FewShotError, mistake, reason
 from fewshot.methods.base import FewShotMethod, require_finite
-from fewshot.runs import best_checkpoint
 
 FROM_CHECKPOINT = ("dataset", "encoder")  # groups that a checkpoint decides
 REPLACEABLE = ("method", "distance")  # groups that can be chosen in addition to a checkpoint

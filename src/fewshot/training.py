@@ -10,22 +10,25 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from fewshot.callbacks import FiniteGradients, Interruption, ProgressBar, Record
+from fewshot.callbacks import FiniteGradients, Interruption, Record
 from fewshot.checkpoints import AtomicCheckpoints, shapes, without_initial_weights
 from fewshot.config import CHECKOUT, ROOT, as_overrides, check, command, compose, resolve, trains_on, with_classes
 from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
+from fewshot.directories import best_checkpoint, last_checkpoint, lock_run, new_run_dir, results_file
 from fewshot.errors import FewShotError
 from fewshot.files import write_atomically
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_of, report_out_of_memory
@@ -33,23 +36,20 @@ from fewshot.initial import read_encoder
 from fewshot.loggers import open_loggers, parts
 from fewshot.methods.base import FewShotMethod
 from fewshot.processes import stop_together
+from fewshot.progress import ProgressBar, show_results, show_settings
+from fewshot.results import write_episodes
 from fewshot.runs import (
-    best_checkpoint,
     cannot_resume,
     check_best,
     check_same_data,
     chosen_on_resume,
     complete_results,
-    last_checkpoint,
     load_for_resume,
-    lock_run,
-    new_run_dir,
     overrides,
-    results_file,
     trained_on,
     write_json,
 )
-from fewshot.text import make_table, say
+from fewshot.text import say
 from fewshot.trust import CHOSEN_ON_RESUME, default_directories
 
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # state of PyTorch's optimizers
@@ -70,6 +70,9 @@ def compose_and_train(*overrides: str, **settings: Any) -> Path:
         FewShotError: a mistake in the configuration or the data.
     """
     config = compose(*overrides, *as_overrides(settings))
+    if config.run_dir is None:
+        config.run_dir = str(_new_run_dir(config))
+    _say(f"run directory: {config.run_dir}")
     train(config)
     return Path(config.run_dir)
 
@@ -87,7 +90,7 @@ def train(config: DictConfig) -> float | None:
         FewShotError: a mistake in the configuration or the data.
     """
     if config.run_dir is None:
-        config.run_dir = str(new_run_dir(f"{config.choices.method}_{config.choices.dataset}"))
+        config.run_dir = str(_new_run_dir(config))
     resolve(config)
     run_dir = Path(config.run_dir)
     data_dir = "" if config.data_dir == default_directories()["data_dir"] else f" data_dir={config.data_dir}"
@@ -106,10 +109,14 @@ def train(config: DictConfig) -> float | None:
                 check_same_data(trained_on(checkpoint, run_dir), data.bank, run_dir, fix)
                 results = complete_results(config)
                 if results is not None:
-                    _show_results(results, run_dir)
+                    show_results(results, run_dir)
                     return None if results["val_accuracy"] is None else float(results["val_accuracy"])
                 check_best(run_dir, checkpoint)
             return _train(config, checkpoint, data, interruption)
+
+
+def _new_run_dir(config: DictConfig) -> Path:
+    return new_run_dir(f"{config.choices.method}_{config.choices.dataset}")
 
 
 def _memory_advice(config: DictConfig) -> str:
@@ -173,6 +180,7 @@ def _train_and_log(
             f"train.episodes={data.train_episodes} is less than the {data.trained} that the run in {run_dir} has "
             "trained on already; request at least as many"
         )
+    show_settings(config, data.bank, method, trainer)
     resume_from = last_checkpoint(run_dir) if checkpoint is not None else None
     with stop_together(trainer, interruption.resume):
         try:
@@ -192,6 +200,7 @@ def _train_and_log(
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
         precisions, encoder_init = record.precisions, record.encoder_init
         trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
+        right = dashboard.right(trainer)
 
     validation = max((estimate["accuracy"] for estimate in validations), default=None)
     results = outcome(config, method, data.bank, trainer) | {
@@ -206,7 +215,7 @@ def _train_and_log(
         "validations": validations,
     }
     log_result(trainer.loggers, results, trainer.global_step)
-    _report(results, run_dir)
+    _report(results, right, run_dir)
     return validation
 
 
@@ -298,7 +307,7 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, loggers: Sequence[
         **hardware,
         max_epochs=-1,  # an epoch ends at each checkpoint; Record sees the last training episode
         use_distributed_sampler=False,  # ours knows its rank
-        callbacks=[*callbacks, ProgressBar(refresh_rate=10)],
+        callbacks=[*callbacks, ProgressBar()],
         plugins=[AtomicCheckpoints()],
         logger=list(loggers),
         log_every_n_steps=config.log_every,
@@ -386,28 +395,16 @@ def _list_classes(bank: ImageBank, run_dir: Path) -> None:
 
 
 @rank_zero_only
-def _report(results: dict[str, Any], run_dir: Path) -> None:
-    """Write ``results.json``, and print the table."""
+def _report(results: dict[str, Any], right: NDArray[np.float64], run_dir: Path) -> None:
+    """Write ``results.json`` and what it summarises, and print the table."""
+    write_episodes(results_file(run_dir), right)
     write_json(results_file(run_dir), results)
-    _show_results(results, run_dir)
+    show_results(results, run_dir)
 
 
 @rank_zero_only
 def _say(line: str) -> None:
     say(line)
-
-
-@rank_zero_only
-def _show_results(results: dict[str, Any], run_dir: Path) -> None:
-    title = f"{results['way']}-way {results['shot']}-shot accuracy on test classes, with its 95% interval"
-    shown = {key: results[key] for key in ("dataset", "method", "distance", "encoder") if results[key]} | {
-        "accuracy": f"{results['accuracy']:.2%} ± {results['ci95']:.2%}",
-        "episodes": f"{results['episodes']:,}",
-    }
-    say(
-        make_table(title, shown, [list(shown.values())], numbers=("accuracy", "episodes")),
-        f"Trained in {results['train_seconds']:.0f} s. Results, checkpoints, log: {run_dir}",
-    )
 
 
 def versions() -> dict[str, str]:
