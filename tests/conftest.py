@@ -180,7 +180,7 @@ def make_bank(counts: dict[str, list[int]], size: int = 16, channels: int = 1, s
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and modification time of ``folder`` and everything below it, to detect writes."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
 
 
 @st.composite

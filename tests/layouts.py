@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from fewshot.data.bank import SPLITS, Source
 
-Files = Mapping[str, bytes]  # by path below data_dir
+Files = dict[str, bytes]  # by path below data_dir
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Layout:
         data_dir: what is given as ``data_dir``, in that folder.
         message: what the error says; None: the data set is read.
         links: pairs of the path of a link and where it leads.
+        counts: for dataset=folder, the classes of each split.
+        depth: ``dataset.source.depth``.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Layout:
     data_dir: str = ""
     message: str | None = None
     links: tuple[tuple[str, str], ...] = ()
+    counts: tuple[int, ...] = ()
+    depth: int = 1
 
     def write(self, root: Path) -> Path:
         """Write it below a folder; returns what to give as ``data_dir``."""
@@ -605,6 +609,203 @@ OMNIGLOT = [
 ]
 
 
+# Your own images: dataset=folder
+
+
+@cache
+def own_image(number: int) -> bytes:
+    image = np.full((20, 24, 3), number % 5, dtype=np.uint8)
+    image[number % 20] = 255
+    return encoded(image, "PNG")
+
+
+def own(names: Iterable[str], path: str = "{name}/{number}.png", images: int = 2) -> Files:
+    """A few images of some classes; ``path`` says where each is."""
+    return {
+        path.format(name=name, number=number): own_image(7 * sum(map(ord, name)) + number)
+        for name in names
+        for number in range(images)
+    }
+
+
+def own_splits(
+    train: str = "train", val: str | None = "val", test: str = "test", path: str = "{name}/{number}.png"
+) -> Files:
+    """Folders for splits: 10 classes to train, 3 to validate, 4 to test."""
+    folders = {train: "abcdefghij", val: "klm", test: "nopq"}
+    return {
+        name: file for split, names in folders.items() if split for name, file in below(split, own(names, path)).items()
+    }
+
+
+TEN = [f"class {number}" for number in range(10)]
+CUB = {
+    "README": b"hello",
+    "images.txt": b"1 a.jpg",
+    "attributes/certainties.txt": b"1",
+    "parts/parts.txt": b"1",
+}
+DIVIDED = (6, 2, 2)  # what ten classes are divided into
+CUT = (8, 2, 4)  # after 2 of the 10 training classes have been held out
+
+FOLDER = [
+    Layout("one folder per class", own(TEN), counts=DIVIDED),
+    *(
+        Layout(f"splits {train}, {val}, {test}", own_splits(train, val, test), counts=(10, 3, 4))
+        for train, val, test in (
+            *(("train", "val", "test"), ("training", "validation", "testing"), ("Train", "Valid", "Test")),
+            *(("TRAIN", "DEV", "TEST"), ("base", "val", "novel"), ("Training", "dev", "Testing")),
+            *(("meta_train", "meta_val", "meta_test"), ("train_set", "valid_set", "test_set")),
+            *(("train-images", "val-images", "test-images"), ("Train Data", "Validation Data", "Test Data")),
+            ("base", "validation", "test"),
+        )
+    ),
+    *(
+        Layout(f"splits {train}, {test}", own_splits(train, None, test), counts=CUT)
+        for train, test in (("train", "test"), ("Training", "Testing"), ("base", "novel"), ("meta-train", "meta-test"))
+    ),
+    Layout("splits and an empty folder val", own_splits(val=None) | {"val/notes.txt": b"none yet"}, counts=CUT),
+    Layout("splits and a folder of notes", own_splits() | {"docs/README.md": b"hello"}, counts=(10, 3, 4)),
+    Layout("splits with classes in images/", own_splits(path="images/{name}/{number}.png"), counts=(10, 3, 4)),
+    Layout("splits in data/", below("data", own_splits()), counts=(10, 3, 4)),
+    Layout("splits in a folder of a folder", below("a/b", own_splits(val=None)), counts=CUT),
+    Layout("only train/", below("train", own(TEN)), counts=DIVIDED),
+    Layout("CUB: classes in images/", below("", CUB, below("images", own(TEN))), counts=DIVIDED),
+    Layout("CUB, the folder above", below("CUB_200_2011", CUB, below("images", own(TEN))), counts=DIVIDED),
+    Layout(
+        "classes in Images/, as of Stanford Dogs",
+        below("Images", own(TEN)) | {"lists/file_list.mat": b""},
+        counts=DIVIDED,
+    ),
+    Layout("classes two folders deep", below("jpg/all", own(TEN)), counts=DIVIDED),
+    Layout("images within folders of a class", own(TEN, "{name}/session 1/{number}.png"), counts=DIVIDED),
+    Layout(
+        "alphabets",
+        own(TEN, "alphabet {name}/character 1/{number}.png") | own(TEN, "alphabet {name}/character 2/{number}.png"),
+        counts=DIVIDED,
+    ),
+    Layout(
+        "alphabets, two levels deep",
+        own(TEN, "alphabet/{name}/{number}.png") | own(TEN, "other/{name}/{number}.png"),
+        depth=2,
+        counts=(12, 4, 4),
+    ),
+    Layout(
+        "alphabets in splits, two levels deep",
+        {
+            f"{split}/{alphabet}/{path}": contents
+            for split, names in (("train", "abcd"), ("val", "ef"), ("test", "gh"))
+            for alphabet in ("first", "second")
+            for path, contents in own([f"{split} {name}" for name in names]).items()
+        },
+        depth=2,
+        counts=(8, 4, 4),
+    ),
+    Layout("images next to the folders", own(TEN) | {"cover.png": own_image(1)}, counts=DIVIDED),
+    Layout(
+        "other files between",
+        own(TEN) | {"class 1/Thumbs.db": b"", "labels.csv": b"a,b", ".DS_Store": b""},
+        counts=DIVIDED,
+    ),
+    Layout("endings in capitals", own(TEN, "{name}/{number}.PNG"), counts=DIVIDED),
+    Layout("names in Chinese, with brackets and =", own([f"{name} (鸟) [a=1]" for name in TEN]), counts=DIVIDED),
+    Layout("a zip as data_dir", {"birds.zip": zipped(own(TEN))}, "birds.zip", counts=DIVIDED),
+    Layout(
+        "a tar.gz of CUB as data_dir",
+        {"CUB.tgz": tarred(below("CUB", CUB, below("images", own(TEN))), mode="w:gz")},
+        "CUB.tgz",
+        counts=DIVIDED,
+    ),
+    Layout(
+        "linked classes",
+        below("elsewhere", own(TEN)),
+        "data",
+        links=tuple((f"data/{name}", f"../elsewhere/{name}") for name in TEN),
+        counts=DIVIDED,
+    ),
+    Layout(
+        "linked images",
+        below("elsewhere", own(TEN)),
+        "data",
+        links=tuple((f"data/{path}", f"../../elsewhere/{path}") for path in own(TEN)),
+        counts=DIVIDED,
+    ),
+    Layout("a linked data_dir", below("elsewhere", own(TEN)), "data", links=(("data", "elsewhere"),), counts=DIVIDED),
+    Layout(
+        "linked splits",
+        below("elsewhere", own_splits()),
+        "data",
+        links=tuple((f"data/{split}", f"../elsewhere/{split}") for split in SPLITS),
+        counts=(10, 3, 4),
+    ),
+    Layout("a link to the folder it is in", own(TEN), links=(("class 1/again", "."),), counts=DIVIDED),
+    Layout("a link to the folder above", own(TEN), links=(("class 1/up", ".."),), counts=DIVIDED),
+    Layout("two links to each other", own(TEN), links=(("class 1/one", "two"), ("class 1/two", "one")), counts=DIVIDED),
+    # Found, but incomplete.
+    Layout(
+        "the same classes in train/ and test/",
+        below("train", own(TEN)) | below("test", own(TEN)),
+        message=r"train and .*test have 10 classes in common, such as class 0, .*, or draw .*: data_dir=.*/train$",
+    ),
+    Layout(
+        "the same classes in train/ and val/ and test/",
+        below("train", own(TEN)) | below("val", own(TEN[:3])) | below("test", own(["x", "y"])),
+        message=r"train and .*val have 3 classes in common, such as class 0",
+    ),
+    Layout(
+        "train/ and val/",
+        own_splits(test=""),
+        message=r"has the folders train, val, .*, but none for test; add .*/test with .*: data_dir=.*/train",
+    ),
+    Layout(
+        "val/ and test/",
+        {p: c for p, c in own_splits().items() if "train" not in p},
+        message=r"but none for train; add .*/train with",
+    ),
+    Layout(
+        "val/ and validation/",
+        own_splits() | below("validation", own("xyz")),
+        message=r"several folders for a split, val, validation; merge them, or draw",
+    ),
+    Layout(
+        "test/ without folders",
+        below("train", own(TEN)) | {"test/1.png": own_image(1)},
+        message=r"test has 0 folders with images.*data_dir=.*/train",
+    ),
+    Layout(
+        "val/ as in Tiny ImageNet",
+        below("train", own(TEN, "{name}/images/{number}.png"))
+        | {"val/images/1.png": own_image(1), "test/images/1.png": own_image(2)},
+        message=r"val has 1 folders with images, .*: data_dir=.*/train",
+    ),
+    Layout(
+        "images in no folder",
+        {f"{number}.png": own_image(number) for number in range(9)},
+        message=r"has 0 folders with images \(and 9 images outside of these\), too few classes",
+    ),
+    Layout(
+        "only a zip in the folder",
+        {"birds.zip": zipped(own(TEN))},
+        message=r"there are no images in .*birds\.zip; unpack it, or choose data_dir=.*/birds\.zip",
+    ),
+    Layout(
+        "no images",
+        {"README.md": b"hello", "class 1/a.txt": b"a"},
+        message=r"there are no images in .* holds README\.md, class 1/; one folder of images per class",
+    ),
+    Layout("an empty folder", {}, message=r"there are no images in .* holds nothing"),
+    Layout("no folder", {}, "none", message=r"there is no folder .*none; choose the folder or archive"),
+    Layout("four classes", own(TEN[:4]), message=r"has 4 folders with images, too few classes .*encoder=pretrained"),
+    Layout("too deep", own(TEN), depth=2, message=r"has 0 folders with images 2 levels deep \(and 20 images outside"),
+]
+
+
+def read_folder(data_dir: Path, depth: int = 1) -> Source:
+    from fewshot.data.folder import folder  # noqa: PLC0415
+
+    return folder(str(data_dir), 16, 3, 0.2, 0.2, 0, **({"depth": depth} if depth != 1 else {}))
+
+
 @contextmanager
 def small_omniglot() -> Iterator[None]:
     """Pretend that Omniglot has 10 characters of 3 drawings, and that there is no network."""
@@ -634,19 +835,21 @@ def read_miniimagenet(data_dir: Path) -> Source:
     return miniimagenet(str(data_dir), SIDE)
 
 
-READERS: dict[str, tuple[list[Layout], Callable[[Path], Source]]] = {
+READERS: dict[str, tuple[list[Layout], Callable[..., Source]]] = {
     "miniImageNet": (MINIIMAGENET, read_miniimagenet),
     "Omniglot": (OMNIGLOT, read_omniglot),
+    "folder": (FOLDER, read_folder),
 }
 
 
-def outcome(layout: Layout, read: Callable[[Path], Source]) -> str:
+def outcome(layout: Layout, read: Callable[..., Source]) -> str:
     """What comes of a layout, in a line."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         data_dir = layout.write(Path(folder))
         try:
             counts = [0, 0, 0]
-            for image_class in read(data_dir).classes():
+            options = {"depth": layout.depth} if layout.depth != 1 else {}
+            for image_class in read(data_dir, **options).classes():
                 image_class.load()
                 counts[SPLITS.index(image_class.split)] += 1
         except Exception as error:

@@ -1,12 +1,25 @@
 """Every layout of ``layouts.py`` is read as the data set it is, or named with what makes it whole."""
 
+import re
+
 import numpy as np
 import pytest
 
 from conftest import listing
 from fewshot.data.bank import SPLITS, open_bank
 from fewshot.errors import FewShotError
-from layouts import COUNT, MINI, MINIIMAGENET, OMNIGLOT, Layout, pixels, read_miniimagenet, read_omniglot
+from layouts import (
+    COUNT,
+    FOLDER,
+    MINI,
+    MINIIMAGENET,
+    OMNIGLOT,
+    Layout,
+    pixels,
+    read_folder,
+    read_miniimagenet,
+    read_omniglot,
+)
 
 
 def named(layouts: list[Layout]):
@@ -59,6 +72,40 @@ def test_omniglot_that_is_incomplete_is_named_with_what_makes_it_complete(tmp_pa
     with pytest.raises(FewShotError, match=layout.message) as caught:
         read_omniglot(data_dir)
     assert "remove" not in str(caught.value) and "delete" not in str(caught.value)
+
+
+@named([layout for layout in FOLDER if layout.message is None])
+def test_your_own_images_are_read_from_every_layout(tmp_path, layout):
+    data_dir = layout.write(tmp_path / "data")
+    before = listing(tmp_path / "data")
+    source = read_folder(data_dir, layout.depth)
+    bank = open_bank("mine", source, {}, tmp_path / "cache")
+    assert listing(tmp_path / "data") == before
+    assert all(path.is_file() for path in source.files) and source.files
+    assert tuple(len(bank.class_names(split)) for split in SPLITS) == layout.counts
+
+
+@named([layout for layout in FOLDER if layout.message is not None])
+def test_your_own_images_that_are_incomplete_are_named_with_what_makes_them_complete(tmp_path, layout):
+    data_dir = layout.write(tmp_path / "data")
+    with pytest.raises(FewShotError, match=layout.message):
+        read_folder(data_dir, layout.depth)
+
+
+def test_what_is_assumed_about_your_own_images_is_reported(tmp_path, capsys):
+    layouts = {layout.name: layout for layout in FOLDER}
+
+    def report(name):
+        read_folder(layouts[name].write(tmp_path / name.replace("/", "_")))
+        return capsys.readouterr().out
+
+    assert re.search(
+        r"the classes are those in .*/CUB_200_2011/images, the only folder", report("CUB, the folder above")
+    )
+    assert "2 of the 10 classes in train are held out for it (dataset.source.val=0.2)" in report("splits train, test")
+    assert "to take the 20 folders in them instead, add dataset.source.depth=2" in report("alphabets")
+    assert "ignored 1 images" in report("images next to the folders")
+    assert "depth" not in report("images within folders of a class")
 
 
 def test_a_layout_that_is_whole_is_read_where_another_one_is_not(tmp_path, capsys):

@@ -90,7 +90,7 @@ def list_folder(folder: Path, enter: Callable[[str], bool] = lambda _: True) -> 
             if identity in above:
                 continue
             with os.scandir(folder / prefix) as entries:
-                listed = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+                listed = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
             raise FewShotError(
                 f"cannot list the folder {error.filename}: {error.strerror}; make it readable, or put it back"
@@ -104,6 +104,13 @@ def list_folder(folder: Path, enter: Callable[[str], bool] = lambda _: True) -> 
             elif prefix or enter(name):
                 waiting.append((f"{prefix}{name}/", above | {identity}))
     return {name: file_at(folder / name) for name in sorted(found, key=_place)}
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere
+        return False
 
 
 def _place(name: str) -> list[tuple[bool, str]]:

@@ -15,6 +15,7 @@ ALIASES = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "novel"),
 }
+FILLERS = ("meta", "set", "split", "data", "image", "images", "classes")  # as in meta_train and "test images"
 IMAGES = (".jpg", ".jpeg", ".png")
 
 
@@ -128,15 +129,20 @@ def plain_name(name: str) -> str:
 
 
 def splits_named(folders: Sequence[str]) -> dict[str, list[str]]:
-    """The folders of each split, where they are the splits of a data set; empty where they are something else.
+    """Return the folders of each split if they are the splits of a data set; {} if they are something else.
 
-    A class may be called "train", too: at least half of the folders have the name of a split, or another word for it,
-    in any case, and these are of two splits at least.
+    A class may be called "train", too: at least half of the folders are named after a split, in any case, and these
+    are of two splits at least.
     """
-    of_splits = {split: [name for name in folders if plain_name(name) in words] for split, words in ALIASES.items()}
-    found = {split: names for split, names in of_splits.items() if names}
+    by_split = {split: [name for name in folders if _is_named(name, words)] for split, words in ALIASES.items()}
+    found = {split: names for split, names in by_split.items() if names}
     many = 2 * sum(map(len, found.values())) >= len(folders) or len(found) == len(ALIASES)
     return found if len(found) > 1 and many else {}
+
+
+def _is_named(folder: str, aliases: Sequence[str]) -> bool:
+    words = [word for word in re.split(r"[^a-z]+", folder.lower()) if word and word not in FILLERS]
+    return len(words) == 1 and words[0] in aliases
 
 
 def split_of(name: str) -> str | None:
