@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import cache
 from itertools import combinations, pairwise
@@ -25,6 +25,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+import programs
 from fewshot.config import ROOT, compose
 from fewshot.data.bank import ImageBank
 from fewshot.training import train
@@ -132,13 +133,24 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cli(cache_dir: Path) -> Cli:
-    """Runs ``python src/SCRIPT ARGUMENTS``, from any directory, as a user would."""
+    """Runs ``python src/SCRIPT ARGUMENTS``, from any directory, as a user would.
 
-    def run(*arguments: object, script: str = "train.py", **options: object) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "FEWSHOT_CACHE_DIR": str(cache_dir), "COLUMNS": "150"}
-        command = [sys.executable, str(ROOT / "src" / script), *map(str, arguments)]
-        return subprocess.run(  # type: ignore[call-overload]
-            command, **{"capture_output": True, "text": True, "timeout": 500, "env": environment, **options}
+    ``fresh=True`` starts a new interpreter, which takes seconds; otherwise the process has the package imported.
+    """
+
+    def run(
+        *arguments: object,
+        script: str = "train.py",
+        cwd: Path | str = ".",
+        env: Mapping[str, str] = os.environ,
+        fresh: bool = False,
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {**env, "FEWSHOT_CACHE_DIR": str(cache_dir), "COLUMNS": "150"}
+        program, words = ROOT / "src" / script, [str(argument) for argument in arguments]
+        if not fresh:
+            return programs.call(program, words, cwd, environment, timeout=500)
+        return subprocess.run(
+            [sys.executable, program, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=500
         )
 
     return run

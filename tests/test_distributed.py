@@ -1,7 +1,6 @@
 """Two processes on the CPU, with gloo, compared with one."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from fewshot.errors import FewShotError, Interrupted
 from fewshot.methods.base import MetricMethod
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.training import make_data, make_method, make_trainer, train
+from programs import FORKED
 
 SMALL = [
     "train.way=5",
@@ -52,9 +52,6 @@ CASES = {
         "hardware.precision=bf16-mixed",
     ],
 }
-# Processes that start with everything imported.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fewshot.training"])
 
 
 class Kept(pl.Callback):
@@ -115,7 +112,7 @@ def on_two(work, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [SERVER.Process(target=as_rank, args=(rank, port, work, *arguments)) for rank in (0, 1)]
+    ranks = [FORKED.Process(target=as_rank, args=(rank, port, work, *arguments)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:

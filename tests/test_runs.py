@@ -1,13 +1,11 @@
 """Runs that are killed, interrupted, moved, started twice, or short of disk space."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +22,7 @@ from fewshot.config import compose
 from fewshot.directories import newest_run
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.training import train
+from programs import start_training
 
 KILLS = int(os.environ.get("FEWSHOT_KILLS", "20"))
 SHORT = [
@@ -46,30 +45,12 @@ METHODS = {
     "maml": ["method=maml", "train.meta_batch=2", "schedule=cosine", "transform=crop_flip_colour"],
     "maml_1st": ["method=maml", "method.order=1", "train.meta_batch=3"],
 }
-# Processes that start with everything imported.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fewshot.training"])
-
-
-def attempt(overrides):
-    try:
-        train(compose(*overrides))
-    except Interrupted as interrupted:
-        Path(compose(*overrides).run_dir, "message").write_text(str(interrupted))
-        raise SystemExit(interrupted.status) from None
-
-
-def start(overrides):
-    process = SERVER.Process(target=attempt, args=(overrides,))
-    process.start()
-    return process
 
 
 def finish(overrides):
-    process = start(overrides)
+    process = start_training(*overrides)
     process.join()
     assert process.exitcode == 0
-    return overrides
 
 
 def scalars(run_dir, tag):
@@ -121,7 +102,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(run, tmp_
     assert len(whole.kept["validations"]) == 3
     moments, kills, number = random.Random(method), 0, 0
     while kills < KILLS:
-        process = start(run(f"killed{number}", *METHODS[method], "resume=auto"))
+        process = start_training(*run(f"killed{number}", *METHODS[method], "resume=auto"))
         process.join(moments.uniform(0.2, 0.7) * seconds)
         if process.exitcode is None:
             process.kill()
@@ -140,7 +121,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(run, tmp_
 def test_a_signal_ends_a_run_with_a_checkpoint_of_the_last_step(run, tmp_path, number):
     finish(run("whole", "method=maml", "train.meta_batch=2"))
     interrupted = run("stopped", "method=maml", "train.meta_batch=2", "checkpoint_every=1000")
-    process = start(interrupted)
+    process = start_training(*interrupted)
     log = tmp_path / "stopped" / "tensorboard"
     while not log.exists():  # the training begins right after
         time.sleep(0.01)

@@ -41,7 +41,7 @@ def results_of(directory: Path) -> dict:
 def test_a_run_from_another_directory_writes_only_to_its_run_directory(cli, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     run_dir = tmp_path / "run"
-    done = cli(*TINY, "seed=3", f"hydra.run.dir={run_dir}", cwd=tmp_path / "elsewhere")
+    done = cli(*TINY, "seed=3", f"hydra.run.dir={run_dir}", cwd=tmp_path / "elsewhere", fresh=True)
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "elsewhere").iterdir())
     results = results_of(run_dir)

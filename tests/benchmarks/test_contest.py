@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import time
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from benchmarks.contest import Contest, Entrant, bench, run
 from fewshot.errors import FewShotError
+from programs import FORKED
 
 MIB = 2**20
 
@@ -17,6 +19,12 @@ def sleeper(seconds, result=1.0, megabytes=0):
         return np.array([result, 2.0])
 
     return work
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Save each entrant's process the imports."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORKED)
 
 
 def breaker():
