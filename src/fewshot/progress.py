@@ -206,7 +206,7 @@ def show_results(results: Mapping[str, Any], run_dir: Path) -> None:
 
 
 def _metrics(trainer: pl.Trainer) -> str:
-    values = trainer.progress_bar_metrics
+    values = trainer.callback_metrics
     record = next((callback for callback in trainer.callbacks if isinstance(callback, Record)), None)  # type: ignore[attr-defined]
     best = max((point["accuracy"] for point in record.validations), default=None) if record is not None else None
     shown = [f"loss {values['train/loss']:.3g}"] if "train/loss" in values else []

@@ -78,7 +78,8 @@ class FewShotMethod(pl.LightningModule, ABC):
             labels: int64 ``[tasks, queries]``.
         """
         accuracy = credit(logits.detach(), labels).mean()
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
+        # Without prog_bar=True, for which Lightning waits for the numbers after every step; see ``fewshot.progress``.
+        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy})
 
     def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:
         """Return the logits of all episodes of a validation or test meta-batch: ``[tasks, queries, way]``."""

@@ -108,6 +108,7 @@ class MAML(FewShotMethod):
         self.inner_steps, self.test_inner_steps = inner_steps, test_inner_steps
         self.clip_norm, self.recompute = clip_norm, recompute
         self.task_batching, self.vmap_tasks = task_batching, vmap_tasks
+        self._scaler: torch.amp.GradScaler | None = None
 
     def forward(self, episode: Episode) -> torch.Tensor:
         """Adapt to the support samples, then classify the queries: logits ``[queries, way]``.
@@ -276,8 +277,15 @@ class MAML(FewShotMethod):
         Otherwise the gradient of a small loss would be zero in float16. The trainer unscales gradients before the
         optimizer step.
         """
-        scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
-        return loss if scaler is None else scaler.scale(loss)
+        return loss if self._scaler is None else self._scaler.scale(loss)
+
+    def on_fit_start(self) -> None:
+        """Keep the trainer's loss scaler, if it has one: the copies on threads have no trainer."""
+        self._scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def on_fit_end(self) -> None:
+        """Drop the loss scaler: nothing outside a training is scaled."""
+        self._scaler = None
 
     def meta_gradient(self, meta_batch: Episode) -> MetaGradient:
         """The gradient of the mean loss of the tasks after adaptation: line 10 of algorithm 2.
