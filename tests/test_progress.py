@@ -70,7 +70,7 @@ def terminal(monkeypatch):
         data = SimpleNamespace(trained=0, train_episodes=60_000, episodes={"test": 10_000})
         metrics = {"train/loss": 0.0123456, "train/accuracy": 1.0, "val/accuracy": 0.9}
         trainer = SimpleNamespace(
-            datamodule=data, progress_bar_metrics=metrics, callbacks=[record], global_step=0, log_every_n_steps=1
+            datamodule=data, callback_metrics=metrics, callbacks=[record], global_step=0, log_every_n_steps=1
         )
         return trainer, written
 

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import track
 
+from benchmarks.profile import busy_seconds
 from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.text import make_table, say
@@ -80,7 +81,8 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
 
     Returns:
         For each entrant its name, the ``seconds`` of each round, their ``median``, its ``ratio`` to that of the first
-        entrant, and ``peak_bytes``, the peak memory of its process beyond the loaded libraries.
+        entrant, ``peak_bytes``, the peak memory of its process beyond the loaded libraries (on a GPU, that of its
+        tensors), and on a GPU ``idle``, the share of the median in which the GPU does nothing.
 
     Raises:
         FewShotError: an entrant failed, or its result differs from the first entrant's.
@@ -88,7 +90,6 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], []
     scratch = tempfile.TemporaryDirectory(prefix="fewshot-bench-")
-    results = []
     try:
         for entrant in contest.entrants:
             here, there = context.Pipe()
@@ -97,7 +98,7 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
             there.close()
             processes.append(process)
             pipes.append(here)
-            results.append(_ask(here, entrant, "result"))  # before the next starts
+        results = [_ask(pipe, entrant, "result") for pipe, entrant in zip(pipes, contest.entrants, strict=True)]
         _compare(contest, results)
         seconds: list[list[float]] = [[] for _ in pipes]
         for number in track(range(contest.rounds or rounds), contest.title, transient=True):
@@ -105,7 +106,10 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
             for position in order:
                 time.sleep(contest.pause)
                 seconds[position].append(_ask(pipes[position], contest.entrants[position], "seconds"))
-        peaks = [_ask(pipe, entrant, "peak") for pipe, entrant in zip(pipes, contest.entrants, strict=True)]
+        peaks, busy = (
+            [_ask(pipe, entrant, request) for pipe, entrant in zip(pipes, contest.entrants, strict=True)]
+            for request in ("peak", "busy")
+        )
     finally:
         for process in processes:
             process.kill()
@@ -119,20 +123,25 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
             "median": median,
             "ratio": median / medians[0],
             "peak_bytes": peak,
+            **({} if active is None else {"idle": max(0.0, 1 - active / median)}),
         }
-        for entrant, times, median, peak in zip(contest.entrants, seconds, medians, peaks, strict=True)
+        for entrant, times, median, peak, active in zip(contest.entrants, seconds, medians, peaks, busy, strict=True)
     ]
 
 
 def show(contest: Contest, results: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of a contest."""
-    numbers = (*([f"{contest.items[1]}/s"] if contest.items else []), "median", "range", "times ours", "MiB")
+    on_gpu = ["GPU idle"] if any("idle" in result for result in results) else []
+    rates = [f"{contest.items[1]}/s"] if contest.items else []
+    numbers = (*rates, "median", "range", "times ours", "MiB", *on_gpu)
     rows = []
     for result in results:
         rate = [f"{contest.items[0] / result['median']:.3g}"] if contest.items else []
         spread = f"{_duration(min(result['seconds']))} to {_duration(max(result['seconds']))}"
         memory = f"{result['peak_bytes'] / 2**20:,.0f}"
-        rows.append([result["name"], *rate, _duration(result["median"]), spread, f"{result['ratio']:.2f}", memory])
+        idle = [f"{result['idle']:.0%}"] if on_gpu else []
+        times = [_duration(result["median"]), spread, f"{result['ratio']:.2f}"]
+        rows.append([result["name"], *rate, *times, memory, *idle])
     say(make_table(contest.title, ["", *numbers], rows, numbers))
 
 
@@ -140,16 +149,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def bench(contests: Mapping[str, Contest], rounds: int, out: Path) -> None:
+def bench(contests: Mapping[str, Contest], rounds: int, out: Path, device: str = "cpu") -> None:
     """Run contests one after another; print a table for each and write all results to ``out``.
 
     Args:
         contests: by name.
         rounds: number of rounds of each.
         out: a JSON file, rewritten after each contest.
+        device: what they run on, to record its name.
     """
     report: dict[str, Any] = {
-        "machine": machine(torch.device("cpu")),
+        "machine": machine(torch.device(device)),
         "versions": {"python": python_version(), **{name: version(name) for name in ("torch", "pytorch-lightning")}},
         "rounds": rounds,
         "contests": {},
@@ -188,7 +198,10 @@ def _answer(pipe: Connection, work: Work, before: int) -> None:
         while True:
             request = pipe.recv()
             if request == "peak":
-                pipe.send((request, _peak_memory() - before))
+                on_gpu = torch.cuda.is_initialized()
+                pipe.send((request, torch.cuda.max_memory_allocated() if on_gpu else _peak_memory() - before))
+            elif request == "busy":
+                pipe.send((request, busy_seconds(work) if torch.cuda.is_initialized() else None))
             else:
                 start = time.perf_counter()
                 work()

@@ -1,12 +1,13 @@
-"""Profile of a training step, and the processor's peak convolution speed."""
+"""Profile of a training step, how long a GPU is busy in it, and the processor's peak convolution speed."""
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,6 +57,27 @@ def profile_step(work: Callable[[], Any], rounds: int) -> Profile:
         spent[_kind(event)] += event.self_cpu_time_total
     total = sum(spent.values())
     return Profile(seconds, {kind: spent[kind] / total for kind in KINDS_AND_ELSE}, counter.get_total_flops())
+
+
+def busy_seconds(work: Callable[[], Any]) -> float:
+    """Do some work under the profiler, and return for how long a GPU computed or copied, in any thread or stream.
+
+    The profiler slows the host, but not the GPU: compare the result with the time that the work takes without it.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
+    return union((event.time_range.start, event.time_range.end) for event in events) / 1e6
+
+
+def union(intervals: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of some intervals, each a start and an end."""
+    total, covered = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, covered))
+        covered = max(covered, end)
+    return total
 
 
 def _kind(event: Any) -> str:

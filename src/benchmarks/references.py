@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import batch_norm, conv2d, cross_entropy, linear, max_pool2d, relu
+from torch.nn.functional import batch_norm, conv2d, cross_entropy, linear, max_pool2d, one_hot, relu
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -67,6 +67,18 @@ def textbook_protonet(model: nn.Module) -> Callable[[Episode], torch.Tensor]:
     return solve
 
 
+def textbook_matching(model: nn.Module) -> Callable[[Episode], torch.Tensor]:
+    """Matching networks with distances by broadcasting, and labels as one-hot vectors."""
+
+    def solve(episode: Episode) -> torch.Tensor:
+        embeddings = model(torch.cat([episode.support, episode.query]))
+        support, query = embeddings[: len(episode.support)], embeddings[len(episode.support) :]
+        attention = (-(query[:, None] - support[None]).pow(2).sum(2)).softmax(1)
+        return (attention @ one_hot(episode.support_labels, episode.way).to(attention.dtype) + 1e-12).log()
+
+    return solve
+
+
 def clone_and_adapt(model: nn.Module, tasks: Sequence[Episode], order: int, steps: int, rate: float) -> torch.Tensor:
     """Do a meta-step like the best-known library: adapt a copy for each task, then backpropagate through it.
 
@@ -75,7 +87,7 @@ def clone_and_adapt(model: nn.Module, tasks: Sequence[Episode], order: int, step
     Returns:
         The mean loss.
     """
-    total = torch.tensor(0.0)
+    total = torch.zeros((), device=tasks[0].query.device)
     for task in tasks:
         weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
         for _ in range(steps):

@@ -1,22 +1,37 @@
-"""All contests, by name."""
+"""All contests, by name, for the CPU and for a GPU."""
 
 from collections.abc import Sequence
+
+import torch
 
 from benchmarks import maml, training
 from benchmarks.contest import Contest
 from fewshot.errors import FewShotError
+from fewshot.hardware import why_no_gpu
+
+DEVICES = ("cpu", "cuda")
 
 
-def choose(only: Sequence[str] | None) -> dict[str, Contest]:
+def choose(only: Sequence[str] | None, device: str = "cpu") -> dict[str, Contest]:
     """Select the contests to run.
 
     Args:
         only: names of contests, or prefixes of them; None: all.
+        device: "cpu" or "cuda"; a GPU has fewer contests.
 
     Raises:
-        FewShotError: a name is unknown.
+        FewShotError: a name is unknown, or there is no such device.
     """
-    known = {**training.contests(), **maml.contests()}
+    if device not in DEVICES:
+        raise FewShotError(f"device={device} must be {' or '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FewShotError(f"device=cuda: {why_no_gpu()}; choose device=cpu")
+    modules = (training, maml)
+    known = {
+        name: contest
+        for module in modules
+        for name, contest in (module.contests() if device == "cpu" else module.device_contests(device)).items()
+    }
     if only is None:
         return known
     for name in only:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from benchmarks.contest import Contest, Entrant, Work
-from benchmarks.references import PngEpisodes, copy_weights, textbook_conv4, textbook_protonet
+from benchmarks.references import PngEpisodes, copy_weights, textbook_conv4, textbook_matching, textbook_protonet
 from fewshot.config import compose
 from fewshot.data.bank import ImageBank, open_bank
 from fewshot.data.datamodule import EpisodeDataModule
@@ -32,11 +32,15 @@ from fewshot.training import make_data, make_method, make_trainer
 OMNIGLOT = {"size": 28, "channels": 1, "classes": 1200, "images": 20, "way": 60, "shot": 1, "query": 5, "steps": 10}
 MINIIMAGENET = {"size": 84, "channels": 3, "classes": 100, "images": 40, "way": 20, "shot": 5, "query": 15, "steps": 4}
 EVALUATION = {**OMNIGLOT, "way": 5, "query": 15}
+MATCHING = {**OMNIGLOT, "way": 20, "steps": 20}
+TEXTBOOK = {"protonet": textbook_protonet, "matching": textbook_matching}
 LEARNING_RATE = 1e-3
 
 
-def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
-    """Train ``method=protonet`` like ``src/train.py``, some steps at a time, with the training paused in between."""
+def through_lightning(
+    shape: dict[str, Any], method: str = "protonet", device: str = "cpu"
+) -> tuple[Work, Callable[[], None]]:
+    """Train a method like ``src/train.py``, some steps at a time, with the training paused in between."""
     steps, requests, reported = shape["steps"], queue.SimpleQueue[None](), queue.SimpleQueue[Any]()
 
     class Gate(pl.Callback):
@@ -48,17 +52,17 @@ def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
         def on_train_batch_end(self, _: Any, __: Any, outputs: Any, *___: Any) -> None:
             self.losses.append(outputs["loss"])
             if len(self.losses) == steps:
-                reported.put(torch.stack(self.losses).numpy())
+                reported.put(torch.stack(self.losses).cpu().numpy())
                 self.losses.clear()
                 requests.get()
 
-    config = _config(shape, episodes=10**6)
-    data, method = _data(config, shape), _method(config, shape)
+    config = _config(shape, 10**6, method=method, device=device)
+    data, module = _data(config, shape), _method(config, shape)
     trainer = make_trainer(config, Gate())
 
     def fit() -> None:
         try:
-            _quietly(lambda: trainer.fit(method, data))
+            _quietly(lambda: trainer.fit(module, data))
         except Exception as error:
             reported.put(error)
 
@@ -72,21 +76,26 @@ def through_lightning(shape: dict[str, Any]) -> tuple[Work, Callable[[], None]]:
     return work, fit
 
 
-def bare_loop(shape: dict[str, Any]) -> Work:
+def bare_loop(shape: dict[str, Any], device: str = "cpu") -> Work:
     """The same model in a minimal loop, on episodes that are already normalised tensors."""
     config = _config(shape, episodes=10**6)
-    method = _method(config, shape).train()
+    method = _method(config, shape).train().to(device)
     bank, dataset = _noise(shape), _episodes(shape)
     episodes = []
     for number in range(shape["steps"]):
-        episodes.append(dataset[EpisodeNumber(0, number)].load(ImageTable(bank.images, "range")))
+        episode = dataset[EpisodeNumber(0, number)].load(ImageTable(bank.images, "range"))
+        episodes.append(episode.apply(lambda tensor: tensor.to(device)))
     return _loop(method, method.parameters(), cycle(episodes), shape["steps"])
 
 
-def textbook(shape: dict[str, Any]) -> Work:
+def textbook(shape: dict[str, Any], method: str = "protonet", device: str = "cpu") -> Work:
     """A DataLoader whose workers open a file for every image, and Conv4 as usually written."""
-    model = _textbook(shape)
-    return _loop(textbook_protonet(model), model.parameters(), iter(_png_loader(shape, 10**5)), shape["steps"])
+    model = _textbook(shape).to(device)
+    on_gpu = device != "cpu"
+    workers = min(8, os.cpu_count() or 1) if on_gpu else 2
+    loader = _png_loader(shape, 10**5, workers=workers, pin_memory=on_gpu)
+    episodes = (episode.apply(lambda tensor: tensor.to(device, non_blocking=True)) for episode in loader)
+    return _loop(TEXTBOOK[method](model), model.parameters(), episodes, shape["steps"])
 
 
 def _loop(
@@ -105,7 +114,7 @@ def _loop(
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        return torch.stack(losses).numpy()
+        return torch.stack(losses).cpu().numpy()
 
     return work
 
@@ -229,7 +238,37 @@ def contests() -> dict[str, Contest]:
     return found
 
 
-def _config(shape: dict[str, Any], episodes: int, test: int = 2) -> DictConfig:
+def device_contests(device: str) -> dict[str, Contest]:
+    """Training steps of prototypical and matching networks on a GPU."""
+    title = "{} steps of {}, {}-way {}-shot {} queries, {}x{}x{}"
+    keys = ("way", "shot", "query", "channels", "size", "size")
+    contests = {}
+    for name, method, words, shape in (
+        ("protonet_omniglot", "protonet", "prototypical networks", {**OMNIGLOT, "steps": 50}),
+        ("protonet_miniimagenet", "protonet", "prototypical networks", {**MINIIMAGENET, "steps": 20}),
+        ("matching_omniglot", "matching", "matching networks", {**MATCHING, "steps": 50}),
+    ):
+        settings = {"shape": shape, "device": device}
+        bare = [Entrant("ours, bare loop", bare_loop, settings)] if method == "protonet" else []
+        entrants = [
+            Entrant("ours, through Lightning", through_lightning, {**settings, "method": method}),
+            *bare,
+            Entrant("textbook", textbook, {**settings, "method": method}),
+        ]
+        # A GPU rounds convolutions to TF32, and rounding differences grow with each step.
+        contests[name] = Contest(
+            title.format(shape["steps"], words, *(shape[key] for key in keys)),
+            entrants,
+            (shape["steps"], "episodes"),
+            tolerance=0.2,
+            pause=0.2,
+        )
+    return contests
+
+
+def _config(
+    shape: dict[str, Any], episodes: int, test: int = 2, method: str = "protonet", device: str = "cpu"
+) -> DictConfig:
     run_dir = tempfile.mkdtemp()
     task = [f"{key}={shape[key]}" for key in ("way", "shot", "query")]
     return compose(
@@ -241,7 +280,8 @@ def _config(shape: dict[str, Any], episodes: int, test: int = 2) -> DictConfig:
         f"test.episodes={test}",
         f"dataset.size={shape['size']}",
         f"dataset.channels={shape['channels']}",
-        "hardware=cpu",
+        f"method={method}",
+        f"hardware={'cpu' if device == 'cpu' else 'gpu'}",
         f"optimizer.lr={LEARNING_RATE}",
         "schedule=none",
         f"run_dir={run_dir}",
@@ -281,7 +321,9 @@ def _episodes(shape: dict[str, Any], split: str = "train") -> EpisodeDataset:
     return EpisodeDataset(_noise(shape), split, shape["way"], shape["shot"], shape["query"], seed=0)
 
 
-def _png_loader(shape: dict[str, Any], episodes: int, split: str = "train") -> DataLoader[Episode]:
+def _png_loader(
+    shape: dict[str, Any], episodes: int, split: str = "train", workers: int = 2, pin_memory: bool = False
+) -> DataLoader[Episode]:
     """Load the same episodes from one file per image."""
     folder = Path(tempfile.gettempdir()) / f"images{shape['size']}"
     bank = _noise(shape)
@@ -291,12 +333,12 @@ def _png_loader(shape: dict[str, Any], episodes: int, split: str = "train") -> D
             Image.fromarray(pixels.squeeze()).save(folder / f"{number}.png", compress_level=1)
     dataset = PngEpisodes(_episodes(shape, split), folder)
     sampler = [EpisodeNumber(0, number) for number in range(episodes)]
-    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=2)
+    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin_memory)
 
 
 def _jpegs(images: int) -> Path:
     """Write images of noise, one folder per class."""
-    folder = Path(tempfile.gettempdir()) / "jpegs"
+    folder = Path(tempfile.gettempdir()) / f"jpegs-{os.getpid()}"  # entrants start at the same time
     if not folder.exists():
         random = np.random.default_rng(0)
         for number in range(images):

@@ -83,7 +83,7 @@ def bench(config: DictConfig) -> None:
     from benchmarks.contest import bench
     from benchmarks.suite import choose
 
-    bench(choose(config.only), config.rounds, Path(config.out).expanduser())
+    bench(choose(config.only, config.device), config.rounds, Path(config.out).expanduser(), config.device)
 
 
 COMMANDS = {

@@ -88,14 +88,14 @@ def check_hardware(hardware: Mapping[str, Any]) -> None:
     accelerator, found = hardware["accelerator"], device_type(hardware)
     if accelerator in {"gpu", "cuda"} and found == "cpu":
         raise FewShotError(
-            f"hardware.accelerator={accelerator}: {_why_no_gpu()}. What is there: {_cpu()}; choose hardware=cpu"
+            f"hardware.accelerator={accelerator}: {why_no_gpu()}. What is there: {_cpu()}; choose hardware=cpu"
         )
     if accelerator == "mps" and found == "cpu":
         raise FewShotError(
             f"hardware.accelerator=mps: there is no Apple silicon, or no PyTorch for it. What is there: {_cpu()}; "
             "choose hardware=cpu or hardware=auto"
         )
-    if accelerator == "auto" and found == "cpu" and "driver" in (why := _why_no_gpu()) and NO_DRIVER not in why:
+    if accelerator == "auto" and found == "cpu" and "driver" in (why := why_no_gpu()) and NO_DRIVER not in why:
         _warn(f"hardware.accelerator=auto: {why}. Using the CPU")
     if found == "cuda":
         _check_devices(hardware.get("devices", 1))
@@ -167,7 +167,8 @@ def _warn(line: str) -> None:
     say(f"warning: {line}", error=True)
 
 
-def _why_no_gpu() -> str:
+def why_no_gpu() -> str:
+    """Return why PyTorch finds no GPU."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"this PyTorch ({torch.__version__}) is built for the CPU alone; see pytorch.org for one with CUDA"
     try:

@@ -4,8 +4,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.contest import Contest, Entrant, bench, run
+from benchmarks.suite import choose
 from fewshot.errors import FewShotError
 from programs import FORKED
 
@@ -62,3 +64,11 @@ def test_error_lists_the_contests_for_an_unknown_name(cli):
     done = cli("only=[mamal]", script="bench.py")
     assert done.returncode == 1
     assert done.stderr.startswith("error: only=mamal is not a benchmark: choose from protonet_omniglot")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_benchmark_needs_a_gpu():
+    with pytest.raises(FewShotError, match=r"^device=cuda: .*; choose device=cpu$"):
+        choose(None, "cuda")
+    with pytest.raises(FewShotError, match="device=gpu must be cpu or cuda"):
+        choose(None, "gpu")

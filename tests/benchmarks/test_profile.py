@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.profile import KINDS_AND_ELSE, OTHER, convolution_peak, profile_step
+from benchmarks.contest import Contest, Entrant, show
+from benchmarks.profile import KINDS_AND_ELSE, OTHER, convolution_peak, profile_step, union
 
 
 @pytest.fixture
@@ -32,3 +33,17 @@ def test_all_of_the_time_is_attributed_and_operations_are_counted(step):
 
 def test_the_peak_is_plausible():
     assert 1e8 < convolution_peak(rounds=1) < 1e15
+
+
+def test_the_time_in_which_a_gpu_is_busy_counts_once():
+    assert union([]) == 0
+    assert union([(5, 6), (0, 2), (1, 3), (1, 2), (3, 4)]) == 5
+
+
+def test_a_gpu_contest_reports_the_share_in_which_the_gpu_is_idle(capsys):
+    contest = Contest("steps", [Entrant("ours", lambda: None)])
+    result = {"name": "ours", "seconds": [0.5], "median": 0.5, "ratio": 1.0, "peak_bytes": 2**20}
+    show(contest, [{**result, "idle": 0.25}])
+    assert "GPU idle" in (shown := capsys.readouterr().out) and "25%" in shown
+    show(contest, [result])
+    assert "GPU idle" not in capsys.readouterr().out

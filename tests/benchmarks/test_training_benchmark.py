@@ -37,3 +37,20 @@ def test_all_loaders_make_the_same_episodes():
 
 def test_the_bank_matches_the_files():
     np.testing.assert_array_equal(training.build_bank(100)(), training.textbook_build(100)())
+
+
+def test_the_contests_for_a_gpu_compute_the_same(monkeypatch):
+    for name in ("OMNIGLOT", "MINIIMAGENET", "MATCHING"):
+        monkeypatch.setattr(training, name, SHAPE)
+    contests = training.device_contests("cpu")
+    assert list(contests) == ["protonet_omniglot", "protonet_miniimagenet", "matching_omniglot"]
+    for name in ("protonet_omniglot", "matching_omniglot"):
+        results = []
+        for entrant in contests[name].entrants:
+            work = entrant.build(**{**entrant.settings, "shape": SHAPE})
+            if isinstance(work, tuple):
+                work, fit = work
+                threading.Thread(target=fit, daemon=True).start()
+            results.append(work())
+        for losses in results[1:]:
+            np.testing.assert_allclose(losses, results[0], rtol=1e-3)

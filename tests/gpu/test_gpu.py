@@ -326,7 +326,8 @@ class WithoutWaits(pl.Callback):
 def test_the_host_never_waits_for_a_training_step(make_config, device, name, precision, room, monkeypatch):
     if device == "cpu" and (precision != "32-true" or not room):
         pytest.skip("the same on the CPU")
-    monkeypatch.setattr("fewshot.callbacks.asynchronous", lambda _: True)
+    for module in ("callbacks", "progress"):
+        monkeypatch.setattr(f"fewshot.{module}.asynchronous", lambda _: True)
     if not room:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 0))
     steps = 8
