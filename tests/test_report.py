@@ -197,6 +197,18 @@ def test_a_cell_has_a_line_for_each_setting_and_one_if_it_did_not_run(capsys):
     ]
 
 
+def test_runs_on_a_gpu_have_lines_of_their_own_that_name_it(capsys):
+    gpu = {"processor": "abacus", "threads": 16, "accelerator": "NVIDIA H100"}
+    on_gpu = [result(seed=seed, machine=gpu) for seed in (0, 1)]
+    lines = ran(result(seed=0), *on_gpu, evaluation(on_gpu[0], 5, 1, machine={"processor": "abacus"}))
+    assert [(line.seeds, line.settings) for line in lines] == [
+        ([0], "cpu"),
+        ([0, 1], "cpu, machine.accelerator=NVIDIA H100"),
+    ]
+    assert lines[1].machine == "NVIDIA H100, abacus, 16 threads"
+    assert "counted once" in capsys.readouterr().err  # the evaluation repeats the run's own test
+
+
 @pytest.mark.parametrize(
     ("other", "named"),
     [

@@ -53,15 +53,15 @@ OPTIONAL = {
     "run_config": dict,
 }
 SPLITS = ("train", "val", "test")
-# Configuration keys that do not affect accuracy: paths, hardware (rounding differences between devices do not count as
-# different settings), logging, and names that other keys spell out. All other keys count.
+# Configuration keys that do not affect accuracy: paths, hardware (a GPU counts, by its name; differences between
+# processors and numbers of threads do not), logging, and names that other keys spell out. All other keys count.
 NOT_DECISIVE = (
     "seed",  # runs of one line differ in it
     "test",  # the result itself records it, like the task
     "choices",
     "distance",  # repeated in method, if the method has one
     "encoder",  # repeated in method
-    "hardware",  # except the precision, which the result records
+    "hardware",  # except the precision and the GPU, which the result records
     "data_dir",
     "dataset.source.data_dir",
     "cache_dir",
@@ -207,7 +207,7 @@ def by_settings(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def settings(result: Result) -> Settings:
-    """Return everything that affects accuracy except the seed: data, precision, configuration and the test's task.
+    """Return everything that affects accuracy except the seed: data, precision, GPU, configuration and the test's task.
 
     Keys without a value are left out, so that keys added by later versions make no difference by themselves.
     """
@@ -217,6 +217,8 @@ def settings(result: Result) -> Settings:
         **{key: value for key, value in _flat(run) if not _is_below(key, NOT_DECISIVE)},
         "encoder_init": (result.get("encoder_init") or {}).get("sha256"),
         "test.episodes": result["episodes"],
+        # A GPU rounds convolutions to TF32 by default, and few GPUs repeat each other's results.
+        "machine.accelerator": (result.get("machine") or {}).get("accelerator"),
     }
     if len(result.get("precisions") or []) > 1:  # the run was resumed with a different precision
         decisive["precisions"] = ", ".join(map(str, result["precisions"]))
@@ -264,7 +266,7 @@ def is_evaluation(result: Result) -> bool:
 
 def _test_of(result: Result) -> str:
     """Identify the run and the test task of a result, regardless of the number of episodes."""
-    free = ("test.episodes", "test.query", "test.eval_seed", "meta_batch")
+    free = ("test.episodes", "test.query", "test.eval_seed", "meta_batch", "machine.accelerator")
     same = {key: value for key, value in settings(result).items() if key not in free}
     return json.dumps([same, seed_of(result)], sort_keys=True)
 

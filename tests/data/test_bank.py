@@ -4,7 +4,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,36 @@ def test_a_class_in_two_splits_is_refused(file, tmp_path):
     leak = ImageClass("class 0", "test", 1, good[1].load)
     with pytest.raises(FewShotError, match="class 0 of toy occurs twice, in train and in test"):
         open_bank("toy", Source([file], lambda: [*good, leak]), {}, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_many_classes_are_loaded_by_threads_in_order(file, tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(module.os, "cpu_count", lambda: cores)
+    count = module.LOADED_TOGETHER  # each class is a job
+    images = [np.full((count, 2, 2, 1), number, dtype=np.uint8) for number in range(12)]
+    together, loading = threading.Barrier(min(cores, 2)), threading.Semaphore(cores)
+
+    def load(number):
+        assert loading.acquire(blocking=False)
+        if number in (4, 5):  # with several cores, both are loaded at the same time
+            together.wait(60)
+        loading.release()
+        return images[number]
+
+    classes = [ImageClass(str(number), SPLITS[number % 4], count, partial(load, number)) for number in range(12)]
+    bank = open_bank("toy", Source([file], lambda: classes), {}, tmp_path / "cache")
+    assert torch.equal(bank.images, torch.from_numpy(np.concatenate(images)))
+
+
+def test_a_class_that_cannot_be_loaded_by_a_thread_is_named(file, tmp_path):
+    def broken():
+        raise FewShotError("cannot read the image x.png")
+
+    good = [ImageClass(str(number), "train", 50, lambda: np.zeros((50, 4, 4, 1), np.uint8)) for number in range(30)]
+    source = Source([file], lambda: [*good, ImageClass("broken", "val", 1, broken)])
+    with pytest.raises(FewShotError, match=r"^cannot read the image x\.png$"):
+        open_bank("toy", source, {}, tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_writing_to_the_images_never_reaches_the_disk(file, tmp_path):

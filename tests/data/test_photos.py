@@ -119,6 +119,7 @@ def test_a_file_that_cannot_be_read_or_is_cut_short_or_too_large_is_named(monkey
     for read in (fail, lambda: short):
         with pytest.raises(FewShotError, match=r"cannot read the image x\.png"):
             read_photo(ImageFile("x.png", read), 8, 3)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(FewShotError, match="decompression bomb"):
-        read_photo(file_of(PHOTO), 8, 3)
+    for limit, message in ((100, "decompression bomb"), (PHOTO.width * PHOTO.height - 1, "at most [0-9,]+ are read")):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(FewShotError, match=message):
+            read_photo(file_of(PHOTO), 8, 3)

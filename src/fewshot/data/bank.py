@@ -7,9 +7,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +30,8 @@ from fewshot.text import for_terminal, say
 
 SPLITS = ("train", "val", "test")
 MakeSource = TypeVar("MakeSource", bound=Callable[..., Any])
+LOADED_TOGETHER = 160  # images that a thread loads at a time: of Omniglot, the four turns of two characters
+MOST_THREADS = 8
 FORMAT = 4  # raised whenever what a bank holds changes, so that older caches are built anew
 
 
@@ -38,7 +43,8 @@ class ImageClass:
         name: unique in the data set.
         split: "train", "val" or "test".
         count: how many images ``load`` returns.
-        load: reads the images: uint8 ``[count, height, width, channels]``, of one shape throughout the data set.
+        load: reads the images: uint8 ``[count, height, width, channels]``, of one shape throughout the data set. It
+            may be called in any thread while other classes are loaded.
     """
 
     name: str
@@ -246,10 +252,10 @@ def _build(
         offsets = [0, *accumulate(c.count for c in classes)]
         audit, digest, class_digests = Audit(), hashlib.sha256(), []
         # Written rather than mapped: a full disk is an error then, not the end of the process.
-        with (partial / "images.npy").open("wb") as file:
+        with (partial / "images.npy").open("wb") as file, closing(_load(classes)) as all_images:
             description = escape(f"building the image bank of {for_terminal(name)}")
             for number, image_class in enumerate(track(classes, description=description, transient=True)):
-                images = image_class.load()
+                images = next(all_images)
                 if number == 0:
                     shape = images.shape[1:]
                     _check_room(partial, name, offsets[-1] * images[0].nbytes)
@@ -280,6 +286,33 @@ def _build(
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _load(classes: Sequence[ImageClass]) -> Generator[NDArray[np.uint8], None, None]:
+    """Load classes in threads, and return their images in order.
+
+    A thread takes some neighbouring classes at a time, since these may share files. Decoding images releases Python's
+    global lock. The first classes are loaded one by one, so that a full disk is noticed before much is read.
+    """
+    ends = accumulate(image_class.count for image_class in classes)
+    jobs = [
+        list(job) for _, job in groupby(zip(classes, ends, strict=True), lambda pair: (pair[1] - 1) // LOADED_TOGETHER)
+    ]
+    for image_class, _ in jobs[0]:
+        yield image_class.load()
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    waiting: deque[Future[list[NDArray[np.uint8]]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="fewshot-bank") as pool:
+        try:
+            for job in jobs[1:]:
+                waiting.append(pool.submit(lambda job=job: [image_class.load() for image_class, _ in job]))
+                if len(waiting) > threads:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _check_room(directory: Path, name: str, size: int) -> None:
