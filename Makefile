@@ -3,7 +3,7 @@ PYTHON ?= $(or $(shell for version in 3.13 3.12 3.11; do python$$version -c 'imp
     echo python$$version && break; done),python3)
 VENV ?= .venv
 
-.PHONY: train test test-all lint bench reproduce report dashboard notebooks demo docs
+.PHONY: train test test-all test-gpu lint bench gpu reproduce report dashboard notebooks demo docs
 train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
 	$(VENV)/bin/python src/train.py
 
@@ -23,6 +23,12 @@ lint: $(VENV)/installed-dev  ## check style and types
 
 bench: $(VENV)/installed  ## benchmark against other implementations; keep the machine idle otherwise
 	$(VENV)/bin/python src/bench.py
+
+test-gpu: $(VENV)/installed-dev  ## run the tests for GPUs; without a GPU, the same on the CPU
+	$(VENV)/bin/python -m pytest tests/gpu --confcutdir=tests/gpu
+
+gpu: $(VENV)/installed-dev  ## use a GPU for 15 minutes: test suite, benchmark, then trainings; call again to resume
+	$(VENV)/bin/python src/benchmarks/quarter_hour.py
 
 # Resumes when called again after an interruption; a failed cell does not stop the others.
 reproduce: $(VENV)/installed  ## train and test every Omniglot cell of the articles' tables, an hour each at most

@@ -66,6 +66,7 @@ ELSEWHERE = {
     r"torchrun|srun|hardware=ddp( |$)": "needs several machines or GPUs; tests/test_distributed.py has two processes",
     r"launcher=(submitit|ray)": "needs a cluster",
     r"figure=(maml_graph|time_profile)": "takes minutes; see tests/figures",
+    r"device=cuda": "needs a GPU; see tests/benchmarks",
     r"fewshot demo": "serves until stopped; see tests/test_demo.py",
 }
 SUBPROCESS = r"launcher=joblib|hardware=ddp_cpu"  # child processes run the main program's file

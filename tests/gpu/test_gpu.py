@@ -1,6 +1,6 @@
 """The GPU suite: everything that must hold on a GPU; the same tests run on the CPU, tiny, if there is none.
 
-``python -m pytest tests/gpu -n 0 --confcutdir=tests/gpu`` is meant to take under four minutes on one GPU. It needs no
+``python -m pytest tests/gpu --confcutdir=tests/gpu`` is meant to take under four minutes on one GPU. It needs no
 network, and only pytest and the project's own dependencies: ``--confcutdir`` leaves out tests/conftest.py, which needs
 more.
 """
@@ -421,6 +421,7 @@ def test_memory_stays_flat(make_config, device, name):
     assert max(memory.used[-third:]) <= 1.01 * max(memory.used[third : 2 * third])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
 def test_two_processes_compute_what_one_does(device, backend, cache, tmp_path):
     if backend == "nccl" and GPUS < 2:

@@ -305,7 +305,7 @@ def _load(classes: Sequence[ImageClass]) -> Generator[NDArray[np.uint8], None, N
     with ThreadPoolExecutor(threads, thread_name_prefix="fewshot-bank") as pool:
         try:
             for job in jobs[1:]:
-                waiting.append(pool.submit(lambda job=job: [image_class.load() for image_class, _ in job]))
+                waiting.append(pool.submit(_load_job, [image_class for image_class, _ in job]))
                 if len(waiting) > threads:
                     yield from waiting.popleft().result()
             while waiting:
@@ -313,6 +313,10 @@ def _load(classes: Sequence[ImageClass]) -> Generator[NDArray[np.uint8], None, N
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _load_job(classes: Sequence[ImageClass]) -> list[NDArray[np.uint8]]:
+    return [image_class.load() for image_class in classes]
 
 
 def _check_room(directory: Path, name: str, size: int) -> None:
