@@ -125,8 +125,10 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of image banks for the whole session, which is also the default one."""
-    path = tmp_path_factory.mktemp("cache")
+    """A cache of image banks for the whole session and all of its processes, which is also the default one."""
+    path = tmp_path_factory.getbasetemp()
+    path = (path.parent if "PYTEST_XDIST_WORKER" in os.environ else path) / "cache"
+    path.mkdir(exist_ok=True)
     os.environ["FEWSHOT_CACHE_DIR"] = str(path)
     return path
 

@@ -151,7 +151,7 @@ def tables(
 
 
 def classes(path: str = "{split}/{label}/{name}", splits: Mapping[str, str] | None = None, **options: Any) -> Files:
-    """A folder a split with a folder a class."""
+    """One folder per split with one folder per class."""
     return {
         found: contents
         for split in SPLITS
@@ -387,7 +387,7 @@ MINIIMAGENET = [
     Layout(
         "no folder for val",
         below("miniimagenet", photos(["train", "test"], path="{split}/{label}/{name}")),
-        message=r"miniimagenet has test, train, but no folder for val: put val/ beside them",
+        message=r"miniimagenet has test, train, but no folder for val: add val/",
     ),
     Layout(
         "no cache for validation",
@@ -412,12 +412,12 @@ MINIIMAGENET = [
     Layout(
         "both val/ and validation/",
         below("miniimagenet", classes(), classes(splits=VALIDATION)),
-        message=r"has several folders for val: val, validation; keep one there",
+        message=r"has several folders for val: val, validation; keep one of them",
     ),
     Layout(
         "something else in the folder",
         below("miniimagenet", {"notes/README.md": b"hello"}),
-        message=r"miniImageNet is not what lies in .*miniimagenet, .*miniimagenet holds notes/",
+        message=r"miniImageNet was not recognised in .*miniimagenet, .*miniimagenet holds notes/",
     ),
     Layout("an empty data_dir", {}, message=r"miniImageNet is not in .* holds nothing"),
     # Other data are not taken for it.

@@ -109,6 +109,7 @@ def overrides(draw: st.DrawFn) -> str:
 @example(["+=omniglot"])
 @example(["val=???"])
 @example(["seed=${oc.env:HOME}"])
+@pytest.mark.slow
 def test_any_command_line_gives_a_configuration_or_an_error_of_one_line(given_overrides):
     try:
         with nothing_touched():

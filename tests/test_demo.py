@@ -161,7 +161,7 @@ def bomb() -> bytes:
 
 
 HOSTILE = {
-    "PostScript is a program, and is not run": lambda: png(np.zeros((9, 9, 3), dtype=np.uint8), "EPS"),
+    "PostScript is a program and is not run": lambda: png(np.zeros((9, 9, 3), dtype=np.uint8), "EPS"),
     "exceeds limit of": bomb,
     "not an image in a known format": lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
     "is blank: it has only one colour": lambda: png(np.full((9, 9), 7, dtype=np.uint8)),

@@ -40,10 +40,10 @@ SHORT = [
 ]
 METHODS = {
     "protonet": ["method=protonet", "schedule.step_size=5", "transform=crop_flip"],
-    "matching": ["method=matching", "distance=scaled_cosine", "distance.learn=true"],
-    "matching_fce": ["method=matching_fce"],
-    "maml": ["method=maml", "train.meta_batch=2", "schedule=cosine", "transform=crop_flip_colour"],
-    "maml_1st": ["method=maml", "method.order=1", "train.meta_batch=3"],
+    "matching": ["method=matching", "distance=scaled_cosine", "distance.learn=true", "pictures=false"],
+    "matching_fce": ["method=matching_fce", "pictures=false"],
+    "maml": ["method=maml", "train.meta_batch=2", "schedule=cosine", "transform=crop_flip_colour", "pictures=false"],
+    "maml_1st": ["method=maml", "method.order=1", "train.meta_batch=3", "pictures=false"],
 }
 
 

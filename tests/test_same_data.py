@@ -83,7 +83,7 @@ def moved_and_renamed(data: Path) -> str:
 
 def other_images(data: Path) -> str:
     Image.new("RGB", (16, 16), "red").save(data / "test" / "h" / "0.png")
-    return "other images: h;"
+    return "different images: h;"
 
 
 @pytest.mark.parametrize("change", [added, removed, renamed, moved, moved_and_renamed, other_images])

@@ -17,7 +17,10 @@ from fewshot.data.images import normalise
 from fewshot.results import read_results
 from fewshot.training import make_data, train
 
-TINY = ["train.episodes=6", "train.way=3", "val.every=4", "val.episodes=3", "test.episodes=5"]
+TINY = [
+    *("train.episodes=6", "train.way=3", "val.every=4", "val.episodes=3", "test.episodes=5"),
+    *("encoder.filters=16", "pictures=false"),
+]
 KEYS = (
     "dataset method distance encoder experiment budget way shot query accuracy ci95 episodes seed train_seconds "
     "train_episodes_per_second machine versions commit overrides"
@@ -41,7 +44,7 @@ def results_of(directory: Path) -> dict:
 def test_a_run_from_another_directory_writes_only_to_its_run_directory(cli, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     run_dir = tmp_path / "run"
-    done = cli(*TINY, "seed=3", f"hydra.run.dir={run_dir}", cwd=tmp_path / "elsewhere", fresh=True)
+    done = cli(*TINY, "seed=3", "pictures=true", f"hydra.run.dir={run_dir}", cwd=tmp_path / "elsewhere", fresh=True)
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "elsewhere").iterdir())
     results = results_of(run_dir)
@@ -49,7 +52,7 @@ def test_a_run_from_another_directory_writes_only_to_its_run_directory(cli, tmp_
     assert (results["dataset"], results["method"], results["distance"]) == ("glyphs", "protonet", "l2")
     assert (results["way"], results["shot"], results["query"], results["seed"]) == (5, 1, 15, 3)
     assert results["episodes"] == 5 and 0 < results["accuracy"] <= 1 and 0 < results["ci95"] < 1
-    assert results["overrides"] == [*TINY, "seed=3"]
+    assert results["overrides"] == [*TINY, "seed=3", "pictures=true"]
     assert [(v["trained_episodes"], v["episodes"]) for v in results["validations"]] == [(4, 3), (6, 3)]
     assert results["val_accuracy"] == pytest.approx(max(v["accuracy"] for v in results["validations"]))
     assert f"{results['accuracy']:.2%}" in done.stdout

@@ -172,6 +172,7 @@ def harmless(outcomes):
 
 @settings(max_examples=max(FUZZ // FUZZ_TESTS, 60))
 @given(data=st.data())
+@pytest.mark.slow
 def test_no_hostile_configuration_runs_code_or_reads_the_environment(good, read, data):
     config = good["hyper_parameters"]
     for _ in range(data.draw(st.integers(1, 2))):

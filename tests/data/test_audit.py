@@ -29,10 +29,10 @@ def test_a_data_set_in_order_has_no_findings():
         (
             "ab",
             ("train", "test"),
-            "pictures that are in more than one split, .*: b number 2 (test) = a number 4 (train)",
+            "duplicate images in more than one split, .*: b number 2 (test) = a number 4 (train)",
         ),
-        ("ab", ("val", "val"), "pictures that are in two classes of a split, .*: a number 4 (val) = b number 2 (val)"),
-        ("a", ("val",), "pictures that are twice in a class, .*: a number 4 (val) = a number 6 (val)"),
+        ("ab", ("val", "val"), "duplicate images in two classes of a split, .*: a number 4 (val) = b number 2 (val)"),
+        ("a", ("val",), "duplicate images twice in a class, .*: a number 4 (val) = a number 6 (val)"),
     ],
 )
 def test_a_picture_that_occurs_twice_is_told(names, splits, told):
@@ -66,20 +66,20 @@ def test_classes_without_content_are_told():
     found = findings(
         ("a", "train", blank), ("b", "train", alike), ("c", "val", pictures(1)), ("d", "test", pictures(3))
     )
-    assert "classes that are blank, every image of one colour: a (train) (1 in all)" in found
-    assert "classes that hold one picture over and over: b (train) (1 in all)" in found
+    assert "blank classes, in which every image has one colour: a (train) (1 in all)" in found
+    assert "classes that consist of one repeated image: b (train) (1 in all)" in found
     assert len(found) == 3  # the last: a picture that is in a class twice
 
 
 @pytest.mark.parametrize(
-    ("splits", "names", "told"),
+    ("splits", "names", "reported"),
     [
-        (("train", "test"), "ab", "in more than one split, so that the network is judged by what it has seen"),
-        (("val", "val"), "ab", "in two classes of a split, so that nothing tells these apart"),
-        (("val", "val"), "aa", "twice in a class, so that a query may be its own support sample"),
+        (("train", "test"), "ab", "in more than one split, so that the network is tested on what it was trained on"),
+        (("val", "val"), "ab", "in two classes of a split, so that nothing distinguishes these"),
+        (("val", "val"), "aa", "twice in a class, so that a query may be among its own support samples"),
     ],
 )
-def test_pictures_that_are_nearly_the_same_are_told_with_their_places(splits, names, told):
+def test_near_duplicates_are_reported_with_their_positions(splits, names, reported):
     noise = RANDOM.integers(0, 256, (6, 10, 10, 3), dtype=np.uint8)
     images = np.stack([np.asarray(Image.fromarray(of).resize((40, 40), Image.BICUBIC)) for of in noise])
     images[4] = (images[1].astype(np.int16) + RANDOM.integers(-2, 3, images[1].shape)).clip(0, 255)[:, ::-1]
@@ -88,6 +88,6 @@ def test_pictures_that_are_nearly_the_same_are_told_with_their_places(splits, na
     )
     (line,) = findings(*parts)
     first, other = f"a number 2 ({splits[0]})", "a number 5 (val)" if names == "aa" else f"b number 2 ({splits[1]})"
-    assert line.startswith(f"pictures that are nearly the same (recompressed, resized or mirrored) {told}: ")
+    assert line.startswith(f"near-duplicate images (recompressed, resized or mirrored) {reported}: ")
     assert f"{first} ~ {other}" in line or f"{other} ~ {first}" in line
     assert line.endswith("(1 in all)")

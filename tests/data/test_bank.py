@@ -355,7 +355,7 @@ except FewShotError as error:
 
 def test_a_bank_that_is_larger_than_the_free_space_is_refused_before_it_is_written(file, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 159))
-    with pytest.raises(FewShotError, match=r"bank of toy takes 0 MB, and there are 0 MB free in .*cache; make room"):
+    with pytest.raises(FewShotError, match=r"bank of toy needs 0 MB, and .*cache has 0 MB free; free some space"):
         open_bank("toy", make_source(file), {}, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("toy*/*"))
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 160))

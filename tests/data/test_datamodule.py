@@ -124,7 +124,7 @@ def test_a_step_has_an_episode_for_each_piece_of_each_process():
     assert [[number for _, number in share.numbers] for share in shares] == [[1], [4]]
     assert [share.weight for share in shares] == [1, 1]
     assert [share.completes for share in shares] == [False, True] and shares[0][2:4] == shares[1][2:4] == (0, 6)
-    with pytest.raises(FewShotError, match=r"val\.episodes=5 cannot be shared out to 6 processes; ask for at least"):
+    with pytest.raises(FewShotError, match=r"val\.episodes=5 cannot be shared out to 6 processes; request at least"):
         make(trainer=trainer_of(world_size=6)).setup()
 
 

@@ -126,7 +126,7 @@ def test_an_episode_that_cannot_be_drawn_is_refused(changes, told):
 @pytest.mark.parametrize(("counts", "told"), [([5], "only the class class 1"), ([], "no class")])
 def test_a_split_with_nothing_to_tell_apart_is_refused(counts, told):
     bank = make_bank({"train": [9], "val": counts, "test": [6] * 8})
-    with pytest.raises(FewShotError, match=f"the val split has {told}, and there is nothing to tell apart"):
+    with pytest.raises(FewShotError, match=f"the val split has {told}; an episode needs at least 2"):
         EpisodeDataset(bank, "val", way=5, shot=1, query=1, seed=0)
 
 

@@ -181,7 +181,7 @@ def test_a_picture_that_is_a_program_is_not_run(monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "has_ghostscript", lambda: True)
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("it was run"))
     contents = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch owned) (w) file\n"
-    with pytest.raises(FewShotError, match=r"bird\.jpg: PostScript is a program, and is not run"):
+    with pytest.raises(FewShotError, match=r"bird\.jpg: PostScript is a program and is not run"):
         decode(ImageFile("bird.jpg", lambda: contents), 8, 3)
 
 

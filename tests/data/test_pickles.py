@@ -58,7 +58,7 @@ def test_arrays_come_back(protocol, dtype, order):
 def test_lists_of_numbers_come_back_whatever_holds_them(protocol, value):
     found = to_list(read(pickle.dumps(value, protocol)), 2)
     assert found == [3, 1] and {type(number) for number in found} == {int}
-    with pytest.raises(ValueError, match="a list of 2 entries, where 1 are the most there can be"):
+    with pytest.raises(ValueError, match="a list of 2 entries, more than 1"):
         to_list(read(pickle.dumps(value, protocol)), 1)
 
 
@@ -105,7 +105,7 @@ def test_an_exploit_is_refused_and_nothing_of_it_happens(tmp_path, kind, protoco
     marker = tmp_path / "owned.npy"
     contents = pickle.dumps(CACHE | {"extra": exploits(marker)[kind]}, protocol)
     with pytest.raises(
-        (pickle.UnpicklingError, TypeError), match=r"asks for|calls|are no numbers|in an unexpected place"
+        (pickle.UnpicklingError, TypeError), match=r"names|calls|are not numbers|in an unexpected place"
     ):
         read(contents)
     assert not marker.exists()

@@ -1,4 +1,4 @@
-"""Pictures that are nearly the same: copies are found, and what only resembles each other is not taken for one."""
+"""Near-duplicates: copies are found, and similar images are not mistaken for copies."""
 
 from io import BytesIO
 
@@ -113,5 +113,5 @@ def test_very_many_copies_are_counted_no_further_than_to_a_limit():
     audit = Audit()
     audit.add("film", "train", frames)
     (line,) = audit.findings(frames.__getitem__)
-    assert line.startswith("pictures that are nearly the same (recompressed, resized or mirrored) twice in a class")
+    assert line.startswith("near-duplicate images (recompressed, resized or mirrored) twice in a class")
     assert line.endswith("(1,000 or more in all)")

@@ -1,4 +1,4 @@
-"""What makes an accuracy lie though every image can be read: reported, and left to the user's judgement."""
+"""Data-quality checks: duplicate and blank images. They are reported; whether they matter is for the user to judge."""
 
 from bisect import bisect_right
 from collections import defaultdict
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 from fewshot.data.twins import are_twins, candidates, thumbnails
 
-EXAMPLES = 3  # that a finding names
-MOST_FOUND = 1000  # pairs that are nearly the same, of each kind; there may be very many, as in the frames of a film
+EXAMPLES = 3  # shown in a finding
+MOST_FOUND = 1000  # near-duplicate pairs of each kind; there may be very many, as in the frames of a film
 
 
-class Place(NamedTuple):
-    """Where an image is.
+class Position(NamedTuple):
+    """Where an image is in a data set.
 
     Attributes:
         split: "train", "val" or "test".
-        name: of its class.
-        number: in its class, from 1.
+        name: the name of its class.
+        number: its number in the class, from 1.
     """
 
     split: str
@@ -29,96 +29,94 @@ class Place(NamedTuple):
     number: int
 
 
-# Of two places with the same picture, or nearly so: where they are, when that is so, and what comes of it.
-TWINS: Sequence[tuple[str, Callable[[Place, Place], bool], str]] = (
-    ("in more than one split", lambda a, b: a.split != b.split, "the network is judged by what it has seen"),
-    ("in two classes of a split", lambda a, b: a.split == b.split and a.name != b.name, "nothing tells these apart"),
-    ("twice in a class", lambda a, b: a.name == b.name, "a query may be its own support sample"),
+# Kinds of duplicates: where the two images are, the condition for that, and the consequence.
+DUPLICATES: Sequence[tuple[str, Callable[[Position, Position], bool], str]] = (
+    ("in more than one split", lambda a, b: a.split != b.split, "the network is tested on what it was trained on"),
+    ("in two classes of a split", lambda a, b: a.split == b.split and a.name != b.name, "nothing distinguishes these"),
+    ("twice in a class", lambda a, b: a.name == b.name, "a query may be among its own support samples"),
 )
 
 
 class Audit:
-    """Looks at the classes of a data set one by one, and tells what is odd about the whole."""
+    """Checks the classes of a data set one by one, and reports what is odd about the whole."""
 
     def __init__(self) -> None:
-        self._starts: list[int] = []  # the first image of each class, counted over all
+        self._starts: list[int] = []  # the number of the first image of each class
         self._classes: list[tuple[str, str]] = []  # split and name
         self._images = 0
-        self._first: dict[int, int] = {}  # the first image with a hash of its pixels
-        self._others: dict[int, list[int]] = defaultdict(list)  # by the first one, the images equal to it
-        self._small: list[NDArray[np.uint8]] = []  # thumbnails
+        self._first: dict[int, int] = {}  # the first image with each hash of pixels
+        self._others: dict[int, list[int]] = defaultdict(list)  # later images equal to a first one
+        self._thumbnails: list[NDArray[np.uint8]] = []
         self._blank: list[str] = []
-        self._alike: list[str] = []
+        self._repeated: list[str] = []
 
     def add(self, name: str, split: str, images: NDArray[np.uint8]) -> None:
-        """Take in one class.
+        """Check one class.
 
         Args:
             name: unique in the data set.
             split: "train", "val" or "test".
-            images: all of the class, uint8 ``[images, height, width, channels]``.
+            images: all images of the class, uint8 ``[images, height, width, channels]``.
         """
         pixels, size = images.tobytes(), images[0].size
-        # Python's own hash: quick, and as it is another one in each process, nobody can foresee what would collide.
+        # Python's hash is fast, and it is salted in each process, so nobody can construct collisions.
         hashes = [hash(pixels[start : start + size]) for start in range(0, len(pixels), size)]
-        for image, of in enumerate(hashes, start=self._images):
-            first = self._first.setdefault(of, image)
+        for image, pixel_hash in enumerate(hashes, start=self._images):
+            first = self._first.setdefault(pixel_hash, image)
             if first != image:
                 self._others[first].append(image)
         if all((image == image[0, 0]).all() for image in images):
             self._blank.append(f"{name} ({split})")
         elif len(set(hashes)) == 1 < len(images):
-            self._alike.append(f"{name} ({split})")
-        self._small.append(thumbnails(images))
+            self._repeated.append(f"{name} ({split})")
+        self._thumbnails.append(thumbnails(images))
         self._starts.append(self._images)
         self._classes.append((split, name))
         self._images += len(images)
 
     def findings(self, image: Callable[[int], NDArray[np.uint8]]) -> list[str]:
-        """A line for each kind of oddity; none for a data set that is in order.
+        """Return one line for each kind of problem; none if there are no problems.
 
         Args:
-            image: gives back the pixels of an image by its number among all, uint8 ``[height, width, channels]``.
+            image: returns the pixels of an image by its number in the data set, uint8 ``[height, width, channels]``.
         """
-        groups = [sorted(map(self._place, [first, *others])) for first, others in self._others.items()]
+        groups = [sorted(map(self._position, [first, *others])) for first, others in self._others.items()]
         lines = []
-        for where, holds, consequence in TWINS:
-            pairs = [pair for group in groups for pair in islice((p for p in pairwise(group) if holds(*p)), 1)]
-            lines += _line(_named(pairs, " = "), f"pictures that are {where}, so that {consequence}")
-        for (where, _, consequence), pairs in zip(TWINS, self._nearly_the_same(image), strict=True):
-            finding = (
-                f"pictures that are nearly the same (recompressed, resized or mirrored) {where}, so that {consequence}"
-            )
+        for where, holds, consequence in DUPLICATES:
+            pairs = [pair for group in groups for pair in islice((pair for pair in pairwise(group) if holds(*pair)), 1)]
+            lines += _line(_named(pairs, " = "), f"duplicate images {where}, so that {consequence}")
+        for (where, _, consequence), pairs in zip(DUPLICATES, self._near_duplicates(image), strict=True):
+            finding = f"near-duplicate images (recompressed, resized or mirrored) {where}, so that {consequence}"
             lines += _line(_named(pairs, " ~ "), finding, more=len(pairs) == MOST_FOUND)
-        lines += _line(self._blank, "classes that are blank, every image of one colour")
-        lines += _line(self._alike, "classes that hold one picture over and over")
+        lines += _line(self._blank, "blank classes, in which every image has one colour")
+        lines += _line(self._repeated, "classes that consist of one repeated image")
         return lines
 
-    def _nearly_the_same(self, image: Callable[[int], NDArray[np.uint8]]) -> list[list[tuple[Place, Place]]]:
-        """Of each kind of ``TWINS`` the pairs that are nearly the same and not the same, each picture taken once."""
-        once = np.array(list(self._first.values()), dtype=np.int64)
-        found: list[list[tuple[Place, Place]]] = [[] for _ in TWINS]
+    def _near_duplicates(self, image: Callable[[int], NDArray[np.uint8]]) -> list[list[tuple[Position, Position]]]:
+        """Return the near-duplicate pairs of each kind in ``DUPLICATES``; of equal images, only the first counts."""
+        distinct = np.array(list(self._first.values()), dtype=np.int64)
+        found: list[list[tuple[Position, Position]]] = [[] for _ in DUPLICATES]
         last = None
-        for one, other, mirror in candidates(np.concatenate(self._small)[once]):
-            numbers = int(once[one]), int(once[other])
-            pair = self._place(numbers[0]), self._place(numbers[1])
-            of_kind = next(pairs for pairs, (_, holds, _) in zip(found, TWINS, strict=True) if holds(*pair))
+        for one, other, mirror in candidates(np.concatenate(self._thumbnails)[distinct]):
+            numbers = int(distinct[one]), int(distinct[other])
+            pair = self._position(numbers[0]), self._position(numbers[1])
+            same_kind = next(pairs for pairs, (_, holds, _) in zip(found, DUPLICATES, strict=True) if holds(*pair))
             if (
                 numbers != last
-                and len(of_kind) < MOST_FOUND
+                and len(same_kind) < MOST_FOUND
                 and are_twins(image(numbers[0]), image(numbers[1]), mirror)
             ):
-                of_kind.append(pair)
-                last = numbers  # mirrored, it may be a candidate once more
+                same_kind.append(pair)
+                last = numbers  # the mirrored pair may follow
         return found
 
-    def _place(self, image: int) -> Place:
-        of = bisect_right(self._starts, image) - 1
-        return Place(*self._classes[of], image - self._starts[of] + 1)
+    def _position(self, image: int) -> Position:
+        number = bisect_right(self._starts, image) - 1
+        return Position(*self._classes[number], image - self._starts[number] + 1)
 
 
-def _named(pairs: Sequence[tuple[Place, Place]], sign: str) -> list[str]:
-    return [sign.join(f"{of.name} number {of.number} ({of.split})" for of in pair) for pair in pairs]
+def _named(pairs: Sequence[tuple[Position, Position]], sign: str) -> list[str]:
+    return [sign.join(f"{image.name} number {image.number} ({image.split})" for image in pair) for pair in pairs]
 
 
 def _line(examples: Sequence[str], finding: str, more: bool = False) -> list[str]:

@@ -1,6 +1,6 @@
 """The image bank: every image of a data set in one memory-mapped uint8 array, with an index of its classes.
 
-Reading files happens here, once; whatever comes after is a gather on a tensor.
+Files are read here, once; everything after that is a gather on a tensor.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ from fewshot.text import for_terminal, say
 
 SPLITS = ("train", "val", "test")
 MakeSource = TypeVar("MakeSource", bound=Callable[..., Any])
-LOADED_TOGETHER = 160  # images that a thread loads at a time: of Omniglot, the four turns of two characters
+LOADED_TOGETHER = 160  # images that a thread loads at a time: for Omniglot, the four rotations of two characters
 MOST_THREADS = 8
-FORMAT = 4  # raised whenever what a bank holds changes, so that older caches are built anew
+FORMAT = 4  # increased when the contents of banks change, so that older caches are rebuilt
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class ImageClass:
 
 @dataclass(frozen=True)
 class Source:
-    """What a data set's function returns: where its images are, and how to read them.
+    """The files of a data set and how to read them: what the function of a data set returns.
 
     Attributes:
-        files: every file the images are read from; a cached bank is stale once one of them changes.
-        classes: lists the classes. It is called only when no bank is cached, so it may be slow.
-        split: the name of the rule that assigns classes to splits, where the data set knows several or people use
-            several: results show it, and results of different rules never share a line.
+        files: all files the images are read from; a cached bank is stale if one of them changes.
+        classes: lists the classes; only called if no bank is cached, so it may be slow.
+        split: the name of the rule that assigns classes to splits, if several are in use. Results show it, and results
+            of different rules are never combined.
     """
 
     files: Sequence[Path]
@@ -72,14 +72,14 @@ class Source:
 def bright_ink(data_set: MakeSource) -> MakeSource:
     """Mark the function of a data set of letters or drawings whose ink is bright on black.
 
-    Images that are shown to a network of such a data set later are brought to the same, see ``read_photo``.
+    Images shown to a network of such a data set later are inverted to match, see ``read_photo``.
     """
     data_set.bright_ink = True  # type: ignore[attr-defined]
     return data_set
 
 
 def has_bright_ink(data_set: Any) -> bool:
-    """Whether a data set's function says so, see ``bright_ink``."""
+    """Return whether the function of a data set is marked with ``bright_ink``."""
     return bool(getattr(data_set, "bright_ink", False))
 
 
@@ -94,8 +94,8 @@ class ImageBank:
         splits: the split of each class.
         split_rule: see ``Source.split``.
         images_sha256: digest of the pixels, in the order of ``images``.
-        class_digests: of each class a digest of its pixels.
-        findings: what is odd about the images, a line each; see ``Audit``.
+        class_digests: a digest of the pixels of each class.
+        findings: problems with the images, one line each; see ``Audit``.
     """
 
     images: torch.Tensor
@@ -108,11 +108,11 @@ class ImageBank:
     findings: tuple[str, ...] = ()
 
     def classes(self, split: str) -> NDArray[np.int64]:
-        """The numbers of the classes of ``split``, int64 ``[classes of the split]``."""
+        """Return the numbers of the classes of ``split``, int64 ``[classes of the split]``."""
         return np.flatnonzero(np.array(self.splits) == split)
 
     def labelled(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """All images of ``split``: their positions, and their classes among those of the split.
+        """Return all images of ``split``: their positions, and their classes within the split.
 
         Returns:
             Both int64 ``[images of the split]``, the classes numbered from 0.
@@ -120,15 +120,15 @@ class ImageBank:
         classes = self.classes(split)
         spans = zip(self.offsets[classes], self.offsets[classes + 1], strict=True)
         positions = [torch.arange(int(first), int(end)) for first, end in spans]
-        labels = [torch.full_like(of_class, label) for label, of_class in enumerate(positions)]
+        labels = [torch.full_like(class_positions, label) for label, class_positions in enumerate(positions)]
         return torch.cat(positions), torch.cat(labels)
 
     def class_names(self, split: str) -> list[str]:
-        """The names of the classes of ``split``, in the order of ``classes``."""
+        """Return the names of the classes of ``split``, in the order of ``classes``."""
         return [self.names[c] for c in self.classes(split)]
 
     def without(self, names: Collection[str]) -> "ImageBank":
-        """The same images, with some classes in no split."""
+        """Return the same images, with some classes in no split."""
         splits = tuple("" if name in names else split for name, split in zip(self.names, self.splits, strict=True))
         return replace(self, splits=splits)
 
@@ -137,7 +137,7 @@ class ImageBank:
         return replace(self, splits=tuple("train" if split == "val" else split for split in self.splits))
 
     def record(self) -> dict[str, Any]:
-        """What identifies the data of a result: the split rule, and counts and digests of classes and images.
+        """Return what identifies the data of a result: the split rule, and counts and digests of classes and images.
 
         Two results with equal records were trained and tested on the same classes and the same pixels.
         """
@@ -160,23 +160,23 @@ def open_bank(
     cache_dir: str | Path,
     check: Callable[[Sequence[ImageClass]], None] | None = None,
 ) -> ImageBank:
-    """Open the bank of a data set from the cache, building it first where the cache has none for this source.
+    """Open the bank of a data set from the cache; build it first if the cache has none for this source.
 
-    A bank is built under a lock in a directory of another name and moved into place when it is whole: two
-    processes never build the same bank, and a build that dies leaves nothing that could be taken for a bank.
-    A bank may be deleted while it is open. It must not be shortened: its size is checked only when it is opened, and
-    the system ends a process (SIGBUS) that reads beyond the end of a file it has mapped.
+    A bank is built under a lock in a temporary directory, which is renamed when complete: two processes never build
+    the same bank, and an interrupted build leaves nothing that could be mistaken for one. A bank may be deleted while
+    it is open. It must not be truncated: its size is only checked when it is opened, and the system kills a process
+    (SIGBUS) that reads beyond the end of a mapped file.
 
     Args:
         name: the data set's name, for the file name and messages.
         source: where the images come from.
-        settings: what the images depend on beside the files, as JSON can hold it; a change builds a new bank.
-        cache_dir: where banks are kept; ``~`` is the home directory.
-        check: refuses classes that a bank need not be built of, before any image is read; it is called only then.
+        settings: what the images depend on in addition to the files, serialisable as JSON; a change builds a new bank.
+        cache_dir: the directory of banks; ``~`` is the home directory.
+        check: rejects the classes before any image is read; only called when a bank is built.
 
     Raises:
-        FewShotError: ``check`` raises it, the cache directory cannot be written or has no room for the bank, an image
-            cannot be read, or a file changes under way.
+        FewShotError: ``check`` raises it, the cache directory is not writable or too small for the bank, an image
+            cannot be read, or a file changes during the build.
     """
 
     def directory() -> Path:
@@ -196,10 +196,10 @@ def open_bank(
     except OSError as error:
         raise FewShotError(
             f"cannot build the image bank of {name}: {error.filename or found.parent}: {error.strerror or error}; "
-            "make it usable, or name another directory with cache_dir=PATH"
+            "make it writable, or choose another directory with cache_dir=PATH"
         ) from error
     if bank is None:
-        raise FewShotError(f"the image bank {found} vanished while it was opened; run again")
+        raise FewShotError(f"the image bank {found} disappeared while it was being opened; run again")
     return bank
 
 
@@ -209,7 +209,7 @@ def _fingerprint(source: Source, settings: Any) -> str:
         try:
             status = path.stat()
         except OSError as error:
-            raise FewShotError(f"cannot read {path}: {error.strerror}; put it back, or run again") from error
+            raise FewShotError(f"cannot read {path}: {error.strerror}; restore it, or run again") from error
         digest.update(os.fsencode(path.absolute()) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -232,18 +232,18 @@ def _list_classes(name: str, source: Source) -> Sequence[ImageClass]:
         if image_class.name in split_of:
             raise FewShotError(
                 f"the class {image_class.name} of {name} occurs twice, in {split_of[image_class.name]} and in "
-                f"{image_class.split}: what is tested must not have been trained on; correct the splits"
+                f"{image_class.split}: test classes must not be trained on; correct the splits"
             )
         split_of[image_class.name] = image_class.split
     return classes
 
 
 def _build(
-    name: str, source: Source, place: Callable[[], Path], check: Callable[[Sequence[ImageClass]], None] | None
+    name: str, source: Source, find_directory: Callable[[], Path], check: Callable[[Sequence[ImageClass]], None] | None
 ) -> None:
-    directory = place()
+    directory = find_directory()
     partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a build that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed build
     partial.mkdir()
     try:
         classes = _list_classes(name, source)
@@ -251,7 +251,7 @@ def _build(
             check(classes)
         offsets = [0, *accumulate(c.count for c in classes)]
         audit, digest, class_digests = Audit(), hashlib.sha256(), []
-        # Written rather than mapped: a full disk is an error then, not the end of the process.
+        # Written, not mapped: then a full disk raises an error instead of killing the process.
         with (partial / "images.npy").open("wb") as file, closing(_load(classes)) as all_images:
             description = escape(f"building the image bank of {for_terminal(name)}")
             for number, image_class in enumerate(track(classes, description=description, transient=True)):
@@ -269,7 +269,7 @@ def _build(
                 class_digests.append(hashlib.sha256(pixels).hexdigest()[:32])
                 audit.add(image_class.name, image_class.split, images)
             file.flush()
-            os.fsync(file.fileno())  # else a machine that dies could keep the name of a bank and not all of its images
+            os.fsync(file.fileno())  # otherwise a crash of the machine could leave a bank with missing images
         index = {
             "offsets": offsets,
             "names": [c.name for c in classes],
@@ -280,9 +280,9 @@ def _build(
             "findings": audit.findings(np.load(partial / "images.npy", mmap_mode="r").__getitem__),
         }
         (partial / "index.json").write_text(json.dumps(index), encoding="utf-8")
-        if place() != directory:
-            raise FewShotError(f"the files of {name} changed while they were read; run again when they are at rest")
-        shutil.rmtree(directory, ignore_errors=True)  # a bank that could not be read
+        if find_directory() != directory:
+            raise FewShotError(f"the files of {name} changed while they were read; run again when they are complete")
+        shutil.rmtree(directory, ignore_errors=True)  # an unreadable bank
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -323,15 +323,15 @@ def _check_room(directory: Path, name: str, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if size > free:
         raise FewShotError(
-            f"the image bank of {name} takes {size / 1e6:,.0f} MB, and there are {free / 1e6:,.0f} MB free in "
-            f"{directory.parent}; make room, or name another place with cache_dir=PATH, or lower dataset.size"
+            f"the image bank of {name} needs {size / 1e6:,.0f} MB, and {directory.parent} has {free / 1e6:,.0f} MB "
+            "free; free some space, choose another directory with cache_dir=PATH, or lower dataset.size"
         )
 
 
 def _read(directory: Path) -> ImageBank | None:
     try:
         index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
-        # Copy-on-write, since torch has no read-only tensors: nothing written to it would reach the disk.
+        # Copy-on-write, because torch has no read-only tensors: writing to it never changes the file.
         images = np.lib.format.open_memmap(directory / "images.npy", mode="c")
         bank = ImageBank(
             images=torch.from_numpy(images),
@@ -344,7 +344,7 @@ def _read(directory: Path) -> ImageBank | None:
             findings=tuple(index["findings"]),
         )
         lists = bank.names, bank.splits, bank.class_digests
-        whole = all(len(of) == len(bank.offsets) - 1 for of in lists) and len(images) == bank.offsets[-1]
+        whole = all(len(values) == len(bank.offsets) - 1 for values in lists) and len(images) == bank.offsets[-1]
         return bank if whole and images.ndim == 4 and images.dtype == np.uint8 else None
     except (FileNotFoundError, NotADirectoryError, EOFError, LookupError, OverflowError, TypeError, ValueError):
-        return None  # there is none, or a broken one
+        return None  # missing or broken

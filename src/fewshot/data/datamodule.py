@@ -38,28 +38,28 @@ class EpisodeDataModule(pl.LightningDataModule):
     For a method that trains on classes, a training episode is a batch of images of all training classes instead.
 
     Args:
-        dataset: an option of the configuration group ``dataset``, by its name or composed. What the other arguments
-            leave out is as in ``conf/train.yaml``, with training episodes like those of validation and test.
-        way: classes in an episode of validation and test.
-        shot: support samples a class there.
-        query: queries a class there.
-        train: the same for training, with ``episodes`` in all and in a ``meta_batch``; and ``batch_size``, the images
-            in a batch for methods that train on classes, None for others.
-        val: ``episodes`` of one validation, and how many training episodes lie between two (``every``, rounded up to
-            whole meta-batches).
+        dataset: an option of the configuration group ``dataset``, by name or composed. Omitted arguments default to
+            ``conf/train.yaml``, with training episodes like those of validation and test.
+        way: classes per episode of validation and test.
+        shot: support samples per class there.
+        query: queries per class there.
+        train: the same for training, with ``episodes`` in total and per ``meta_batch``; and ``batch_size``, the images
+            per batch for methods that train on classes, None for others.
+        val: ``episodes`` per validation, and training episodes between validations (``every``, rounded up to whole
+            meta-batches).
         test: ``episodes`` of the test.
-        seed: draws the training episodes.
-        eval_seed: draws those of validation and test: whatever the training's seed, they stay the same.
-        checkpoint_every: training episodes from one checkpoint to the next; a validation brings one too.
-        cache_dir: where image banks are kept.
-        transform: changes training images at random, see ``fewshot.data.transforms``; None: they stay as they are.
+        seed: seed of the training episodes.
+        eval_seed: seed of the validation and test episodes, which do not depend on ``seed``.
+        checkpoint_every: training episodes between checkpoints; each validation saves one, too.
+        cache_dir: the directory of image banks.
+        transform: changes training images at random, see ``fewshot.data.transforms``; None for no change.
         trains_on: "episodes" or "classes", see ``FewShotMethod``.
 
     Attributes:
-        has_validation: False: the validation classes are trained on (``train.also_on=val``).
-        trained: how many training episodes are done, over all processes.
-        stage: the training episodes from the last checkpoint to the next, counted over all processes, too.
-        step: those of the training step at hand.
+        has_validation: False if the validation classes are trained on (``train.also_on=val``).
+        trained: training episodes so far, over all processes.
+        stage: the training episodes from the last checkpoint to the next, over all processes.
+        step: the training episodes of the current step.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class EpisodeDataModule(pl.LightningDataModule):
 
     @property
     def bank(self) -> ImageBank:
-        """The images of the data set; opened, or built, when first asked for."""
+        """The images of the data set; opened or built on first use."""
         if self._bank is None:
             source = self.dataset.source
             name = source._target_.rpartition(".")[2]
@@ -112,22 +112,23 @@ class EpisodeDataModule(pl.LightningDataModule):
         return self._bank
 
     def check_classes(self, classes: Sequence[ImageClass]) -> None:
-        """Refuse episodes that a data set has too few classes or images for, before its images are read.
+        """Reject episodes that need more classes or images than a data set has, before its images are read.
 
         Raises:
             FewShotError: see ``check_task``.
         """
         for split, task in self._tasks().items():
-            own = [one for one in classes if one.split in self.parts_of(split)]
+            members = [image_class for image_class in classes if image_class.split in self.parts_of(split)]
             shape = {key: value for key, value in task.items() if key != "seed"}
-            check_task(split, [one.name for one in own], [one.count for one in own], **shape)
+            names, counts = [member.name for member in members], [member.count for member in members]
+            check_task(split, names, counts, **shape)
 
     def parts_of(self, split: str) -> tuple[str, ...]:
         """Return the splits of the data set whose classes are in ``split`` of this module."""
         return (split, "val") if split == "train" and not self.has_validation else (split,)
 
     def _tasks(self) -> dict[str, dict[str, int]]:
-        """The way, shot, query and seed of the episodes of each split that episodes are drawn from."""
+        """Return way, shot, query and seed for each split that episodes are drawn from."""
         tasks = {"train": self.train_episode, "val": self.episode, "test": self.episode}
         unused = {"train"} if self.trains_on == "classes" else set()
         unused |= set() if self.has_validation else {"val"}
@@ -135,48 +136,48 @@ class EpisodeDataModule(pl.LightningDataModule):
 
     @cached_property
     def images(self) -> ImageTable:
-        """The images as an encoder takes them, by their positions in the bank."""
+        """The normalised images, by their positions in the bank."""
         return ImageTable(self.bank.images, self.dataset.normalise)
 
     def prepare_data(self) -> None:
-        """Download and build on one process a machine; the others open what it built."""
+        """Download and build in one process per machine; the others open what it built."""
         self.bank  # noqa: B018
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Check all three splits against what is asked of them before anything slow begins.
+        """Check that the splits suffice for the requested episodes, before anything slow begins.
 
         Raises:
             FewShotError: there are too few classes, images of a class, or episodes for all processes; or
-                ``train.batch_size`` does not go with what the method trains on.
+                ``train.batch_size`` does not fit what the method trains on.
         """
         for split, episodes in self.episodes.items():
             if episodes < self.processes:
                 raise FewShotError(
-                    f"{split}.episodes={episodes} cannot be shared out to {self.processes} processes; ask for at least "
-                    "as many, or for fewer processes by hardware.devices"
+                    f"{split}.episodes={episodes} cannot be shared out to {self.processes} processes; request at least "
+                    "as many, or fewer processes with hardware.devices"
                 )
         if self.trains_on == "classes":
             self.batches = ClassBatches(self.bank, self._batch_size, self.train_episode["seed"])
         elif self._batch_size is not None:
             raise FewShotError(
                 f"train.batch_size={self._batch_size}: this method trains on episodes, of train.way, train.shot and "
-                "train.query; leave it out"
+                "train.query; omit it"
             )
         self.datasets = {split: EpisodeDataset(self.bank, split, **task) for split, task in self._tasks().items()}
 
     @property
     def processes(self) -> int:
-        """How many share out the episodes."""
+        """The number of processes that share the episodes."""
         return self.trainer.world_size if self.trainer is not None else 1
 
     @property
     def pieces(self) -> int:
-        """Batches that each of them takes its part of a meta-batch in, to accumulate the gradient."""
+        """Batches per process and meta-batch, over which the gradient is accumulated."""
         return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
 
     @property
     def meta_batch(self) -> int:
-        """Episodes in a training step: as many as asked for, or one for each piece of each process if that is more."""
+        """Episodes per training step: as configured, but at least one for each piece of each process."""
         return max(self._meta_batch, self.processes * self.pieces)
 
     @property
@@ -192,7 +193,7 @@ class EpisodeDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> TrainingLoader[MetaBatch] | TrainingLoader[ClassBatch]:
         """The meta-batches from the episodes trained so far to the next checkpoint or validation."""
         if self.trainer is not None:
-            # Every epoch of the trainer is another stage; it would go on with the first one's length.
+            # Each epoch of the trainer is a new stage; without this, all would have the length of the first.
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         self.stage = self._stage(self.trained)
         plan = self.trained, self._stage, self._shares
@@ -201,23 +202,23 @@ class EpisodeDataModule(pl.LightningDataModule):
         return TrainingLoader(*plan, self._meta_batch_of)
 
     def _stage(self, trained: int) -> range:
-        """The training episodes from a number of them on to the next checkpoint or validation."""
+        """Return the training episodes after ``trained`` up to the next checkpoint or validation."""
         epoch, first = divmod(trained, self.every)
         checkpoint_every = self._in_whole_steps(self._checkpoint_every)
         checkpoint = (first // checkpoint_every + 1) * checkpoint_every
         return range(trained, min(epoch * self.every + min(checkpoint, self.every), self.train_episodes))
 
     def _shares(self, stage: range) -> list[Share]:
-        """What this process takes of a stage, batch by batch."""
+        """Return the shares of this process in a stage, one for each batch."""
         shares = []
         epoch, first = divmod(stage.start, self.every)
         for start in range(stage.start, stage.stop, self.meta_batch):
             step = range(start, min(start + self.meta_batch, stage.stop))
             numbers = range(first + step.start - stage.start, first + step.stop - stage.start)
             pieces = list(share_out(numbers, self._rank, self.processes, self.pieces))
-            for place, (own, weight) in enumerate(pieces, 1):
+            for position, (own, weight) in enumerate(pieces, 1):
                 names = [EpisodeNumber(epoch, number) for number in own]
-                shares.append(Share(names, weight, step.start, step.stop, completes=place == len(pieces)))
+                shares.append(Share(names, weight, step.start, step.stop, completes=position == len(pieces)))
         return shares
 
     def _meta_batch_of(self, share: Share) -> MetaBatch:
@@ -230,18 +231,18 @@ class EpisodeDataModule(pl.LightningDataModule):
         return ClassBatch(positions, labels, share, self._training_images(share))
 
     def _training_images(self, share: Share) -> Gather:
-        """The images of the episodes of a share, transformed by random numbers of each episode's own."""
+        """Return the images of a share, transformed with random numbers that depend on the episode."""
         if self.transform is None:
             return self.images
         seeds = [(self.train_episode["seed"], *number) for number in share.numbers]
         return partial(self.images, transform=seeded(self.transform, seeds))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint saves."""
         return {"trained": self.trained}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the episodes that a checkpoint has been trained on."""
+        """Continue after the episodes that a checkpoint was trained on."""
         self.trained = state_dict["trained"]
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
@@ -253,7 +254,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         return self._evaluation_loader("test")
 
     def on_after_batch_transfer(self, batch: AnyBatch, dataloader_idx: int) -> AnyBatch:  # noqa: ARG002
-        """Count the episodes that a trainer takes to train on."""
+        """Count the episodes that a trainer trains on."""
         if self.trainer is not None and self.trainer.training:
             self.step = range(batch.share.start, batch.share.stop)
             if batch.share.completes:
@@ -273,7 +274,7 @@ class EpisodeDataModule(pl.LightningDataModule):
 
 
 def _complete(given: Mapping[str, Any], task: Mapping[str, int]) -> dict[str, Any]:
-    """The arguments of a data module, what is left out as in ``conf/train.yaml``."""
+    """Return the arguments of a data module, with the defaults of ``conf/train.yaml``."""
     chosen = {key: value for key, value in given.items() if value is not None and not OmegaConf.is_config(value)}
     config = compose(*as_overrides({**task, **chosen, "train": {**task, **(given["train"] or {})}}))
     composed = {"dataset": given["dataset"]} if OmegaConf.is_config(given["dataset"]) else {}

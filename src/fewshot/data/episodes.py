@@ -1,8 +1,7 @@
 """Episodes: which classes and images each one holds is a function of its number alone.
 
-Nothing is stored between episodes and no generator runs on, so an episode can be rebuilt from its number, a run
-resumes where it stopped, the ranks of a distributed run never draw the same episode, and two methods are compared
-on the very same test episodes.
+No random state is kept between episodes. So an episode can be rebuilt from its number, a run resumes where it stopped,
+the ranks of a distributed run never draw the same episode, and methods are compared on the same test episodes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +18,13 @@ from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.errors import FewShotError
 from fewshot.hardware import send
 
-# From positions in the image bank, int64 [...], to what lies there: images [..., channels, height, width], or
-# embeddings. Images can be asked for on another device than the positions are on: ``images(positions, device=...)``.
+# From positions in the image bank, int64 [...], to images [..., channels, height, width] or embeddings. Images can be
+# requested on a different device than that of the positions: ``images(positions, device=...)``.
 Gather = Callable[..., torch.Tensor]
 
 
 class _Task(NamedTuple):
-    """What the three forms of an episode have in common: which tensors there are, and how to take them apart."""
+    """Base of the three forms of an episode: its tensors, and how to split them."""
 
     support: torch.Tensor
     support_labels: torch.Tensor
@@ -34,16 +33,16 @@ class _Task(NamedTuple):
     way: int
 
     def tasks(self) -> Iterator[Self]:
-        """The episodes of a meta-batch, whose tensors have a leading dimension, the tasks."""
+        """Yield the episodes of a meta-batch, whose tensors have a leading dimension, the tasks."""
         return (self.apply(itemgetter(task)) for task in range(len(self.query_labels)))
 
     def split(self, tasks: int) -> Iterator[Self]:
-        """The same meta-batch in smaller ones, of at most so many tasks."""
+        """Split a meta-batch into smaller ones of at most ``tasks`` tasks."""
         starts = range(0, len(self.query_labels), tasks)
         return (self.apply(itemgetter(slice(start, start + tasks))) for start in starts)
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        """The same with each tensor changed by a function."""
+        """Apply a function to each tensor."""
         support, query = change(self.support), change(self.query)
         return type(self)(support, change(self.support_labels), query, change(self.query_labels), self.way)
 
@@ -55,7 +54,7 @@ class Episode(_Task):
         support: the labelled images, ``[support samples, channels, height, width]``.
         support_labels: int64 ``[support samples]``, each in ``0..way-1``.
         query: the images to classify, ``[queries, channels, height, width]``.
-        query_labels: int64 ``[queries]``; what the method must not look at.
+        query_labels: int64 ``[queries]``; hidden from the method.
         way: the number of classes.
     """
 
@@ -66,10 +65,10 @@ class EmbeddedEpisode(_Task):
     """An episode with embeddings in place of its images.
 
     Attributes:
-        support: ``[support samples, ...]``; one embedding can have any shape: a vector, or feature maps.
+        support: ``[support samples, ...]``; an embedding can have any shape: a vector or feature maps.
         support_labels: int64 ``[support samples]``, each in ``0..way-1``.
         query: ``[queries, ...]``.
-        query_labels: int64 ``[queries]``; what the method must not look at.
+        query_labels: int64 ``[queries]``; hidden from the method.
         way: the number of classes.
     """
 
@@ -90,13 +89,13 @@ class EpisodeIndex(_Task):
     __slots__ = ()
 
     def load(self, images: Gather) -> Episode:
-        """The episode with its images, gathered together: a random transform draws for each of them."""
+        """Load the images, all in one call, so that a random transform draws separately for each of them."""
         loaded = images(torch.cat([self.support, self.query], dim=-1))
         support, query = loaded.tensor_split([self.support.shape[-1]], dim=-4)
         return Episode(support, self.support_labels, query, self.query_labels, self.way)
 
     def embed(self, embeddings: Gather) -> EmbeddedEpisode:
-        """The episode with embeddings of its images."""
+        """Load the embeddings of the images."""
         return EmbeddedEpisode(
             embeddings(self.support), self.support_labels, embeddings(self.query), self.query_labels, self.way
         )
@@ -106,7 +105,7 @@ AnyEpisode = TypeVar("AnyEpisode", bound=_Task)
 
 
 class EpisodeNumber(NamedTuple):
-    """What names an episode of a given split and seed."""
+    """Identifies an episode of a given split and seed."""
 
     epoch: int
     number: int
@@ -115,21 +114,21 @@ class EpisodeNumber(NamedTuple):
 def draw_episode(
     counts: NDArray[np.int64], way: int, shot: int, query: int, *, seed: int, split: str, epoch: int, number: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Draw the classes of an episode, images of each, and an order of the support, without repeats and uniformly.
+    """Draw the classes of an episode, images of each class, and an order of the support, uniformly without replacement.
 
     Args:
-        counts: how many images each class has, ``[classes]``.
-        way: how many classes to draw.
-        shot: how many support samples to draw of each.
-        query: how many queries to draw of each.
-        seed: of the run, for training episodes; of the evaluation, for the others.
+        counts: the number of images of each class, ``[classes]``.
+        way: classes to draw.
+        shot: support samples to draw per class.
+        query: queries to draw per class.
+        seed: of the run for training episodes, of the evaluation for others.
         split: "train", "val" or "test".
-        epoch: of training, which ends with a validation; each draws other episodes. Validation and test use 0.
-        number: of the episode in its epoch, counted over all ranks: rank r of n draws r, r + n, r + 2n, ...
+        epoch: the epoch of training, which ends with a validation. Validation and test use 0.
+        number: the number of the episode in its epoch over all ranks: rank r of n draws r, r + n, r + 2n, ...
 
     Returns:
-        The classes, int64 ``[way]``; image positions inside each class, int64 ``[way, shot + query]``; and the order
-        in which the support samples come, int64 ``[way * shot]``, since some methods read them as a sequence.
+        The classes, int64 ``[way]``; image positions within each class, int64 ``[way, shot + query]``; and the order
+        of the support samples, int64 ``[way * shot]``, because some methods read them as a sequence.
     """
     random = np.random.default_rng([seed, SPLITS.index(split), epoch, number])
     classes = random.permutation(len(counts))[:way]
@@ -140,24 +139,24 @@ def draw_episode(
 
 
 def check_task(split: str, names: Sequence[str], counts: Sequence[int], way: int, shot: int, query: int) -> None:
-    """Refuse episodes that a split has too few classes or images for.
+    """Reject episodes that need more classes or images than a split has.
 
     Args:
         split: "train", "val" or "test".
-        names: of its classes.
-        counts: the images of each of them.
-        way: classes in an episode.
-        shot: support samples a class.
-        query: queries a class.
+        names: the names of its classes.
+        counts: the number of images of each class.
+        way: classes per episode.
+        shot: support samples per class.
+        query: queries per class.
 
     Raises:
-        FewShotError: names what there is too little of, and the key to lower.
+        FewShotError: there are too few classes or images; the message names the key to lower.
     """
     prefix = "train." if split == "train" else ""
     if len(names) < 2:
         raise FewShotError(
-            f"the {split} split has {f'only the class {names[0]}' if names else 'no class'}, and there is nothing to "
-            "tell apart; correct the labels or the splits of the data set"
+            f"the {split} split has {f'only the class {names[0]}' if names else 'no class'}; an episode needs at "
+            "least 2: correct the labels or the splits of the data set"
         )
     if way > len(names):
         raise FewShotError(
@@ -177,10 +176,10 @@ class EpisodeDataset(Dataset[EpisodeIndex]):
 
     Args:
         bank: the images.
-        split: whose classes to draw from.
-        way: classes in an episode.
-        shot: support samples a class.
-        query: queries a class.
+        split: the split to draw classes from.
+        way: classes per episode.
+        shot: support samples per class.
+        query: queries per class.
         seed: see ``draw_episode``.
 
     Raises:
@@ -212,11 +211,11 @@ class EpisodeDataset(Dataset[EpisodeIndex]):
 
 
 def classes_of(episode: EpisodeIndex, first: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Which class each label of an episode stands for.
+    """Return the class that each label of an episode stands for.
 
     Args:
         episode: the episode.
-        first: the position of the first image of each class to choose from, ascending, ``[classes]``.
+        first: the position of the first image of each class, ascending, ``[classes]``.
 
     Returns:
         The numbers of the classes, int64 ``[way]``.
@@ -238,15 +237,15 @@ def stack(episodes: Sequence[AnyEpisode]) -> AnyEpisode:
 
 
 class Share(NamedTuple):
-    """What one process does at once for a training step: its part of the step, or a piece of that.
+    """The share of one process in a training step, or one piece of it.
 
     Attributes:
-        numbers: of its episodes in their epoch.
-        weight: of the mean loss of these: the mean over all processes and pieces is then the mean over all episodes of
-            the meta-batch, however unequal the shares are.
-        start: the training episodes before the step, over all processes.
-        stop: the same after the step.
-        completes: whether it is the last piece, after which the optimizer steps.
+        numbers: the numbers of its episodes.
+        weight: the weight of their mean loss, such that the mean over all processes and pieces is the mean over all
+            episodes of the meta-batch, however unequal the shares are.
+        start: training episodes before the step, over all processes.
+        stop: training episodes after the step.
+        completes: whether this is the last piece, after which the optimizer steps.
     """
 
     numbers: list[EpisodeNumber]
@@ -257,35 +256,35 @@ class Share(NamedTuple):
 
 
 def share_out(together: range, rank: int = 0, processes: int = 1, pieces: int = 1) -> Iterator[tuple[range, float]]:
-    """One process's part of what a training step takes together, in pieces.
+    """Yield the share of one process in a training step, in pieces.
 
-    Every process gets as many pieces as any other, since all take part in every step. Where there is nothing left for
-    a process, it gets something with a weight of zero.
+    All processes get equally many pieces, because all take part in each step. If nothing is left for a process, it gets
+    an item with a weight of zero.
 
     Args:
-        together: the numbers of what the step takes.
+        together: the numbers of all items of the step.
         rank: this process, in ``0..processes-1``.
-        processes: how many share.
-        pieces: how many batches a process takes its part in, to accumulate the gradient.
+        processes: the number of processes.
+        pieces: batches per process, over which the gradient is accumulated.
 
     Yields:
         The numbers of a piece, and its weight, see ``Share``.
     """
     for piece in range(pieces):
-        of_all = together[len(together) * piece // pieces : len(together) * (piece + 1) // pieces]
-        if of_all:
-            own = of_all[rank::processes]
-            yield own or of_all[:1], len(own) * processes * pieces / len(together)
+        items = together[len(together) * piece // pieces : len(together) * (piece + 1) // pieces]
+        if items:
+            own = items[rank::processes]
+            yield own or items[:1], len(own) * processes * pieces / len(together)
 
 
 class MetaBatch(NamedTuple):
-    """Episodes that a method takes together, and all that it needs to know of them. ``to`` moves it to a device.
+    """Episodes that a method solves together. ``to`` moves them to a device.
 
     Attributes:
-        episodes: the labels, and the positions of the images; all tensors have a leading dimension, the tasks. The
-            positions stay on the host, which looks up there what does not lie on a GPU.
-        share: which episodes they are, and their part in the training step.
-        images: where their images are.
+        episodes: labels and positions of images; all tensors have a leading dimension, the tasks. The positions stay
+            on the host, which looks up images that are not on a GPU.
+        share: the numbers of the episodes, and their part in the training step.
+        images: loads images by position.
     """
 
     episodes: EpisodeIndex
@@ -293,11 +292,11 @@ class MetaBatch(NamedTuple):
     images: Gather
 
     def to(self, device: torch.device | str) -> Self:
-        """The same for a device, where ``load`` puts the images, too. The host does not wait for a GPU."""
+        """Move it to a device, where ``load`` then puts the images; the host does not wait for a GPU."""
         labels = (send(labels, device) for labels in (self.episodes.support_labels, self.episodes.query_labels))
         support_labels, query_labels = labels
         return self._replace(episodes=self.episodes._replace(support_labels=support_labels, query_labels=query_labels))
 
     def load(self) -> Episode:
-        """The episodes with their images, all tensors with a leading dimension, the tasks."""
+        """Load the images; all tensors have a leading dimension, the tasks."""
         return self.episodes.load(partial(self.images, device=self.episodes.query_labels.device))

@@ -1,4 +1,4 @@
-"""Image files where they lie: in a folder, or still in the archive they came in. None is trusted."""
+"""Image files in folders and archives; all of them are untrusted."""
 
 import gzip
 import os
@@ -19,13 +19,13 @@ from fewshot.errors import FewShotError
 
 LARGEST = 256 * 2**20  # bytes of a file, or of a member of an archive
 MEMBERS = 1_000_000  # of an archive or a folder
-RATIO = 100  # of what an archive unpacks to, to its own size
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others unpack without a bound on what comes out
-HEADER = 2**20  # bytes of a tar's header, at most
+RATIO = 100  # maximum ratio of the unpacked size of an archive to its own size
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others unpack to an unbounded size
+HEADER = 2**20  # maximum size of a header in a tar, bytes
 TARS = (".tar", ".tar.gz", ".tgz")
 ARCHIVES = (".zip", *TARS)
-BULK = (".pkl", ".pickle", ".hdf5", ".h5")  # many images in a file: it is opened, and may be larger than LARGEST
-BULK_RATIO = 10  # of such a member, to the size of its archive
+BULK = (".pkl", ".pickle", ".hdf5", ".h5")  # files of many images, which are opened and may be larger than LARGEST
+BULK_RATIO = 10  # maximum ratio of the size of such a member to that of its archive
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class ImageFile:
     """One encoded image.
 
     Attributes:
-        name: where it lies, for messages: a path, or "archive.zip:member".
-        read: returns the file's bytes.
-        open: opens the file, where it is not in memory already.
+        name: its path, or "archive.zip:member", for messages.
+        read: returns the bytes of the file.
+        open: opens the file, if it is not already in memory.
     """
 
     name: str
@@ -44,18 +44,18 @@ class ImageFile:
 
 
 def plain(path: Path) -> Path:
-    """The same path, where a file lies: not a pipe or a device, which could be read for ever.
+    """Return the path if it is a regular file: not a pipe or a device, which could be read without end.
 
     Raises:
         OSError: there is no such file.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("it is no plain file")
+        raise OSError("not a regular file")
     return path
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file.
+    """Return the bytes of a file.
 
     Raises:
         OSError: there is no such file, or it is larger than ``LARGEST``.
@@ -67,17 +67,17 @@ def read_file(path: Path) -> bytes:
 
 
 def list_folder(folder: Path, enter: Callable[[str], bool] = lambda _: True) -> dict[str, ImageFile]:
-    """Every file below ``folder``, by its path in it with forward slashes; hidden files are passed over.
+    """Return every file below ``folder`` by its relative path with forward slashes; hidden files are ignored.
 
-    The files of a folder come before those of the folders in it, each in the order of their names. Links are followed,
-    except those that lead back to a folder they lie in.
+    The files of a folder come before those of its subfolders, sorted by name. Links are followed, except links to a
+    parent folder.
 
     Args:
-        folder: where to begin; one that is not there holds nothing.
-        enter: which of the folders that lie in it directly are entered, by name.
+        folder: the folder; if it does not exist, there are no files.
+        enter: decides by name which direct subfolders are entered.
 
     Raises:
-        FewShotError: a folder in it cannot be listed, or it holds more than ``MEMBERS`` files and folders.
+        FewShotError: a subfolder cannot be listed, or there are more than ``MEMBERS`` files and folders.
     """
     found: list[str] = []
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())] if folder.exists() else []
@@ -93,53 +93,53 @@ def list_folder(folder: Path, enter: Callable[[str], bool] = lambda _: True) -> 
                 listed = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
             raise FewShotError(
-                f"cannot list the folder {error.filename}: {error.strerror}; make it readable, or put it back"
+                f"cannot list the folder {error.filename}: {error.strerror}; make it readable, or restore it"
             ) from error
         seen += len(listed)
         if seen > MEMBERS:
-            raise FewShotError(f"{folder} holds more than {MEMBERS:,} files; name a folder of fewer by data_dir=PATH")
+            raise FewShotError(f"{folder} has more than {MEMBERS:,} files; choose a smaller folder with data_dir=PATH")
         for name, is_folder in listed:
             if not is_folder:
                 found.append(prefix + name)
             elif prefix or enter(name):
                 waiting.append((f"{prefix}{name}/", above | {identity}))
-    return {name: file_at(folder / name) for name in sorted(found, key=_place)}
+    return {name: file_at(folder / name) for name in sorted(found, key=_sort_key)}
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads nowhere
+    except OSError:  # a broken link
         return False
 
 
-def _place(name: str) -> list[tuple[bool, str]]:
-    """Where a path stands in a listing: the files of a folder before those of the folders in it."""
+def _sort_key(name: str) -> list[tuple[bool, str]]:
+    """Sort the files of a folder before those of its subfolders."""
     *folders, file = name.split("/")
     return [*((True, folder) for folder in folders), (False, file)]
 
 
 def file_at(path: Path) -> ImageFile:
-    """The file at a path; whether there is one shows when it is read."""
+    """Return the file at a path; a missing file raises an error when it is read."""
     return ImageFile(str(path), partial(read_file, path), lambda: plain(path).open("rb"))
 
 
 def is_archive(name: str) -> bool:
-    """Whether ``list_archive`` reads what has such a name."""
+    """Return whether ``list_archive`` reads files with such a name."""
     return name.lower().endswith(ARCHIVES)
 
 
 def list_archive(archive: Path) -> dict[str, ImageFile]:
-    """Every file in a zip or a tar, see ``list_zip`` and ``list_tar``."""
+    """Return every file in a zip or a tar, see ``list_zip`` and ``list_tar``."""
     return list_tar(archive) if archive.name.lower().endswith(TARS) else list_zip(archive)
 
 
 def list_zip(archive: Path) -> dict[str, ImageFile]:
-    """Every file in the zip ``archive``, by its path in it; nothing is unpacked.
+    """Return every file in a zip by its path in the archive, without unpacking anything.
 
     Raises:
-        FewShotError: it is not a zip, or a broken one, or one that no honest program makes: with members outside
-            itself, links, devices, two of one name, or more in it than the limits above.
+        FewShotError: the file is not a zip, is broken, or is suspicious: with members outside the archive, links,
+            devices, duplicate names, or contents beyond the limits above.
     """
     try:
         size = plain(archive).stat().st_size
@@ -152,14 +152,14 @@ def list_zip(archive: Path) -> dict[str, ImageFile]:
 
     def start(member: zipfile.ZipInfo) -> BinaryIO:
         if member.compress_type not in METHODS:
-            raise OSError("it is neither stored nor deflated; pack the archive anew")
+            raise OSError("it is neither stored nor deflated; repack the archive")
         return cast(BinaryIO, opened.open(member))
 
     def read(member: zipfile.ZipInfo) -> bytes:
         _refuse_bulk(member.file_size)
         try:
             with reading, start(member) as file:
-                return file.read(member.file_size)  # without a size, more could come out than the archive says
+                return file.read(member.file_size)  # with a limit, because more could come out than the archive says
         except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:  # RuntimeError: encrypted
             raise OSError(str(error)) from error
 
@@ -171,9 +171,9 @@ def list_zip(archive: Path) -> dict[str, ImageFile]:
 
 
 def list_tar(archive: Path) -> dict[str, ImageFile]:
-    """Every file in a tar, plain or compressed by gzip, by its path in it.
+    """Return every file in a tar, plain or compressed by gzip, by its path in the archive.
 
-    What is compressed is unpacked as a whole into a temporary file that has no name: images are read in any order.
+    A compressed tar is unpacked as a whole into an unnamed temporary file, because images are read in any order.
 
     Raises:
         FewShotError: as for ``list_zip``.
@@ -205,7 +205,7 @@ def list_tar(archive: Path) -> dict[str, ImageFile]:
 
 
 def _decompressed(archive: Path, most: int) -> BinaryIO:
-    """What a file compressed by gzip unpacks to, in a temporary file without a name."""
+    """Decompress a gzip file into an unnamed temporary file."""
     unpacked = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
     with gzip.open(archive) as compressed:
         try:
@@ -219,7 +219,7 @@ def _decompressed(archive: Path, most: int) -> BinaryIO:
 
 
 class _Headers:
-    """The file of a tar while its members are listed: what a header claims to hold is read up to a bound."""
+    """The file of a tar while its members are listed; it limits how much a header can make tarfile read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -227,7 +227,7 @@ class _Headers:
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= HEADER:
-            raise OSError(f"it has a header of {size:,} bytes, and none may have more than {HEADER:,}")
+            raise OSError(f"it has a header of {size:,} bytes, more than {HEADER:,}")
         return self.file.read(size)
 
 
@@ -236,20 +236,20 @@ def _headers(file: BinaryIO) -> tuple[tarfile.TarFile, list[tarfile.TarInfo]]:
     members: list[tarfile.TarInfo] = []
     for member in opened:
         if member.size < 0 or (members and member.offset <= members[-1].offset):
-            raise OSError("a header of it leads back")  # for ever
+            raise OSError("one of its headers points backwards")  # which would loop forever
         members.append(member)
         if len(members) > MEMBERS:
             break
-    else:  # tarfile takes a broken header for the end
+    else:  # tarfile ends at a broken header
         file.seek(opened.offset)
         if file.read(tarfile.BLOCKSIZE).count(0) != tarfile.BLOCKSIZE:
-            raise OSError(f"it is cut off or broken after {opened.offset:,} bytes")
+            raise OSError(f"it is truncated or broken after {opened.offset:,} bytes")
     opened.fileobj = file
     return opened, members
 
 
 def _unreadable(archive: Path, error: Exception) -> FewShotError:
-    return FewShotError(f"cannot read the archive {archive}: {error or type(error).__name__}; fetch it again")
+    return FewShotError(f"cannot read the archive {archive}: {error or type(error).__name__}; download it again")
 
 
 def _refuse_bulk(size: int) -> None:
@@ -263,7 +263,7 @@ def _hidden(name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Member:
-    """What is checked of a member of an archive: its name, what it unpacks to, and whether it is a file or a folder."""
+    """The checked properties of a member of an archive: name, unpacked size, and whether it is a file or a folder."""
 
     name: str
     size: int
@@ -280,10 +280,10 @@ def _tar_member(name: str, member: tarfile.TarInfo) -> _Member:
 
 
 def _trust(archive: Path, members: Sequence[_Member], size: int) -> None:
-    """Refuse an archive of ``size`` bytes that no honest program makes."""
+    """Reject a suspicious archive of ``size`` bytes."""
     suspicion = _suspicion(members, size)
     if suspicion:
-        raise FewShotError(f"the archive {archive} is not to be trusted: {suspicion}; fetch it from its own home")
+        raise FewShotError(f"the archive {archive} is not safe to read: {suspicion}; download it from its own site")
 
 
 def _suspicion(members: Sequence[_Member], size: int) -> str | None:
@@ -303,7 +303,7 @@ def _suspicion(members: Sequence[_Member], size: int) -> str | None:
 
 def _wrong(member: _Member, archive_size: int) -> str | None:
     if re.match(r"[/\\]|[A-Za-z]:[/\\]", member.name) or ".." in re.split(r"[/\\]", member.name):
-        return "would lie outside it"
+        return "has a path outside the archive"
     if not member.plain:
         return "is a link or a device"
     most = max(LARGEST, BULK_RATIO * archive_size) if member.name.lower().endswith(BULK) else LARGEST

@@ -1,7 +1,7 @@
-"""Glyphs: letters of many scripts, drawn from the fonts that matplotlib ships, so that nothing is downloaded.
+"""Glyphs: letters of many scripts, drawn from the fonts included in matplotlib, so that nothing is downloaded.
 
-Every sample of a letter is set in a face, weight, slant, size and place of its own and bent a little, as if several
-hands had written it. Scripts are dealt out whole: what is tested are scripts that were never seen in training.
+Each sample of a letter has a random face, weight, slant, size, position and distortion, as if written by a different
+hand. Each script belongs to one split: the test scripts never occur in training.
 """
 
 import unicodedata
@@ -20,7 +20,7 @@ from torch.nn.functional import avg_pool2d, grid_sample, interpolate
 from fewshot.data.bank import ImageClass, Source, bright_ink
 from fewshot.errors import FewShotError
 
-# The first words of the letters' Unicode names. Test and validation come first, since of two letters that look alike
+# The first words of the letters' Unicode names. Test and validation come first, because of two letters that look alike
 # the first is kept.
 SCRIPTS = {
     "test": ("GEORGIAN", "HEBREW", "LAO", "ARABIC"),
@@ -34,8 +34,8 @@ FACES = (
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
 )
 EM = 64  # pixels of the font size that letters are set in before they are bent and scaled down
-SMALLEST = 0.3 * EM  # letters whose longer side is shorter are marks rather than shapes
-LOOK_ALIKE = 0.86  # the correlation of blurred shapes beyond which two letters count as one
+SMALLEST = 0.3 * EM  # letters whose longer side is shorter are marks, not shapes
+LOOK_ALIKE = 0.86  # two letters whose blurred shapes correlate more count as one
 
 
 @bright_ink
@@ -45,10 +45,10 @@ def glyphs(size: int, samples: int, seed: int) -> Source:
     Args:
         size: height and width of the images; ink is bright on black.
         samples: images of each letter.
-        seed: of the samples' variation; which letters there are does not depend on it.
+        seed: seed of the samples' variation; the set of letters does not depend on it.
 
     Raises:
-        FewShotError: matplotlib's fonts are missing, or fewer than one sample or pixel is asked for.
+        FewShotError: matplotlib's fonts are missing, or ``size`` or ``samples`` is below 1.
     """
     folder = Path(mpl.get_data_path(), "fonts", "ttf")
     faces = [folder / f"{name}.ttf" for name in FACES]
@@ -68,33 +68,33 @@ def glyphs(size: int, samples: int, seed: int) -> Source:
 
 
 def _letters(faces: Sequence[Path]) -> list[tuple[str, str, list[Path]]]:
-    """Split, letter, and the faces that have it, of all letters that can be told apart; training comes first."""
+    """Return split, letter and the faces that have it, for all distinguishable letters; training comes first."""
     covered = {face: TTFont(face, lazy=True).getBestCmap() for face in faces}
-    scripts = {script: split for split, of in SCRIPTS.items() for script in of}
+    scripts = {script: split for split, names in SCRIPTS.items() for script in names}
     order = list(scripts)
     found = []
     for code in sorted(set().union(*covered.values())):
         letter = chr(code)
         script = unicodedata.name(letter, "-").split()[0]
-        # A letter that is another one with an accent, or in another form, has a decomposition.
+        # Accented letters and variants of other letters have a decomposition.
         plain = unicodedata.category(letter) in ("Lo", "Lu", "Ll") and not unicodedata.decomposition(letter)
         if script in scripts and plain:
             found.append((script, letter, [face for face in faces if code in covered[face]]))
     found.sort(key=lambda entry: order.index(entry[0]))
-    kept = [found[number] for number in _distinct([_set(letter, of[0], 0) for _, letter, of in found])]
-    splits = [(scripts[script], letter, of) for script, letter, of in kept]
+    kept = [found[number] for number in _distinct([_render(letter, faces[0], 0) for _, letter, faces in found])]
+    splits = [(scripts[script], letter, faces) for script, letter, faces in kept]
     return sorted(splits, key=lambda entry: ("train", "val", "test").index(entry[0]))
 
 
 def _distinct(shapes: Sequence[Image.Image]) -> list[int]:
-    """The numbers of the shapes that are large enough and look like none before them."""
+    """Return the numbers of the shapes that are large enough and look like no earlier one."""
     kept: list[int] = []
     side = 24
     vectors = np.zeros((len(shapes), side * side))
     for number, shape in enumerate(shapes):
         if max(shape.size) < SMALLEST:
             continue
-        # Scaled to one size and blurred: letters that differ in size or by a trifle look alike.
+        # Scaled to one size and blurred, letters that differ only in size or slightly look alike.
         scale = (side - 6) / max(shape.size)
         scaled = shape.resize([max(1, round(length * scale)) for length in shape.size], Image.Resampling.BOX)
         canvas = Image.new("L", (side, side))
@@ -113,8 +113,8 @@ def _font(face: Path) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(face, EM)
 
 
-def _set(letter: str, face: Path, stroke: float) -> Image.Image:
-    """The letter in a face, its stroke widened by so many pixels, cropped to its ink."""
+def _render(letter: str, face: Path, stroke: float) -> Image.Image:
+    """Render a letter in a face, with its stroke widened by ``stroke`` pixels, cropped to its ink."""
     font = _font(face)
     box = font.getbbox(letter, stroke_width=stroke)
     image = Image.new("L", (int(box[2] - box[0]) + 2, int(box[3] - box[1]) + 2))
@@ -123,12 +123,12 @@ def _set(letter: str, face: Path, stroke: float) -> Image.Image:
 
 
 def _draw(letter: str, faces: Sequence[Path], size: int, samples: int, seed: int) -> NDArray[np.uint8]:
-    """Samples of one letter: uint8 ``[samples, size, size, 1]``."""
+    """Draw samples of one letter: uint8 ``[samples, size, size, 1]``."""
     random = np.random.default_rng([seed, ord(letter)])
     canvases = np.zeros((samples, 1, 2 * EM, 2 * EM), dtype=np.float32)
     extents = np.empty(samples)
     for number in range(samples):
-        image = _set(letter, faces[int(random.integers(len(faces)))], float(random.uniform(0, 3)))
+        image = _render(letter, faces[int(random.integers(len(faces)))], float(random.uniform(0, 3)))
         image.thumbnail((2 * EM, 2 * EM))
         x, y = (2 * EM - image.width) // 2, (2 * EM - image.height) // 2
         canvases[number, 0, y : y + image.height, x : x + image.width] = np.asarray(image)
@@ -138,7 +138,7 @@ def _draw(letter: str, faces: Sequence[Path], size: int, samples: int, seed: int
 
 
 def _grid(random: np.random.Generator, extents: NDArray[np.float64], size: int) -> torch.Tensor:
-    """Where each output pixel looks on a canvas: rotated, sheared, stretched, shifted and bent anew for each sample.
+    """Return the sampling grid of each canvas: a random rotation, shear, stretch, shift and distortion per sample.
 
     Returns:
         float32 ``[samples, size, size, 2]``, x and y in -1..1.

@@ -1,4 +1,4 @@
-"""One image: from an encoded file to uint8 pixels, and from pixels to what an encoder takes."""
+"""Images: from encoded files to uint8 pixels, and from pixels to the input of an encoder."""
 
 import io
 import warnings
@@ -22,26 +22,26 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 @contextmanager
 def opened(file: ImageFile) -> Iterator[Image.Image]:
-    """Open an image file that nobody vouches for; it is decoded as it is used.
+    """Open an untrusted image file; it is decoded on use.
 
     Args:
-        file: where the image lies.
+        file: the image file.
 
     Raises:
-        FewShotError: the file cannot be read, is no image, or a broken one, or has more pixels than Pillow allows; or
-            what is done with it fails.
+        FewShotError: the file cannot be read, is not an image or a broken one, or has more pixels than Pillow allows;
+            or an operation on the image fails.
     """
     try:
         with Image.open(io.BytesIO(file.read())) as image:
             if image.format == "EPS":
-                raise ValueError("PostScript is a program, and is not run")
+                raise ValueError("PostScript is a program and is not run")
             pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
             if limit is not None and pixels > limit:
                 raise ValueError(f"it has {pixels:,} pixels, and at most {limit:,} are read")
             yield image
     except FewShotError:
         raise
-    except Exception as error:  # each format's decoder raises what it stumbles over
+    except Exception as error:  # decoders raise many types
         reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise FewShotError(f"cannot read the image {file.name}: {reason}; replace or remove it") from error
 
@@ -50,7 +50,7 @@ def decode(file: ImageFile, size: int, channels: int) -> NDArray[np.uint8]:
     """Read one image file, see ``opened``.
 
     Args:
-        file: where the image lies.
+        file: the image file.
         size: height and width of the result, see ``to_pixels``.
         channels: 1 for grey, 3 for RGB.
 
@@ -62,7 +62,7 @@ def decode(file: ImageFile, size: int, channels: int) -> NDArray[np.uint8]:
 
 
 def to_pixels(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
-    """Bring an image to one size, resampled with antialiasing, and one number of channels.
+    """Convert an image to a size, resampled with antialiasing, and a number of channels.
 
     Returns:
         uint8 ``[size, size, channels]``.
@@ -74,19 +74,19 @@ def to_pixels(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]
 
 
 def normalise(images: torch.Tensor, kind: str) -> torch.Tensor:
-    """Turn pixels into an encoder's input, each image by itself: no statistic of a data set is needed.
+    """Convert pixels to the input of an encoder, each image independently: no statistics of a data set are needed.
 
     Args:
         images: uint8 ``[..., height, width, channels]``.
         kind: "range": the darkest pixel becomes 0 and the brightest 1 (Omniglot: ink is 1);
             "standardise": zero mean and unit variance over the image's pixels and channels;
-            "plain": 0 to 255 becomes 0 to 1, for encoders that bring a normalisation of their own.
+            "plain": 0 to 255 becomes 0 to 1, for encoders that normalise images themselves.
 
     Returns:
         float32 ``[..., channels, height, width]``, stored with the channels last.
 
     Raises:
-        FewShotError: ``kind`` is none of these.
+        FewShotError: ``kind`` is unknown.
     """
     pixels = images.float()
     whole = (-3, -2, -1)
@@ -104,10 +104,10 @@ def normalise(images: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 class ImageTable:
-    """The images of a bank as an encoder takes them, found by their positions.
+    """The normalised images of a bank, by position.
 
-    Where a GPU has room for all pixels, they lie there from the first call on. Where it has not, the host gathers what
-    is asked for in pinned memory, and the GPU fetches it while both do other work.
+    If a GPU has room for all pixels, they stay there from the first call on. Otherwise the host gathers the requested
+    ones in pinned memory, and the GPU copies them while both do other work.
 
     Args:
         pixels: uint8 ``[images, height, width, channels]``.
@@ -116,7 +116,7 @@ class ImageTable:
 
     def __init__(self, pixels: torch.Tensor, kind: str) -> None:
         self.pixels, self.kind = pixels, kind
-        self._resident: dict[torch.device, torch.Tensor | None] = {}  # the pixels on each GPU, None where too many
+        self._resident: dict[torch.device, torch.Tensor | None] = {}  # the pixels on each GPU, None if they do not fit
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -130,9 +130,9 @@ class ImageTable:
         """Gather and normalise images.
 
         Args:
-            positions: of the images, int64 ``[...]``. Those on the host never make it wait for a GPU.
-            transform: changes the pixels before that, uint8 ``[..., channels, height, width]``.
-            device: where the images are to be; None: where the positions are.
+            positions: the positions of the images, int64 ``[...]``. If they are on the host, it never waits for a GPU.
+            transform: changes the pixels first, uint8 ``[..., channels, height, width]``.
+            device: the device of the images; None for that of the positions.
 
         Returns:
             ``[..., channels, height, width]`` of PyTorch's default type, which is the trainer's precision in a step.

@@ -1,6 +1,6 @@
-"""Loaders: which batches a process takes, one after the other.
+"""Loaders: the sequence of batches of a process.
 
-They are no PyTorch loaders with workers: an episode is drawn far quicker than it could be sent from one.
+They have no worker processes: an episode is drawn much faster than a worker could send it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,18 +10,18 @@ import torch
 
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, Gather, MetaBatch, Share, stack
 
-EVALUATED_TOGETHER = 20  # episodes of a process in a meta-batch of validation and test; changes no result
+EVALUATED_TOGETHER = 20  # episodes per process and meta-batch of validation and test; does not affect results
 Batch = TypeVar("Batch")
 
 
 class TrainingLoader(Generic[Batch]):
-    """The batches of a stretch of the training; to iterate again goes on after it, and so repeats no episode.
+    """The batches of a stretch of the training; iterating again continues after it, so that no episode is repeated.
 
     Args:
         trained: training episodes before the first stretch, over all processes.
-        stretch: the training episodes from a number of them on to the next stop.
-        plan: what this process takes of a stretch.
-        make: a batch.
+        stretch: returns the training episodes after a given number up to the next stop.
+        plan: returns the shares of this process in a stretch.
+        make: makes a batch of a share.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class TrainingLoader(Generic[Batch]):
 
 
 class EvaluationLoader:
-    """The episodes of a validation or test, by the meta-batch: always the same ones.
+    """The episodes of a validation or test, in meta-batches: always the same ones.
 
     Args:
         dataset: the episodes.
-        episodes: how many, over all processes.
-        images: where their images are.
+        episodes: the number of episodes over all processes.
+        images: loads images by position.
         rank: this process, in ``0..processes-1``.
-        processes: how many share out the episodes.
+        processes: the number of processes.
     """
 
     def __init__(
@@ -69,6 +69,6 @@ class EvaluationLoader:
         return len(range(0, len(self._own), EVALUATED_TOGETHER))
 
     def positions(self) -> torch.Tensor:
-        """The images that the episodes of all processes use: their positions in the bank, int64, ascending."""
+        """Return the positions of all images in the episodes of all processes, int64, ascending."""
         episodes = (self.dataset[EpisodeNumber(0, number)] for number in range(self.episodes))
         return torch.cat([torch.cat([episode.support, episode.query]) for episode in episodes]).unique()

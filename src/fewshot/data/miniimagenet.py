@@ -23,11 +23,11 @@ from fewshot.data.tables import TABLES, TableImages, read_table
 from fewshot.errors import FewShotError, shortened
 from fewshot.text import say
 
-FOLDERS = ("miniimagenet", "mini-imagenet", "mini_imagenet", "miniImageNet")  # tried before others named like these
-PARTS = ("images", "image", "split", "splits", "csv", "processedimages")  # folders that hold a part of it
+FOLDERS = ("miniimagenet", "mini-imagenet", "mini_imagenet", "miniImageNet")  # tried before others with similar names
+PARTS = ("images", "image", "split", "splits", "csv", "processedimages")  # folders that contain a part of it
 PICKLES, HDF5 = BULK[:2], BULK[2:]
 WNID = re.compile(r"n\d{8}")
-# The published classes, by which what is not named after miniImageNet is recognised.
+# The published classes, which identify miniImageNet under other names.
 PUBLISHED = """
 train n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867 n02091831
 train n02101006 n02105505 n02108089 n02108551 n02108915 n02111277 n02113712 n02120079 n02165456 n02457408
@@ -42,7 +42,7 @@ test n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n0221
 test n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480
 """
 SPLIT_OF_CLASS = {name: line.split()[0] for line in PUBLISHED.splitlines() for name in line.split()[1:]}
-# What a broken pickle is found out by.
+# Errors that a broken pickle raises.
 BROKEN = (
     UnpicklingError,
     AttributeError,
@@ -58,44 +58,44 @@ Tree = Mapping[str, ImageFile]
 
 
 def miniimagenet(data_dir: str, size: int) -> Source:
-    """Find miniImageNet in or below ``data_dir``, in any of the layouts people have on disk.
+    """Find miniImageNet in or below ``data_dir``, in any common layout.
 
-    The folder is one named after miniImageNet, ``data_dir`` itself or a folder in it. There are, anywhere in it or in
-    zips and tars there: a table of images and labels for each split, and the images; a folder for each split with a
-    folder for each class; a folder for each of the published classes; pickled caches for each split (dictionaries of
-    "image_data" and "class_dict", or of "data" and "labels"); or an HDF5 file for each split.
+    It is in a folder named after miniImageNet, in ``data_dir`` itself or in one of its folders. These layouts are found
+    anywhere in it, also in zips and tars: the images with one table of images and labels per split; one folder per
+    split with one folder per class; one folder for each of the published classes; one pickled cache per split (a
+    dictionary of "image_data" and "class_dict", or of "data" and "labels"); or one HDF5 file per split.
 
     Args:
-        data_dir: where to search.
+        data_dir: the folder to search.
         size: height and width of the images.
 
     Raises:
-        FewShotError: no layout is found, or the one found is incomplete.
+        FewShotError: no layout is found, or it is incomplete.
     """
     root = Path(data_dir).expanduser()
     searched = list(places(root, "miniimagenet", FOLDERS, _belongs))
     found = [place for place in searched if _is_miniimagenet(place)]
     if not found:
         folder = next((place.path for place in searched if place.named and place.files), None)
-        where = f"is not in {root / FOLDERS[0]}" if folder is None else f"is not what lies in {folder}"
+        where = f"is not in {root / FOLDERS[0]}" if folder is None else f"was not recognised in {folder}"
         raise FewShotError(
             f"miniImageNet {where}, and its licence allows no automatic download; {holds(folder or root)}.",
             "Put there: images/ (or archives of it) with train.csv, val.csv, test.csv; or train/, val/, test/ with a",
-            "folder a class; or the caches mini-imagenet-cache-{train,val,test}.pkl. Or name its folder: data_dir=PATH",
+            "folder for each class; or mini-imagenet-cache-{train,val,test}.pkl. Or name its folder: data_dir=PATH",
         )
     place = next(filter(_names_all_splits, found), found[0])
-    return Source([place.path / name for name in place.files if _of_use(name)], partial(_classes, place, size))
+    return Source([place.path / name for name in place.files if _is_used(name)], partial(_classes, place, size))
 
 
 def _belongs(path: Path) -> bool:
-    """Whether a folder or an archive may be part of miniImageNet: no other classes lie in it."""
+    """Return whether a folder or an archive may be part of miniImageNet: it contains no other classes."""
     if split_of(path.name.partition(".")[0]) is None and plain_name(path.name.partition(".")[0]) not in PARTS:
         return False
     inside = children(path) if path.is_dir() else []
     return all(name in SPLIT_OF_CLASS or split_of(name) for name in inside)
 
 
-def _of_use(name: str) -> bool:
+def _is_used(name: str) -> bool:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in (*TABLES, *BULK, ".json"):
         return split_of(PurePosixPath(name).stem) is not None
@@ -103,7 +103,7 @@ def _of_use(name: str) -> bool:
 
 
 def _is_miniimagenet(place: Place) -> bool:
-    used = [name for name in place.files if _of_use(name)]
+    used = [name for name in place.files if _is_used(name)]
     if place.named or not used:
         return bool(used)
     heads = (_head(place.files[name]) for name in used if name.lower().endswith((*TABLES, ".json")))
@@ -126,29 +126,29 @@ def _opened(file: ImageFile) -> Any:
 
 
 def _names_all_splits(place: Place) -> bool:
-    """Whether the names of its files promise all three splits; an archive may hold anything."""
+    """Return whether the file names suggest all three splits; an archive may contain any of them."""
     if any(split_of(PurePosixPath(name).name.partition(".")[0]) is None for name in place.archives()):
         return True
     splits = defaultdict(set)
     for name in place.files:
-        if _of_use(name):
+        if _is_used(name):
             for part in PurePosixPath(name).parts:
                 splits[PurePosixPath(name).suffix.lower()].add(split_of(part.partition(".")[0]))
     return any(found.issuperset(SPLITS) for found in splits.values())
 
 
 class _PartError(FewShotError):
-    """A layout is there for some of the splits only."""
+    """A layout exists only for some of the splits."""
 
 
 def _classes(place: Place, size: int) -> list[ImageClass]:
-    """The classes in the first layout that is whole; archives are opened only where the folder does not do."""
+    """Return the classes of the first complete layout; archives are only opened if the folder does not suffice."""
     layouts = {
         "tables and images": _from_tables,
-        "a folder for each split": _from_folders,
+        "one folder per split": _from_folders,
         "pickled caches": _from_pickles,
         "HDF5 files": _from_hdf5,
-        "a folder for each published class": _from_published,
+        "one folder per published class": _from_published,
     }
     trees: list[Callable[[], Tree]] = [lambda: {n: f for n, f in place.files.items() if not is_archive(n)}]
     trees += [place.opened] if place.archives() else []
@@ -157,25 +157,25 @@ def _classes(place: Place, size: int) -> list[ImageClass]:
         problems: list[FewShotError] = []
         for description, layout in layouts.items():
             if problems and layout in (_from_folders, _from_published) and not isinstance(problems[0], _PartError):
-                continue  # the same images would be read in other splits than the tables say
+                continue  # the same images would be read with splits that contradict the tables
             try:
                 classes = layout(place, tree, size)
             except FewShotError as error:
                 problems.append(error)
                 if number < len(trees):
-                    break  # the archives may hold what is missing
+                    break  # the archives may contain what is missing
             else:
                 if classes:
                     for problem in problems:
-                        say(f"{problem}; {description} there are read instead")
+                        say(f"{problem}; reading {description} instead")
                     _check(place, classes)
                     return classes
     if problems:
         raise problems[0]
     found = shortened(sorted(tree)) or "its archives are empty"
     raise FewShotError(
-        f"{place.path} holds nothing that is read as miniImageNet ({found}): it needs train.csv, val.csv and test.csv, "
-        "or folders train/, val/ and test/ with a folder a class"
+        f"{place.path} contains no known layout of miniImageNet ({found}): it needs train.csv, val.csv and test.csv, "
+        "or folders train/, val/ and test/ with one folder per class"
     )
 
 
@@ -183,13 +183,13 @@ def _check(place: Place, classes: Sequence[ImageClass]) -> None:
     other = [c.name for c in classes if WNID.fullmatch(c.name) and c.name not in SPLIT_OF_CLASS]
     if other and not place.named:
         raise FewShotError(
-            f"{place.path} holds {shortened(other)}, which are not in miniImageNet; use dataset=folder for other data"
+            f"{place.path} contains {shortened(other)}, which are not of miniImageNet; use dataset=folder"
         )
     moved = [c.name for c in classes if c.name in SPLIT_OF_CLASS and c.split != SPLIT_OF_CLASS[c.name]]
     if moved:
         say(
-            f"the splits in {place.path} are not those of Ravi & Larochelle: {len(moved)} classes lie in another one, "
-            f"{moved[0]} for one; results do not compare with published ones"
+            f"the splits in {place.path} are not those of Ravi & Larochelle: {len(moved)} classes are in a different "
+            f"split, for example {moved[0]}; results do not compare with published ones"
         )
 
 
@@ -207,7 +207,7 @@ def _from_tables(place: Place, tree: Tree, size: int) -> list[ImageClass]:
         if missing:
             raise FewShotError(
                 f"{len(missing)} of the {len(listed_here)} images that {tree[tables[split]].name} lists are neither in "
-                f"{place.path} nor in an archive there, {missing[0]} for one: unpack the images again"
+                f"{place.path} nor in an archive there, for example {missing[0]}: unpack the images again"
             )
         members = defaultdict(list)
         for path, label in found:
@@ -219,14 +219,13 @@ def _from_tables(place: Place, tree: Tree, size: int) -> list[ImageClass]:
     if repeated:
         raise FewShotError(
             f"{len(repeated)} images are listed more than once in {', '.join(tree[t].name for t in tables.values())}, "
-            f"{PurePosixPath(repeated[0]).name} for one: what is tested must not have been trained on; correct the "
-            "tables"
+            f"for example {PurePosixPath(repeated[0]).name}: test images must not be trained on; correct the tables"
         )
     return classes
 
 
 def _by_split(place: Place, names: Iterable[str], kind: str) -> dict[str, str]:
-    """The file of each split among files of one kind, of the folder that has most of them; {} where there is none.
+    """Return the file of each split among files of one kind, in the folder with most splits; {} if there is none.
 
     Raises:
         FewShotError: a split has no file, or several.
@@ -253,14 +252,14 @@ def _by_split(place: Place, names: Iterable[str], kind: str) -> dict[str, str]:
         if len(candidates) > 1:
             raise FewShotError(
                 f"{where} has several files for {split}: {shortened([PurePosixPath(n).name for n in candidates])}; "
-                f"name the one that counts {split}{PurePosixPath(candidates[0]).suffix}"
+                f"rename the right one to {split}{PurePosixPath(candidates[0]).suffix}"
             )
         chosen[split] = candidates[0]
     return chosen
 
 
 def _renamed(example: str, had: str, wanted: str) -> str:
-    """The path of a split's file, after that of another split."""
+    """Return the path of the file of a split, by analogy with that of a different split."""
     path = PurePosixPath(example)
     alias = max((alias for alias in ALIASES[had] if alias in path.name.lower()), key=len)
     return str(path.with_name(re.sub(alias, wanted, path.name, count=1, flags=re.IGNORECASE)))
@@ -279,7 +278,7 @@ def _from_folders(place: Place, tree: Tree, size: int) -> list[ImageClass]:
         split = splits[number]
         assert split is not None
         inside = folders[number + 1 :]
-        # Some archives name the split twice; a class may be called after one, too: test_tube.
+        # Some archives repeat the split, and a class may contain the name of a split: test_tube.
         while inside and split_of(inside[0]) == split and (len(inside) > 1 or plain_name(inside[0]) in ALIASES[split]):
             inside = inside[1:]
         label = next(filter(WNID.fullmatch, inside), inside[0] if inside else None) or _wnid(name)
@@ -288,26 +287,26 @@ def _from_folders(place: Place, tree: Tree, size: int) -> list[ImageClass]:
             classes[label].append(file)
     if not found:
         return []
-    above, of_split = min(found.items(), key=lambda item: (-len(item[1]), item[0].count("/"), item[0]))
+    above, by_split = min(found.items(), key=lambda item: (-len(item[1]), item[0].count("/"), item[0]))
     where = place.path / above
     chosen = []
     for split in SPLITS:
         empty = [child for child in (children(where) if where.is_dir() else []) if split_of(child) == split]
-        if split not in of_split:
-            present = shortened([f"{folder}" for folders in of_split.values() for folder in folders])
-            fix = f"put {split}/ beside them, with a folder a class"
+        if split not in by_split:
+            present = shortened([f"{folder}" for folders in by_split.values() for folder in folders])
+            fix = f"add {split}/, with one folder per class"
             raise FewShotError(
-                f"{where / empty[0]} holds no folder with images: one folder a class is expected"
+                f"{where / empty[0]} contains no folder with images: it needs one folder per class"
                 if empty
                 else f"{where} has {present}, but no folder for {split}: {fix}"
             )
-        if len(of_split[split]) > 1:
+        if len(by_split[split]) > 1:
             raise FewShotError(
-                f"{where} has several folders for {split}: {shortened(list(of_split[split]))}; keep one there"
+                f"{where} has several folders for {split}: {shortened(list(by_split[split]))}; keep one of them"
             )
-        ((folder, classes),) = of_split[split].items()
+        ((folder, classes),) = by_split[split].items()
         if not classes:
-            raise FewShotError(f"{where / folder} holds no folder with images: one folder a class is expected")
+            raise FewShotError(f"{where / folder} contains no folder with images: it needs one folder per class")
         chosen += [_image_class(label, split, files, size) for label, files in sorted(classes.items())]
     return chosen
 
@@ -375,12 +374,12 @@ def _resized(images: NDArray[np.uint8], members: Sequence[int], size: int) -> ND
 
 
 def _read_pickle(file: ImageFile) -> tuple[NDArray[np.uint8], Mapping[Any, list[int]]]:
-    """The images of one pickled cache, uint8 ``[images, height, width, 3]``, and the members of each class."""
+    """Return the images of a pickled cache, uint8 ``[images, height, width, 3]``, and the members of each class."""
     try:
         with _opened(file) as opened:
             cache = unpickle(opened)
         if not isinstance(cache, dict):
-            raise TypeError("it holds no dictionary")
+            raise TypeError("not a dictionary")
         images = to_array(cache["image_data" if "image_data" in cache else "data"])
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
             raise ValueError(f"its images are {images.dtype} {list(images.shape)}, not uint8 [images, h, w, 3]")
@@ -390,16 +389,16 @@ def _read_pickle(file: ImageFile) -> tuple[NDArray[np.uint8], Mapping[Any, list[
         else:
             for member, label in zip(range(len(images)), to_list(cache["labels"], len(images)), strict=True):
                 if not isinstance(label, int | str):
-                    raise TypeError("its labels are not whole numbers or text")
+                    raise TypeError("its labels are not integers or strings")
                 of_class[label].append(member)
             of_class = dict(sorted(of_class.items()))
         if not all(of_class.values()):
             raise ValueError("a class has no images")
         if not all(isinstance(member, int) for members in of_class.values() for member in members):
-            raise TypeError("the images of a class are not a list of whole numbers")
+            raise TypeError("the images of a class are not a list of integers")
         if not all(0 <= member < len(images) for members in of_class.values() for member in members):
-            raise ValueError("a class names images that it does not hold")
+            raise ValueError("a class refers to images that do not exist")
     except BROKEN as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise FewShotError(f"{file.name} is not a pickled miniImageNet cache: {reason}; fetch it again") from error
+        reason = f"missing {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise FewShotError(f"{file.name} is not a pickled miniImageNet cache: {reason}; download it again") from error
     return images, of_class

@@ -1,4 +1,4 @@
-"""Images as people have them: from any camera, scanner or drawing program, of any shape."""
+"""User-supplied images: from any camera, scanner or drawing program, of any shape."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,7 @@ from fewshot.data.images import MODES, opened, to_pixels
 
 
 def read_photo(file: ImageFile, size: int, channels: int, ink: bool = False) -> NDArray[np.uint8]:
-    """Read an image file as an encoder is to see it; see ``prepare``.
+    """Read an image file and prepare it for an encoder, see ``prepare``.
 
     Raises:
         FewShotError: see ``opened``.
@@ -19,18 +19,19 @@ def read_photo(file: ImageFile, size: int, channels: int, ink: bool = False) -> 
 
 
 def prepare(image: Image.Image, size: int, channels: int, ink: bool = False) -> NDArray[np.uint8]:
-    """Bring an image of any shape and mode to what an encoder takes.
+    """Convert an image of any shape and mode to the pixels that an encoder expects.
 
-    It is turned upright as its EXIF data says. What is transparent becomes white; grey of more than 8 bits is stretched
-    from its darkest to its brightest; of an animation the first picture counts. Of a photo that is not square the
-    middle is taken, at its full height or width, since to squeeze it would change every shape in it.
+    It is rotated according to its EXIF data. Transparent pixels become white; grey values of more than 8 bits are
+    stretched to the full range; only the first frame of an animation is used. A photo that is not square is cropped to
+    its middle, at full height or width, because squeezing would distort shapes.
 
     Args:
         image: as decoded.
         size: height and width of the result.
         channels: 1 for grey, 3 for RGB.
-        ink: it is a letter or a drawing, for a network that knows such as bright on black: what has a bright background
-            is inverted, and what is not square is filled up with its background, so that no stroke is cut off.
+        ink: the image is a letter or drawing, for a network trained on bright ink on black: an image with a bright
+            background is inverted, and one that is not square is padded with its background, so that no stroke is
+            cut off.
 
     Returns:
         uint8 ``[size, size, channels]``.
@@ -72,6 +73,6 @@ def _bright_ink(image: Image.Image, size: int, channels: int) -> NDArray[np.uint
 
 
 def _background(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The median of the outermost pixels, uint8 ``[channels]``."""
+    """Return the median of the outermost pixels, uint8 ``[channels]``."""
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     return np.median(edges, axis=0).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Pickles as data: dictionaries, lists and numpy arrays are read; nothing that a pickle names is imported or called.
+"""Read pickles of dictionaries, lists and numpy arrays as data, without importing or calling what they name.
 
-``pickle.Unpickler`` can be kept from running code by its ``find_class``, but not from what a few bytes can claim:
-gigabytes for a memo of one entry, or keys nested so deeply that to hash them overflows the stack.
+Overriding ``find_class`` keeps ``pickle.Unpickler`` from running code, but a few bytes can still make it allocate
+gigabytes for a memo of one entry, or hash keys nested so deeply that the stack overflows.
 """
 
 import pickletools
@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-CORES = ("core", "_core")  # before numpy 2 and since
-BUILTINS = ("builtins", "__builtin__")  # since Python 3 and before
+CORES = ("core", "_core")  # since numpy 2, and before
+BUILTINS = ("builtins", "__builtin__")  # since Python 3, and before
 LITERALS = (
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
@@ -32,16 +32,16 @@ CONSTANTS: Mapping[str, Callable[[], Any]] = {
 
 
 def unpickle(file: BinaryIO) -> Any:  # noqa: PLR0912, PLR0915
-    """Read one pickle, of any protocol, that holds numbers, text, lists, dictionaries and numpy arrays.
+    """Read one pickle, of any protocol, of numbers, strings, lists, dictionaries and numpy arrays.
 
-    Text of Python 2 is read as Latin-1, since its arrays of bytes are text.
+    Strings of Python 2 are decoded as Latin-1, because its byte arrays are strings.
 
     Returns:
-        What it holds; ``to_array`` and ``to_list`` give what is an array, or a list, in it.
+        The contents; ``to_array`` and ``to_list`` convert arrays and lists in it.
 
     Raises:
-        UnpicklingError: it asks for anything else.
-        AttributeError, LookupError, MemoryError, OverflowError, TypeError, ValueError: it is broken.
+        UnpicklingError: the pickle names or contains anything else.
+        AttributeError, LookupError, MemoryError, OverflowError, TypeError, ValueError: the pickle is broken.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -104,35 +104,35 @@ def unpickle(file: BinaryIO) -> Any:  # noqa: PLR0912, PLR0915
             case "PROTO" | "FRAME" | "STOP":
                 pass
             case name:
-                raise UnpicklingError(f"it has the instruction {name}, for which an array has no use")
+                raise UnpicklingError(f"it has the instruction {name}, which arrays do not need")
     return stack.pop()
 
 
 def to_array(value: Any) -> NDArray[Any]:
-    """The array that ``unpickle`` read.
+    """Return an array that ``unpickle`` read.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the value is not an array.
     """
     return _expect(_Array, value).array
 
 
 def to_list(value: Any, longest: int) -> list[Any]:
-    """The entries of a list, a range or an array of one dimension.
+    """Return the entries of a list, a range or a one-dimensional array.
 
     Raises:
-        TypeError: it is none of these.
-        ValueError: it has more than ``longest`` entries.
+        TypeError: the value is none of these.
+        ValueError: the value has more than ``longest`` entries.
     """
     entries = value.array.tolist() if isinstance(value, _Array) and value.array.ndim == 1 else value
     _expect((list, tuple, range), entries)
     if len(entries) > longest:
-        raise ValueError(f"it has a list of {len(entries):,} entries, where {longest:,} are the most there can be")
+        raise ValueError(f"it has a list of {len(entries):,} entries, more than {longest:,}")
     return list(entries)
 
 
 class _Array:
-    """What numpy.ndarray is read as."""
+    """Stands for numpy.ndarray."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         self.array = array
@@ -142,14 +142,14 @@ class _Array:
 
 
 class _Dtype:
-    """What numpy.dtype is read as: numbers and text only, whatever else the pickle says of it.
+    """Stands for numpy.dtype: numbers and strings only, whatever else the pickle specifies.
 
-    numpy's own takes its flags from the pickle, which can pass bytes off as pointers to objects.
+    numpy.dtype takes its flags from the pickle, which could pass off bytes as pointers to objects.
     """
 
     def __init__(self, name: Any, *_: Any) -> None:
         if not re.fullmatch(r"[biufSU]\d+", name):
-            raise UnpicklingError(f"it has an array of {name}, which are no numbers")
+            raise UnpicklingError(f"it has an array of {name}, which are not numbers")
         self.dtype = np.dtype(name)
 
     def build(self, _version: Any, order: Any, *_: Any) -> None:
@@ -177,16 +177,16 @@ def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _update(target: Any, items: Sequence[Any]) -> dict[Any, Any]:
-    """Add the keys and values, which take turns, to a dictionary."""
+    """Add alternating keys and values to a dictionary."""
     found: dict[Any, Any] = _expect(dict, target)
     for key, value in zip(items[::2], items[1::2], strict=True):
-        found[_expect((str, bytes, int, float), key)] = value  # a nested tuple could overflow the stack that hashes it
+        found[_expect((str, bytes, int, float), key)] = value  # hashing a nested tuple could overflow the stack
     return found
 
 
 @dataclass(frozen=True)
 class _Named:
-    """What a pickle names; it is called with ``make``, where it is one of those that may be called."""
+    """A name in a pickle; ``make`` replaces the function, or is None if it may not be called."""
 
     make: Callable[..., Any] | None
 
@@ -200,7 +200,7 @@ NAMES: Mapping[tuple[str, str], _Named] = {
     ("_codecs", "encode"): _Named(_encode),
     ("collections", "OrderedDict"): _Named(_ordered_dict),
     ("collections", "defaultdict"): _Named(lambda *_: {}),
-    **{(builtins, "bytes"): _Named(lambda: b"") for builtins in BUILTINS},  # old protocols call for empty ones
+    **{(builtins, "bytes"): _Named(lambda: b"") for builtins in BUILTINS},  # old protocols call it for b""
     **{(builtins, "list"): _Named(None) for builtins in BUILTINS},
     **{(builtins, name): _Named(range) for builtins in BUILTINS for name in ("range", "xrange")},
 }
@@ -209,14 +209,14 @@ NAMES: Mapping[tuple[str, str], _Named] = {
 def _named(module: Any, name: Any) -> _Named:
     names = _expect(str, module), _expect(str, name)
     if names not in NAMES:
-        raise UnpicklingError(f"it asks for {module}.{name}, which is no array")
+        raise UnpicklingError(f"it names {module}.{name}, which is not an array")
     return NAMES[names]
 
 
 def _call(named: Any, arguments: Any) -> Any:
     make = _expect(_Named, named).make
     if make is None:
-        raise UnpicklingError("it calls what is no array")
+        raise UnpicklingError("it calls something that is not an array")
     return make(*_expect(tuple, arguments))
 
 

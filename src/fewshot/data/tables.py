@@ -1,4 +1,4 @@
-"""Tables that list images and their labels, as people save them."""
+"""Tables that list images and their labels."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from fewshot.data.locate import IMAGES, plain_name
 from fewshot.errors import FewShotError, shortened
 
 TABLES = (".csv", ".tsv", ".txt")
-# What the columns are called, in letters alone.
+# Names of the columns, letters only.
 IMAGE_COLUMNS = (
     *("filename", "file", "filepath", "path", "name"),
     *(
@@ -25,7 +25,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "classname", "classid", "category",
 
 
 def read_table(table: ImageFile) -> list[tuple[str, str]]:
-    """The rows of a table as images and labels."""
+    """Return the rows of a table as images and labels."""
     try:
         text = table.read().decode("utf-8-sig")
         head = text.splitlines()[0] if text.strip() else ""
@@ -34,13 +34,13 @@ def read_table(table: ImageFile) -> list[tuple[str, str]]:
         columns = _columns(header)
         lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True))
     except UnicodeDecodeError as error:
-        raise FewShotError(f"{table.name} is not text in UTF-8, at byte {error.start}: save it as such") from error
+        raise FewShotError(f"{table.name} is not UTF-8 at byte {error.start}: save it as UTF-8") from error
     except (OSError, csv.Error) as error:
         raise FewShotError(f"{table.name} is not a table of images and labels: {error}") from error
     if len(header) == 2 and header[0].strip().lower().endswith(IMAGES):
-        columns = [0, 1]  # it has no header
+        columns = [0, 1]  # no header
     elif head and None in columns:
-        wanted = "images (filename, say)" if columns[0] is None else "labels (label, say)"
+        wanted = "images (such as filename)" if columns[0] is None else "labels (such as label)"
         raise FewShotError(f"{table.name} has no column of {wanted}, only {shortened(header)}: rename one")
     else:
         lines = lines[1:]
@@ -49,12 +49,12 @@ def read_table(table: ImageFile) -> list[tuple[str, str]]:
         for line in filter(any, lines)
     ]
     if not rows or not all(name and label for name, label in rows):
-        raise FewShotError(f"{table.name} has no rows, or rows without an image or a label; fetch it again")
+        raise FewShotError(f"{table.name} has no rows, or rows without an image or a label; download it again")
     return rows  # type: ignore[return-value]
 
 
 def _columns(header: Sequence[str]) -> list[int | None]:
-    """Where the images and the labels stand."""
+    """Return the positions of the columns of images and labels."""
     names = [plain_name(name) for name in header]
     return [
         next((names.index(name) for name in known if name in names), None) for known in (IMAGE_COLUMNS, LABEL_COLUMNS)
@@ -62,7 +62,7 @@ def _columns(header: Sequence[str]) -> list[int | None]:
 
 
 class TableImages:
-    """The images of a tree, found by the names that tables have for them."""
+    """Finds images by their names in tables."""
 
     def __init__(self, place: Path, tree: Mapping[str, ImageFile]) -> None:
         self.place, self.tree = place, tree
@@ -74,7 +74,7 @@ class TableImages:
                 self.by_stem[name.rpartition(".")[0]].append(path)
 
     def find(self, name: str, label: str) -> str | None:
-        """The path of an image, whatever folder it lies in and whatever kind of image file it has become."""
+        """Return the path of an image, in any folder and of any image type."""
         parts = re.split(r"[/\\]", name)
         if ".." in parts:
             return None
@@ -93,7 +93,7 @@ class TableImages:
 
 
 def _container(path: str) -> str:
-    """What the same image may lie in once: the first folder, or the archive."""
+    """Return the top-level folder or archive of a path; each contains an image at most once."""
     return path.split("/", 1)[0] if "/" in path else ""
 
 

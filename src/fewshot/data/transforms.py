@@ -1,8 +1,8 @@
-"""Random changes of training images, made on the device, a batch at a time.
+"""Random changes of training images, made on the device, one batch at a time.
 
-A transform takes the pixels of any number of images, uint8 ``[images, channels, height, width]``, and returns as many
-of the same shape. It draws from PyTorch's random numbers, for each image by itself; ``seeded`` makes what it draws
-depend on nothing but the number of the training episode.
+A transform maps the pixels of any number of images, uint8 ``[images, channels, height, width]``, to the same shape. It
+draws from PyTorch's random numbers, separately for each image; ``seeded`` makes them depend only on the number of the
+training episode.
 """
 
 import math
@@ -20,13 +20,11 @@ PADDINGS = ("constant", "edge", "reflect")
 
 
 def seeded(transform: Transform, seeds: Sequence[Sequence[int]]) -> Transform:
-    """The same transform, of several training episodes at once, with random numbers of each episode's own.
-
-    PyTorch's own random state is afterwards what it was before.
+    """Apply a transform to several training episodes, each with its own seed; the global random state stays unchanged.
 
     Args:
-        transform: of the images of one episode.
-        seeds: what the random numbers of each episode depend on; whole numbers, at least 0.
+        transform: changes the images of one episode.
+        seeds: the seed of each episode, a sequence of integers of at least 0.
 
     Returns:
         A function from ``[episodes, images, channels, height, width]`` to the same.
@@ -49,21 +47,21 @@ class Chain:
     """Several transforms, one after the other.
 
     Args:
-        transforms: by any names, in this order.
+        transforms: the transforms, under any names, in this order.
     """
 
     def __init__(self, **transforms: Transform) -> None:
         self.transforms = tuple(transforms.values())
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """All of them."""
+        """Apply all of them."""
         for transform in self.transforms:
             images = transform(images)
         return images
 
 
 class EachImage:
-    """Any transform of torchvision.transforms.v2, which draws once for all images that it is given, for each by itself.
+    """Applies a transform of torchvision.transforms.v2, which draws once per call, to each image separately.
 
     Args:
         transform: from uint8 ``[channels, height, width]`` to the same.
@@ -73,7 +71,7 @@ class EachImage:
         self.transform = transform
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """One image after the other."""
+        """Apply it to one image after another."""
         return torch.stack([self.transform(image) for image in images])
 
 
@@ -84,7 +82,7 @@ class RandomFlip:
         p: the probability that an image is mirrored.
 
     Raises:
-        FewShotError: it is not between 0 and 1.
+        FewShotError: the probability is not between 0 and 1.
     """
 
     def __init__(self, p: float = 0.5) -> None:
@@ -101,9 +99,9 @@ class RandomCrop:
     """Shift images: pad them on all sides, and cut each to its size at a random place.
 
     Args:
-        padding: pixels on each side, so that an image is shifted by as many at most.
-        mode: "constant" pads with black, "edge" with the outermost pixels, "reflect" with what lies beside them,
-            mirrored.
+        padding: pixels on each side, which is also the largest shift.
+        mode: "constant" pads with black, "edge" with the outermost pixels, "reflect" with a mirror image of
+            the border.
 
     Raises:
         FewShotError: the padding is negative, or the mode unknown.
@@ -135,16 +133,16 @@ class RandomCrop:
 
 
 class RandomResizedCrop:
-    """Cut a part out of each image and bring it to the image's size, bilinearly.
+    """Cut a part out of each image and resize it bilinearly to the size of the image.
 
-    As torchvision's transform of that name, whose settings these are.
+    Like torchvision's transform of that name, with the same settings.
 
     Args:
-        scale: the smallest and the largest share of the image's area.
-        ratio: the smallest and the largest width of the part by its height.
+        scale: smallest and largest fraction of the image's area.
+        ratio: smallest and largest ratio of the part's width to its height.
 
     Raises:
-        FewShotError: the numbers are no such ranges.
+        FewShotError: the numbers are not such ranges.
     """
 
     def __init__(self, scale: list[float], ratio: list[float]) -> None:
@@ -158,14 +156,14 @@ class RandomResizedCrop:
         """Resize a part of each of them."""
         area = _draw(images, *self.scale)
         root = _draw(images, *self.log_ratio).exp().sqrt()
-        # A part that is wider or higher than the image is cut to the image.
+        # A part wider or higher than the image is clipped to the image.
         width, height = (area.sqrt() * root).clamp_max(1), (area.sqrt() / root).clamp_max(1)
         left, top = _draw(images, 0, 1) * (1 - width), _draw(images, 0, 1) * (1 - height)
         nothing = torch.zeros_like(width)
-        # In the coordinates of affine_grid an image reaches from -1 to 1.
+        # In the coordinates of affine_grid an image extends from -1 to 1.
         x, y = 2 * left + width - 1, 2 * top + height - 1
-        place = torch.cat([width, nothing, x, nothing, height, y], dim=1).reshape(-1, 2, 3)
-        grid = affine_grid(place, list(images.shape), align_corners=False)
+        affine = torch.cat([width, nothing, x, nothing, height, y], dim=1).reshape(-1, 2, 3)
+        grid = affine_grid(affine, list(images.shape), align_corners=False)
         pixels = grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
         return pixels.round().to(images.dtype)
 
@@ -173,12 +171,12 @@ class RandomResizedCrop:
 class RandomColour:
     """Change brightness, contrast and saturation of each image, in this order.
 
-    As torchvision's ColorJitter, whose settings these are: a setting of 0.4 multiplies by 0.6 to 1.4.
+    Like torchvision's ColorJitter, with the same settings: 0.4 multiplies by 0.6 to 1.4.
 
     Args:
         brightness: of the pixels.
         contrast: their distance from the mean grey of the image.
-        saturation: their distance from their own grey; of no effect on grey images.
+        saturation: their distance from their own grey; no effect on grey images.
 
     Raises:
         FewShotError: a number is not between 0 and 1.
@@ -203,7 +201,7 @@ class RandomColour:
 
 
 def _draw(images: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """A number for each image, ``[images, 1, 1, 1]``, on its device; the same numbers on every device."""
+    """Draw a number for each image, ``[images, 1, 1, 1]``, on its device; the same numbers on every device."""
     return (low + (high - low) * torch.rand(len(images))).to(images.device)[:, None, None, None]
 
 
