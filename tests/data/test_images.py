@@ -172,7 +172,9 @@ def test_a_decompression_bomb_is_rejected_before_it_is_unpacked(size):
     whole = encoded("L")
     contents = whole[:12] + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:]
     pixels = size[0] * size[1]
-    message = rf"(it has {pixels:,} pixels, and at most [\d,]+|Image size \({pixels} pixels\) exceeds limit of \d+ pixels)"
+    message = (
+        rf"(it has {pixels:,} pixels, and at most [\d,]+|Image size \({pixels} pixels\) exceeds limit of \d+ pixels)"
+    )
     with pytest.raises(FewShotError, match=rf"bird\.jpg: {message}") as caught:
         decode(ImageFile("bird.jpg", lambda: contents), 8, 3)
     assert len(str(caught.value).splitlines()) == 1
