@@ -429,8 +429,15 @@ def test_two_processes_compute_what_one_does(device, backend, cache, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    changes = ["train.meta_batch=5", "train.episodes=6", "val.every=6", "checkpoint_every=6", "query=3", "train.way=5"]
-    changes += ["train.query=2", "encoder.filters=8", "hardware.precision=64-true", f"cache_dir={cache}"]
+    changes = ["train.meta_batch=5", "train.episodes=6", "val.every=6", "val.episodes=4", "checkpoint_every=6"]
+    changes += [
+        "train.way=5",
+        "query=3",
+        "train.query=2",
+        "encoder.filters=8",
+        "hardware.precision=64-true",
+        f"cache_dir={cache}",
+    ]
     alone = {}
     for name in ("protonet", "maml"):
         config = compose(f"method={name}", *changes, f"hardware={group_of(device)}", f"run_dir={tmp_path / name}")
