@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import programs
 from fewshot.config import ROOT, compose
@@ -258,6 +259,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     chrome = selenium.Chrome(options, selenium.ChromeService(driver))
     yield chrome
     chrome.quit()
+
+
+def log_of(run_dir: Path) -> EventAccumulator:
+    """TensorBoard's log of a run."""
+    (folder,) = {path.parent for path in run_dir.glob("*/events.*")}
+    log = EventAccumulator(str(folder), size_guidance={"images": 0})
+    log.Reload()
+    return log
 
 
 def free_port() -> int:

@@ -10,8 +10,8 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import CSVLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from conftest import log_of
 from fewshot.config import compose
 from fewshot.errors import FewShotError
 from fewshot.loggers import CSV, open_loggers, parts
@@ -25,6 +25,7 @@ TINY = [
 ]
 MEASURED = {
     *("train/loss", "train/accuracy", "train/learning_rate", "val/accuracy", "val/ci95", "val/best_accuracy"),
+    "val/best_ci95",
     *("test/accuracy", "test/ci95"),
 }
 
@@ -60,12 +61,12 @@ def table(run_dir):
 
 def test_every_logger_gets_the_same_scalars_and_the_configuration(run, tmp_path):
     run("board"), run("table", "logger=csv"), run("none", "logger=none", "train.episodes=2")
-    log = EventAccumulator(str(tmp_path / "board" / "tensorboard"))
-    log.Reload()
-    board = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    log = log_of(tmp_path / "board")
+    tags = {tag.partition(" ")[2]: tag for tag in log.Tags()["scalars"]}
+    board = {name: [(event.step, event.value) for event in log.Scalars(tag)] for name, tag in tags.items()}
     assert set(board) == MEASURED
     assert table(tmp_path / "table") == board
-    for log in ("board/tensorboard", "table/csv"):
+    for log in ("board/protonet-l2-5way-1shot-seed0", "table/csv"):
         settings = yaml.safe_load((tmp_path / log / "hparams.yaml").read_text())
         assert settings["encoder"]["filters"] == 8 and "logger" not in settings
     assert {path.name for path in (tmp_path / "none").iterdir()} == {
@@ -157,6 +158,37 @@ def test_parts():
     assert issubclass(CSV, CSVLogger)
 
 
+def leveldb_records(log, offset):
+    """The records of a LevelDB log, whose first block begins before the log by some offset."""
+    position, record = 0, b""
+    while position + 7 <= len(log):
+        left = 32768 - (position + offset) % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(log[position + 4 : position + 6], "little"), log[position + 6]
+        record += log[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def logged_by_wandb(folder):
+    """The tags and the configuration in an offline log."""
+    from wandb.proto.wandb_internal_pb2 import Record  # noqa: PLC0415
+
+    (path,) = folder.glob("*.wandb")
+    tags, settings = set(), {}
+    for content in leveldb_records(path.read_bytes()[7:], 7):
+        record = Record()
+        record.ParseFromString(content)
+        tags |= {(item.nested_key or [item.key])[0] for item in record.history.item}
+        for part in (record.run.config, record.config):
+            settings |= {item.key: json.loads(item.value_json) for item in part.update}
+    return tags, settings
+
+
 def test_weights_and_biases_offline(run, tmp_path):
     pytest.importorskip("wandb", reason="pip install 'fewshot[wandb]'")
     run("run", "logger=wandb", "train.episodes=2", "pictures=true")
@@ -165,6 +197,9 @@ def test_weights_and_biases_offline(run, tmp_path):
     run_id = first.name.rpartition("-")[2]
     pictures = {path.name.partition("_")[0] for path in first.rglob("*.png")}
     assert pictures == {"episode", "classes"}
+    tags, settings = logged_by_wandb(first)
+    assert tags & {*MEASURED, "test/episode", "test/classes"} == {*MEASURED, "test/episode", "test/classes"}
+    assert settings["encoder"]["filters"] == 8 and settings["method"]["distance"]["scale"] == 1
     run("run", "logger=wandb", "resume=auto")
     ids = {path.name.rpartition("-")[2] for path in folder.glob("offline-run-*")}
     assert ids == {run_id}  # wandb sync puts both attempts into one run

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from conftest import make_bank
+from conftest import layout_faults, make_bank
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
 from fewshot.pictures import draw_classes, draw_confusion, draw_episode
 
@@ -12,7 +12,9 @@ def test_an_episode_is_drawn_with_its_wrong_answers(way, channels):
     episode = EpisodeDataset(bank, "test", way=way, shot=2, query=9, seed=0)[EpisodeNumber(0, 0)]
     answers = episode.query_labels.numpy().copy()
     answers[0] = 1
-    (axes,) = draw_episode(bank, episode, answers).axes
+    figure = draw_episode(bank, episode, answers)
+    assert not layout_faults(figure) and not layout_faults(draw_episode(bank, episode, answers, 1, 4))
+    (axes,) = figure.axes
     wrong, support, queries = (text.get_text() for text in axes.texts)
     assert (wrong, support) == ("2", "support")
     assert queries.startswith(f"queries: {len(answers) - 1} of {len(answers)} right")
@@ -29,13 +31,14 @@ def test_few_classes_are_drawn_as_a_matrix_and_many_by_their_accuracy():
         taken[0, 0], taken[0, 1] = 1, 3
         figure = draw_classes(met, taken, [f"$class {number}" for number in range(count)])
         assert len(figure.axes) == panels
-        figure.draw_without_rendering()
+        assert not layout_faults(figure)
         if count == 5:
             assert figure.axes[0].images[0].get_array()[0].tolist() == [0.25, 0.75, 0, 0]
         else:
-            assert "all 39 test classes" in figure.axes[0].get_title()
-            assert figure.axes[1].patches[0].get_width() == 25
-            assert figure.axes[1].texts[0].get_text() == r"\$class 1"  # not a formula
+            hardest, every = figure.axes
+            assert "all 39 test classes" in every.get_xlabel()
+            assert hardest.patches[0].get_width() == 25
+            assert hardest.texts[0].get_text() == r"\$class 1"  # not a formula
 
 
 def test_confusions_are_relative_to_queries_whose_episode_contained_both_classes():

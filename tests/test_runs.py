@@ -14,9 +14,9 @@ import torch
 from filelock import FileLock
 from omegaconf import OmegaConf
 from pytorch_lightning.plugins import MixedPrecision
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fewshot.training
+from conftest import log_of
 from fewshot.callbacks import FiniteGradients
 from fewshot.config import compose
 from fewshot.directories import newest_run
@@ -54,16 +54,14 @@ def finish(overrides):
 
 
 def scalars(run_dir, tag):
-    log = EventAccumulator(str(run_dir / "tensorboard"))
-    log.Reload()
-    return [(event.step, event.value) for event in log.Scalars(tag)]
+    return [(event.step, event.value) for event in log_of(run_dir).Scalars(tag)]
 
 
 def outcome(run_dir):
     """Everything that must not depend on whether a run was interrupted."""
     results = json.loads((run_dir / "results.json").read_text())
     kept = {key: results[key] for key in ("accuracy", "ci95", "episodes", "val_accuracy", "validations")}
-    logged = {tag: scalars(run_dir, tag) for tag in ("train/loss", "val/accuracy", "test/accuracy")}
+    logged = {tag: scalars(run_dir, tag) for tag in ("1 train/loss", "2 val/accuracy", "3 test/accuracy")}
     loaded = {
         name: torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("best", "last")
     }
@@ -122,8 +120,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_the_last_step(run, tmp_path, n
     finish(run("whole", "method=maml", "train.meta_batch=2"))
     interrupted = run("stopped", "method=maml", "train.meta_batch=2", "checkpoint_every=1000")
     process = start_training(*interrupted)
-    log = tmp_path / "stopped" / "tensorboard"
-    while not log.exists():  # the training begins right after
+    while not list((tmp_path / "stopped").glob("*/events.*")):  # the training begins right after
         time.sleep(0.01)
     time.sleep(0.3)
     os.kill(process.pid, number)

@@ -57,7 +57,8 @@ def test_a_run_from_another_directory_writes_only_to_its_run_directory(cli, tmp_
     assert results["val_accuracy"] == pytest.approx(max(v["accuracy"] for v in results["validations"]))
     assert f"{results['accuracy']:.2%}" in done.stdout
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    assert list((run_dir / "tensorboard").glob("events.*")) and (run_dir / ".hydra" / "config.yaml").exists()
+    assert list((run_dir / "protonet-l2-5way-1shot-seed3").glob("events.*"))
+    assert (run_dir / ".hydra" / "config.yaml").exists()
     listed = json.loads((run_dir / "classes.json").read_text())
     assert set(listed) == {"train", "val", "test"}
     assert not set(listed["test"]) & {*listed["train"], *listed["val"]}

@@ -36,12 +36,12 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width">
 <title>Comparison of runs</title>
 <style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222; }}
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; color: #222; }}
 img {{ max-width: 100%; }}
 div {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; }}
-th, td {{ padding: 0.3em 0.8em; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }}
-td.number {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.3em 0.6em; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }}
+.number {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }}
 </style>
 </head>
 <body>
@@ -136,8 +136,14 @@ class Task:
     notes: Sequence[str]
 
     @property
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """The columns that are not empty, and their rows."""
+        filled = [position for position in range(len(COLUMNS)) if any(row[position] for row in self.rows)]
+        return [COLUMNS[position] for position in filled], [[row[p] for p in filled] for row in self.rows]
+
+    @property
     def rows(self) -> list[list[str]]:
-        """The table."""
+        """The table, with all ``COLUMNS``."""
         pairs = zip(self.runs, self.differences, strict=True)
         return [run.cells(difference, run is self.reference) for run, difference in pairs]
 
@@ -218,9 +224,10 @@ def as_markdown(tasks: Sequence[Task]) -> str:
     """Format the tables as Markdown, with the figure."""
     lines = []
     for task in tasks:
+        columns, rows = task.table
         lines += [f"**{for_markdown(task.title)}**", ""]
-        lines += [f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---:' if _right(c) else '---' for c in COLUMNS)} |"]
-        lines += [f"| {' | '.join(map(for_markdown, row))} |" for row in task.rows]
+        lines += [f"| {' | '.join(columns)} |", f"| {' | '.join('---:' if c in NUMBERS else '---' for c in columns)} |"]
+        lines += [f"| {' | '.join(map(for_markdown, row))} |" for row in rows]
         lines += ["", *(f"- {for_markdown(note)}" for note in task.notes), ""]
     return "\n".join([*lines, EXPLANATION, "", "![Accuracy, difference, time and parameters](compare.png)", ""])
 
@@ -326,18 +333,14 @@ def _not_paired(run: Run, reference: Run) -> str | None:
 
 
 def _html_table(task: Task) -> Iterator[str]:
+    columns, rows = task.table
+    marks = [" class=number" if column in NUMBERS else "" for column in columns]
     yield f"<h2>{for_html(task.title)}</h2>"
     yield "<div><table>"
-    yield f"<tr>{''.join(f'<th>{column}</th>' for column in COLUMNS)}</tr>"
-    for row in task.rows:
-        cells = zip(COLUMNS, row, strict=True)
-        shown = (f"<td{' class=number' * _right(column)}>{for_html(cell)}</td>" for column, cell in cells)
+    for tag, cells in (("th", columns), *(("td", row) for row in rows)):
+        shown = (f"<{tag}{mark}>{for_html(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
         yield f"<tr>{''.join(shown)}</tr>"
     yield "</table></div>"
-
-
-def _right(column: str) -> bool:
-    return column in NUMBERS
 
 
 def _signed(difference: Estimate) -> str:

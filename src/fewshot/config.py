@@ -27,6 +27,7 @@ PACKAGE = Path(__file__).parent
 CHECKOUT = (PACKAGE.parents[1] / "conf" / "train.yaml").is_file()  # else installed, with conf inside the package
 ROOT = PACKAGE.parents[1] if CHECKOUT else Path.cwd()  # the parent of outputs and data
 CONF = (ROOT if CHECKOUT else PACKAGE) / "conf"
+SWEPT = "FEWSHOT_SWEPT"  # environment variable: the keys that a sweep varies, for its jobs
 
 
 @dataclass
@@ -82,6 +83,7 @@ class TrainConfig(Task):
     train: Training = field(default_factory=Training)
     val: Validation = field(default_factory=Validation)
     test: Test = field(default_factory=Test)
+    name: str | None = None  # checkpoints of an earlier version have none
     seed: int = MISSING
     eval_seed: int = MISSING
     data_dir: str = MISSING
@@ -466,6 +468,23 @@ def compose_unresolved(*overrides: str, name: str = "train", places: Sequence[st
         GlobalHydra.instance().hydra = outer
 
 
+def run_name(config: DictConfig) -> str:
+    """Return a name for a run in dashboards: method, distance, way, shot and seed, and what else a sweep varies.
+
+    TensorBoard wraps names at hyphens only.
+    """
+    method = config.get("method")
+    distance = config.choices.distance if OmegaConf.is_dict(method) and "distance" in method else None
+    shown = {"method": config.choices.method, "distance": distance}
+    shown |= {"way": f"{config.way}way", "shot": f"{config.shot}shot", "seed": f"seed{config.seed}"}
+    swept = os.environ.get(SWEPT, "").split(",")
+    for override in config.overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in swept:
+            shown.setdefault(key, f"{key.rpartition('.')[2]}={value}".replace("/", "-"))
+    return "-".join(str(part) for part in shown.values() if part is not None)
+
+
 def training_steps(episodes: int, meta_batch: int) -> int:
     """Return the number of training steps for ``episodes``, ``meta_batch`` in each; the last may have fewer."""
     return max(1, -(-episodes // max(1, meta_batch)))
@@ -487,6 +506,7 @@ def _output_subdir(resume: str | None, output_dir: str) -> str | None:
 
 
 ConfigStore.instance().store("train_schema", TrainConfig)
+OmegaConf.register_new_resolver("fewshot_name", lambda *, _root_: run_name(_root_), replace=True)
 OmegaConf.register_new_resolver("fewshot_steps", training_steps, replace=True)
 OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
 # What a key of an experiment is at each budget: ${by_budget:{paper:1000,cpu:10}}.

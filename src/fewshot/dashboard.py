@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import matplotlib as mpl
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -20,15 +21,24 @@ from torch.utils.tensorboard.summary import hparams
 
 from fewshot.callbacks import Answers
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.loggers import run_ids
+from fewshot.loggers import in_group, run_ids
 from fewshot.methods.base import FewShotMethod, MetricMethod
 from fewshot.metrics import meetings_of
 from fewshot.pictures import draw_classes, draw_episode
 from fewshot.results import Result
 from fewshot.text import for_terminal, say
 
+DRAWN = 1, 4  # support samples and queries of each class, in the picture of an episode
 EMBEDDED = 20, 10  # classes, and images of each, in the projector
-COLUMNS = ("dataset", "method", "distance", "way", "shot")  # shown by default in the table of hyperparameters
+# Names of the measured columns there.
+MEASURED = {
+    "val/best_accuracy": "validation accuracy",
+    "val/best_ci95": "validation ±",
+    "test/accuracy": "test accuracy",
+    "test/ci95": "test ±",
+}
+VALIDATION, TEST = "2 val accuracy, %", "3 test accuracy, %"
+COLUMNS = (VALIDATION, TEST, "method", "distance", "way", "shot")  # shown by default in the table of hyperparameters
 
 
 class Dashboard(Answers):
@@ -79,7 +89,7 @@ class Dashboard(Answers):
         number = min(answers)
         episode = data.datasets["test"][number]
         pictures = {
-            "test/episode": draw_episode(data.bank, episode, answers[number].argmax(1)),
+            "test/episode": draw_episode(data.bank, episode, answers[number].argmax(1), *DRAWN),
             "test/classes": draw_classes(met, taken, data.bank.class_names("test")),
         }
         for logger in filter(_takes_pictures, trainer.loggers):
@@ -111,8 +121,8 @@ def log_result(loggers: Sequence[Logger], result: Result, step: int) -> None:
         step: the last training step.
     """
     for logger in loggers:
-        if result["val_accuracy"] is not None:
-            logger.log_metrics({"val/best_accuracy": result["val_accuracy"]}, step)
+        best = {tag: value for tag, value in _measured(result).items() if tag.startswith("val/")}
+        logger.log_metrics(best, step)
         if isinstance(logger, TensorBoardLogger):
             _log_hyperparameters(logger, result)
 
@@ -122,8 +132,9 @@ def _takes_pictures(logger: Logger) -> bool:
 
 
 def _log_picture(logger: Logger, tag: str, figure: Figure, trainer: pl.Trainer) -> None:
+    figure.set_dpi(200)
     if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_figure(tag, figure, trainer.global_step)
+        logger.experiment.add_figure(in_group(tag), figure, trainer.global_step)
     elif isinstance(logger, MLFlowLogger):
         directory = _path_of(logger.experiment.get_run(logger.run_id).info.artifact_uri)
         # A store in the run directory names its own path, which may be outdated or malicious.
@@ -143,10 +154,26 @@ def _path_of(uri: str) -> Path | None:
     return Path(unquote(address.path)).resolve() if address.scheme in ("", "file") else None
 
 
+def _best(result: Result) -> Mapping[str, float] | None:
+    """Return the validation of the chosen weights; None without validation."""
+    best: Mapping[str, float] | None = max(result["validations"], key=lambda point: point["accuracy"], default=None)
+    return best
+
+
+def _measured(result: Result) -> dict[str, float]:
+    """Return what is logged at the end, by the names in ``MEASURED``."""
+    best = _best(result)
+    validated = {} if best is None else {f"val/best_{key}": best[key] for key in ("accuracy", "ci95")}
+    return validated | {f"test/{key}": result[key] for key in ("accuracy", "ci95")}
+
+
 def _log_hyperparameters(logger: TensorBoardLogger, result: Result) -> None:
     settings: dict[str, Any] = {
+        # Numbers would be shown as 5.0000. These come first, since TensorBoard sorts the columns, measured ones last.
+        VALIDATION: _percent(_best(result)),
+        TEST: _percent(result),
         **{key: result[key] or "none" for key in ("method", "distance", "encoder", "dataset", "optimizer", "schedule")},
-        **{key: result[key] for key in ("way", "shot", "seed")},
+        **{key: str(result[key]) for key in ("way", "shot", "seed")},
         "learning_rate": result["config"]["optimizer"].get("lr", "none"),
     }
     # Every run has the same keys, because TensorBoard takes its columns from one of the runs.
@@ -154,17 +181,42 @@ def _log_hyperparameters(logger: TensorBoardLogger, result: Result) -> None:
     settings["other"] = " ".join(
         override for override in result["overrides"] if override.lstrip("+~").partition("=")[0] not in shown
     )
-    validation = math.nan if result["val_accuracy"] is None else result["val_accuracy"]
-    metrics = {"val/best_accuracy": validation, "test/accuracy": result["accuracy"]}
+    measured = _measured(result)
+    metrics = {in_group(tag): measured.get(tag, math.nan) for tag in MEASURED}
     experiment, *session = hparams(settings, metrics)
     content = experiment.value[0].metadata.plugin_data
     columns = HParamsPluginData.FromString(content.content)
     for column in columns.experiment.hparam_infos:
         column.differs = column.name in COLUMNS  # TensorBoard shows those first
+    for metric, name in zip(columns.experiment.metric_infos, MEASURED.values(), strict=True):
+        metric.display_name = name
     content.content = columns.SerializeToString()
+    content = session[0].value[0].metadata.plugin_data
+    start = HParamsPluginData.FromString(content.content)
+    # Shown instead of the folder, whose end is cut; the path tells runs of equal names apart.
+    start.session_start_info.group_name = f"{Path(logger.log_dir).name} {Path(logger.log_dir).absolute().parent}"
+    content.content = start.SerializeToString()
     for summary in (experiment, *session):
         logger.experiment._get_file_writer().add_summary(summary)
     logger.experiment.flush()
+
+
+def _framed(pixels: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """Add a frame of its class's colour to each image, since the projector shows images in no other colour.
+
+    Args:
+        pixels: ``[images, 3, height, width]``, in [0, 1].
+        colours: ``[images, 3]``, in [0, 1].
+    """
+    width = max(2, pixels.shape[-1] // 8)
+    height, breadth = pixels.shape[2] + 2 * width, pixels.shape[3] + 2 * width
+    framed = colours[:, :, None, None].float().repeat(1, 1, height, breadth)
+    framed[:, :, width:-width, width:-width] = pixels
+    return framed
+
+
+def _percent(estimate: Mapping[str, float] | None) -> str:
+    return "none" if estimate is None else f"{100 * estimate['accuracy']:.2f} ± {100 * estimate['ci95']:.2f}"
 
 
 def _add_embeddings(logger: TensorBoardLogger, data: EpisodeDataModule, encoder: torch.nn.Module) -> None:
@@ -172,15 +224,18 @@ def _add_embeddings(logger: TensorBoardLogger, data: EpisodeDataModule, encoder:
     dataset, device = data.datasets["test"], data.trainer.strategy.root_device  # type: ignore[union-attr]
     classes, images = EMBEDDED
     shown = np.linspace(0, len(dataset.first) - 1, min(classes, len(dataset.first))).astype(int)
+    counts = [min(images, dataset.counts[label]) for label in shown]
     positions = torch.from_numpy(
-        np.concatenate([dataset.first[label] + np.arange(min(images, dataset.counts[label])) for label in shown])
+        np.concatenate([dataset.first[label] + np.arange(count) for label, count in zip(shown, counts, strict=True)])
     )
     embeddings = encoder(data.images(positions.to(device))).float().cpu()
     if embeddings.shape[1] > len(embeddings):  # as many dimensions as points preserve all distances
         embeddings = torch.linalg.qr(embeddings.T).R.T
     names = data.bank.class_names("test")
-    labels = [for_terminal(names[label]) for label in shown for _ in range(min(images, dataset.counts[label]))]
+    labels = [for_terminal(names[label]) for label, count in zip(shown, counts, strict=True) for _ in range(count)]
     pixels = data.bank.images[positions].movedim(-1, 1).expand(-1, 3, -1, -1) / 255
+    colours = mpl.colormaps["tab20"](np.arange(len(shown)) % 20)[:, :3]
+    pixels = _framed(pixels, torch.from_numpy(np.repeat(colours, counts, axis=0)))
     # SummaryWriter would append to the files of an interrupted test.
     (Path(logger.log_dir) / "projector_config.pbtxt").unlink(missing_ok=True)
     shutil.rmtree(Path(logger.log_dir) / "00000", ignore_errors=True)

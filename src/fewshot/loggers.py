@@ -23,24 +23,37 @@ RUN_IDS = ("id", "run_id", "experiment_key")  # loggers' names for the server's 
 EXTRAS = ("wandb", "mlflow")  # loggers in separate packages, which are extras of this one
 
 
+# TensorBoard sorts groups by name.
+GROUPS = {"train": "1 train", "val": "2 val", "test": "3 test"}
+
+
 class TensorBoard(TensorBoardLogger):
     """TensorBoard's log of a run, without epochs: they are only the intervals between checkpoints.
 
     Args:
+        version: the folder, which TensorBoard shows as the name of the run. It may come from a checkpoint, so
+            characters other than letters, digits and ``_.=+-`` are replaced.
         purge_step: entries of an earlier attempt at this training step and later ones are ignored.
         settings: see ``TensorBoardLogger``.
     """
 
-    def __init__(self, purge_step: int = 0, **settings: Any) -> None:
-        super().__init__(purge_step=purge_step, **settings)
+    def __init__(self, version: str, purge_step: int = 0, **settings: Any) -> None:
+        folder = re.sub(r"[^\w.=+-]+", "-", version)[:150].strip(".-") or "run"
+        super().__init__(version=folder, purge_step=purge_step, **settings)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # noqa: D102
-        super().log_metrics(_without_epoch(metrics), step)
+        super().log_metrics({in_group(tag): value for tag, value in _without_epoch(metrics).items()}, step)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any], *_: Any, **__: Any) -> None:  # type: ignore[override]
         """Keep the configuration for ``hparams.yaml``; ``fewshot.dashboard`` writes the table of hyperparameters."""
         self.hparams = params
+
+
+def in_group(tag: str) -> str:
+    """Return the name of a scalar or picture in TensorBoard, whose groups are then in the order of ``GROUPS``."""
+    group, slash, name = tag.partition("/")
+    return f"{GROUPS.get(group, group)}{slash}{name}"
 
 
 class CSV(CSVLogger):

@@ -28,7 +28,7 @@ from fewshot.text import for_csv, for_markdown
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
 # Overrides that do not affect accuracy or are shown in other columns; all others are listed after the budget.
 HARMLESS = re.compile(
-    r"[+~]*(experiment(/\w+)?|budget|seed|hardware|resume|trust|pictures|logger|(checkpoint|log)_every"
+    r"[+~]*(experiment(/\w+)?|budget|seed|hardware|resume|trust|pictures|logger|name|(checkpoint|log)_every"
     r"|(run|data|cache)_dir|hydra\..*|dataset|dataset\.source\.split|method|distance|encoder|way|shot|test\.episodes)="
 )
 # Settings shown in other columns.

@@ -66,6 +66,7 @@ NOT_DECISIVE = (
     "dataset.source.data_dir",
     "cache_dir",
     "run_dir",
+    "name",
     "resume",
     "trust",
     "checkpoint_every",

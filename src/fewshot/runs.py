@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors, shapes, without_initial_weights
-from fewshot.config import is_group, training_steps
+from fewshot.config import is_group, run_name, training_steps
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, differences, read_contents, read_names
 from fewshot.directories import best_checkpoint, has_run, last_checkpoint, results_file
@@ -313,8 +313,20 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
             ) from error
     for key in ("run_dir", "resume", "trust", "overrides", *CHOSEN_ON_RESUME):
         changed[key] = config[key]
+    changed.name = saved.get("name") or run_name(changed)
+    if changed.logger is not None:
+        _rename(changed.logger, config.name, changed.name)
     changed.train.steps = training_steps(changed.train.episodes, changed.train.meta_batch)
     return changed
+
+
+def _rename(logger: DictConfig, name: str, saved: str) -> None:
+    """Continue the log under the name of the run instead of the name that this command would give it."""
+    for key, value in logger.items():
+        if isinstance(value, DictConfig):
+            _rename(value, name, saved)
+        elif value == name:
+            logger[key] = saved
 
 
 def _keep_horizon(saved: DictConfig, config: DictConfig) -> None:

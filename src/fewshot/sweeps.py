@@ -1,5 +1,6 @@
 """Sweep summary: a table, a figure and the failed jobs, whichever process or machine they ran on."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +8,12 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from fewshot.config import SWEPT
 from fewshot.results import Result, find_results, is_evaluation
 from fewshot.style import COLOURS, STYLE
 from fewshot.text import for_figure, make_table, say
@@ -38,6 +41,7 @@ class Sweep(Callback):
                 "error: hydra.sweeper.direction=minimize searches for the lowest validation accuracy; choose "
                 "hydra/sweeper=search, or hydra.sweeper.direction=maximize"
             )
+        os.environ[SWEPT] = ",".join(_swept(config))
         Sweep.folder = Path(config.hydra.sweep.dir).absolute()
         Sweep.again = f"hydra.sweep.dir={config.hydra.sweep.dir}" + (" resume=auto" if "resume" in config else "")
         for note in Sweep.folder.rglob(FAILURE):
@@ -46,9 +50,17 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002
         """Print the table and draw the figure."""
         assert Sweep.folder is not None
+        os.environ.pop(SWEPT, None)
         jobs = read_jobs(Sweep.folder)
         if jobs:
             say(tabulate(jobs), f"Drawn in {draw(jobs, Sweep.folder / 'sweep.png')}")
+
+
+def _swept(config: DictConfig) -> list[str]:
+    """Return the keys that a sweep varies."""
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    searched = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    return [*(override.key_or_group for override in overrides if override.is_sweep_override()), *map(str, searched)]
 
 
 def failures(folder: Path) -> list[str]:
