@@ -195,6 +195,6 @@ def test_the_dashboard_shows_scalars_hyperparameters_and_pictures(browser, board
         pytest.fail(f"{tab} lacks {[text for text in texts if text not in page]} or pictures:\n{page}")
 
     shown("timeseries", *(f"{run}/{name}" for run, name in NAMES.items()), "1 train", "2 val", "3 test")
-    shown("hparams", "protonet", "matching", "maml", "cosine", "way", "validation accuracy", "test accuracy", "test ±")
+    shown("hparams", "protonet", "matching", "maml", "way", "validation accuracy", "test accuracy", "test ±")
     shown("images", "3 test/episode", "3 test/classes", images=2)
     shown("projector", "test_classes:00000", "PCA")

@@ -176,12 +176,11 @@ def leveldb_records(log, offset):
 
 def logged_by_wandb(folder):
     """The tags and the configuration in an offline log."""
-    from wandb.proto.wandb_internal_pb2 import Record  # noqa: PLC0415
-
+    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     (path,) = folder.glob("*.wandb")
     tags, settings = set(), {}
     for content in leveldb_records(path.read_bytes()[7:], 7):
-        record = Record()
+        record = messages.Record()
         record.ParseFromString(content)
         tags |= {(item.nested_key or [item.key])[0] for item in record.history.item}
         for part in (record.run.config, record.config):

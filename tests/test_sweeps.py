@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fewshot import cli as command_line
-from fewshot.config import CONF, ROOT, compose_unresolved
+from fewshot.config import CONF, ROOT, SWEPT, compose, compose_unresolved
 from fewshot.sweeps import FAILURE, Sweep, draw, failures, read_jobs, tabulate
 from fewshot.text import say
 
@@ -41,6 +41,7 @@ def no_sweep(monkeypatch):
     """Reset the class attributes that a test may have set."""
     monkeypatch.setattr(Sweep, "folder", None)
     monkeypatch.setattr(Sweep, "again", "")
+    monkeypatch.setenv(SWEPT, "")
 
 
 def test_jobs_are_listed_in_order_with_their_swept_settings(tmp_path):
@@ -101,6 +102,16 @@ def test_failure_notes_are_deleted_when_the_sweep_is_resumed(tmp_path):
     config = OmegaConf.create({"resume": None, "hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": {}}})
     Sweep().on_multirun_start(config)
     assert failures(tmp_path) == []
+
+
+def test_a_run_is_named_by_what_its_sweep_varies(tmp_path):
+    typed = ["distance=l2,cosine", "optimizer.lr=0.1,0.2", "experiment=choice(a/b,c)", "train.episodes=4", "seed=3"]
+    hydra = {"sweep": {"dir": str(tmp_path)}, "sweeper": {"params": {"query": "1,2"}}, "overrides": {"task": typed}}
+    Sweep().on_multirun_start(OmegaConf.create({"hydra": hydra}))
+    own = ["distance=cosine", "optimizer.lr=0.1", "train.episodes=4", "seed=3", "query=2", "method=maml"]
+    assert compose(*own[:4]).name == "protonet-cosine-5way-1shot-seed3-lr=0.1"
+    assert compose(*own[1:]).name == "maml-5way-1shot-seed3-lr=0.1-query=2"
+    assert compose("name=mine").name == "mine"
 
 
 def test_direction_minimize_is_rejected(tmp_path):

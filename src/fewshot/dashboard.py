@@ -38,7 +38,7 @@ MEASURED = {
     "test/ci95": "test ±",
 }
 VALIDATION, TEST = "2 val accuracy, %", "3 test accuracy, %"
-COLUMNS = (VALIDATION, TEST, "method", "distance", "way", "shot")  # shown by default in the table of hyperparameters
+COLUMNS = (VALIDATION, TEST, "method", "way", "shot")  # shown by default in the table of hyperparameters
 
 
 class Dashboard(Answers):

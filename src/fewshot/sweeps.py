@@ -58,7 +58,7 @@ class Sweep(Callback):
 
 def _swept(config: DictConfig) -> list[str]:
     """Return the keys that a sweep varies."""
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    overrides = OverridesParser.create().parse_overrides(list(OmegaConf.select(config, "hydra.overrides.task") or []))
     searched = OmegaConf.select(config, "hydra.sweeper.params") or {}
     return [*(override.key_or_group for override in overrides if override.is_sweep_override()), *map(str, searched)]
 

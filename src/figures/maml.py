@@ -21,8 +21,8 @@ from fewshot.errors import FewShotError
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.maml import MAML, total_cross_entropy
 from fewshot.results import find_results, is_evaluation
-from fewshot.style import COLOURS, LINES, MARKERS, STYLE
-from fewshot.text import for_figure
+from fewshot.style import COLOURS, LINES, MARKERS, STYLE, WIDTH
+from fewshot.text import cut, for_figure
 from fewshot.training import make_method
 from figures.shared import find_episode, open_run, save
 
@@ -39,8 +39,8 @@ def maml_graph(task: Mapping[str, Any], steps: Sequence[int], out: Path) -> list
         The file written.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(13, 6.5), layout="constrained")
-        first, second, memory = figure.subplots(1, 3, width_ratios=(1, 2.2, 1.3))
+        figure = Figure(figsize=(WIDTH, 5), layout="constrained")
+        first, second, memory = figure.subplots(1, 3, width_ratios=(1, 1.8, 1.2))
         for axes, order in ((first, 1), (second, 2)):
             method = make_maml(order, "loop", {**task, "steps": 1})
             episode = next(make_tasks(**{key: task[key] for key in TASK_KEYS}).tasks())
@@ -60,9 +60,9 @@ def maml_graph(task: Mapping[str, Any], steps: Sequence[int], out: Path) -> list
                 peaks.append(run(Contest(f"{label}, {number} steps", [entrant]), rounds=1)[0]["peak_bytes"] / 2**20)
             memory.plot(steps, peaks, line, color=colour, marker=marker, label=label)
         shape = f"{task['way']}-way {task['shot']}-shot, {task['query']} queries, {task['size']}x{task['size']}"
-        figure.suptitle(f"A meta-step of MAML, one inner step, as autograd sees it; and memory of more steps ({shape})")
+        figure.suptitle(f"Autograd graph of a meta-step of MAML with one inner step ({shape})", fontsize=11)
         memory.set(title="peak memory", xlabel="inner steps", ylabel="MiB", ylim=(0, None))
-        memory.legend()
+        memory.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=8)
     return [save(figure, out / "maml_graph.png")]
 
 
@@ -97,10 +97,10 @@ def adaptation(runs: str, steps: int, episodes: int, out: Path) -> list[Path]:
         if not curves:
             curves["before training"] = None, _adapted(make_method(trained.config), tasks, steps)
         settings = trained.config.method
-        label = for_figure(f"{'second' if settings.order == 2 else 'first'} order, {run_dir.name}")
+        label = for_figure(cut(f"{'second' if settings.order == 2 else 'first'} order, {run_dir.name}", 36))
         curves[label] = settings.inner_steps, _adapted(trained.method, tasks, steps)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         panels = figure.subplots(1, 2)
         for (label, (trained_at, values)), colour, line, marker in zip(
             curves.items(), cycle((COLOURS[4], *COLOURS[:4])), cycle((LINES[-1], *LINES[:-1])), cycle(MARKERS)
@@ -120,7 +120,7 @@ def adaptation(runs: str, steps: int, episodes: int, out: Path) -> list[Path]:
         for axes in panels:
             axes.set(xlabel="inner steps on the support set (circled: as trained)")
         figure.suptitle(f"{episodes:,} test tasks of unseen classes, {way}-way {shot}-shot")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return [save(figure, out / "adaptation.png")]
 
 
@@ -140,43 +140,110 @@ def _adapted(method: FewShotMethod, tasks: Sequence[Episode], steps: int) -> NDA
 
 
 def _draw_graph(axes: Axes, tensor: torch.Tensor, title: str) -> None:
-    """Draw nodes by their distance from the loss at the top, each near the middle of its predecessors."""
+    """Draw the nodes in columns, see ``_columns``, and the path through the inner step in colour."""
     nodes, edges = autograd_graph(tensor)
-    depth, weight = [0] * len(nodes), np.zeros(len(nodes))
-    for position in _from_the_loss_down(len(nodes), edges):
-        for later, earlier in edges:
-            if later == position:
-                depth[earlier] = max(depth[earlier], depth[later] + 1)
-    x, level_of = np.zeros(len(nodes)), np.array(depth)
-    for level in range(max(depth) + 1):
-        here = np.flatnonzero(level_of == level)
-        for position in here.tolist():
-            above = [x[later] for later, earlier in edges if earlier == position]
-            weight[position] = np.mean(above) if above else 0
-        order = here[np.argsort(weight[here], kind="stable")]
-        x[order] = np.arange(len(order)) - (len(order) - 1) / 2
-    ends = np.array(edges)
-    axes.plot(x[ends].T, -level_of[ends].T, color="#999999", linewidth=0.3, zorder=1)
     kinds = [_kind(node.name()) for node in nodes]
+    columns = _columns(kinds, edges)
+    x, y = _places(columns, edges)
+    ends = np.array(edges)
+    # Edges into the inner step come from the updates, and those out of it go to the weights.
+    through = np.array([columns[earlier] in {GRADIENT, SUPPORT} for _, earlier in edges])
+    for chosen, style in ((~through, {"color": "#aaaaaa", "linewidth": 0.4}), (through, {"color": COLOURS[6]})):
+        if chosen.any():
+            axes.plot(x[ends[chosen]].T, y[ends[chosen]].T, **{"linewidth": 1.2, "zorder": 1, **style})
     for kind, colour, marker in (
         ("forward operation", COLOURS[0], "o"),
         ("derivative of a gradient", COLOURS[1], "^"),
         ("parameter", COLOURS[4], "s"),
     ):
         members = [position for position, other in enumerate(kinds) if other == kind]
-        axes.scatter(
-            x[members],
-            -level_of[members],
-            s=14,
-            color=colour,
-            marker=marker,
-            zorder=2,
-            label=f"{kind}: {len(members)}",
-        )
-    axes.set(title=f"{title}: {len(nodes)} nodes", xticks=[], yticks=[])
+        label = f"{kind}: {len(members)}"
+        axes.scatter(x[members], y[members], s=12, color=colour, marker=marker, zorder=2, label=label)
+    if through.any():
+        axes.plot([], [], color=COLOURS[6], linewidth=1.2, label="through the inner step")
+    used = sorted(set(columns))
+    axes.set(title=f"{title}: {len(nodes)} nodes", yticks=[], ylim=(-0.04, 1.06), xlim=(-0.5, len(used) - 0.5))
+    axes.set_xticks(range(len(used)), [COLUMNS[column] for column in used], fontsize=7)
+    axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), fontsize=8)
+
+
+QUERIES, UPDATE, GRADIENT, SUPPORT, PARAMETERS = range(5)
+COLUMNS = ("queries", "updated\nweights", "inner\ngradient", "support\nset", "weights")
+
+
+def _columns(kinds: Sequence[str], edges: Sequence[tuple[int, int]]) -> list[int]:
+    """Sort the nodes of a meta-step's graph into columns, from the loss to the weights.
+
+    They are the forward pass on the queries, the updates of the weights, the backward pass of the inner step, the
+    forward pass on the support set (both only if the graph is of second order), and the weights.
+    """
+    earlier_of: dict[int, list[int]] = {position: [] for position in range(len(kinds))}
+    for later, earlier in edges:
+        earlier_of[later].append(earlier)
+    order = _from_the_loss_down(len(kinds), edges)
+    to_gradient = set()  # nodes that depend on a derivative of a gradient
+    for position in reversed(order):
+        if kinds[position] == "derivative of a gradient" or to_gradient.intersection(earlier_of[position]):
+            to_gradient.add(position)
+    at_weights = {later for later, earlier in edges if kinds[earlier] == "parameter"}
+    updates = {position for position in at_weights if not to_gradient or position in to_gradient}
+    updates -= {position for position in updates if kinds[position] == "derivative of a gradient"}
+    below: set[int] = set()
+    for position in order:
+        if position in updates or position in below:
+            below.update(earlier_of[position])
+    columns = []
+    for position, kind in enumerate(kinds):
+        if kind == "parameter":
+            columns.append(PARAMETERS)
+        elif position in updates:
+            columns.append(UPDATE)
+        elif position in below:
+            columns.append(GRADIENT if position in to_gradient else SUPPORT)
+        else:
+            columns.append(QUERIES)
+    return columns
+
+
+def _places(
+    columns: Sequence[int], edges: Sequence[tuple[int, int]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Place the nodes so that each forward pass goes up to its loss, and layers of the network are level."""
+    below, above = (np.zeros(len(columns)) for _ in range(2))  # longest paths to the two ends of the column
+    order = _from_the_loss_down(len(columns), edges)
+    within = [edge for edge in edges if columns[edge[0]] == columns[edge[1]]]
+    for position in order:
+        for later, earlier in within:
+            if later == position:
+                above[earlier] = max(above[earlier], above[later] + 1)
+    for position in reversed(order):
+        for later, earlier in within:
+            if earlier == position:
+                below[later] = max(below[later], below[earlier] + 1)
+    used = sorted(set(columns))
+    place = np.array(columns)
+    x, y = np.array([used.index(column) for column in columns], dtype=np.float64), np.zeros(len(columns))
+    for column in (QUERIES, GRADIENT, SUPPORT):
+        here = place == column
+        if here.any():
+            # Differentiated, a backward pass ends at its loss, where a forward pass begins.
+            length = (below if column == GRADIENT else above)[here]
+            y[here] = 1 - length / max(length.max(), 1)
+    for column in (UPDATE, PARAMETERS):  # level with the nodes that they are connected to, evenly spaced
+        near = {position: [0.0] for position in np.flatnonzero(place == column).tolist()}
+        for later, earlier in edges:
+            for own, other in ((later, earlier), (earlier, later)):
+                if place[own] == column and place[other] not in (UPDATE if column == UPDATE else QUERIES, PARAMETERS):
+                    near[own].append(y[other])
+        for rank, position in enumerate(sorted(near, key=lambda node: float(np.mean(near[node])))):
+            y[position] = rank / max(len(near) - 1, 1)
+    for key in {(column, level) for column, level in zip(columns, y.round(6), strict=True)}:  # side by side
+        members = [position for position in range(len(columns)) if (columns[position], y[position].round(6)) == key]
+        x[members] += 0.16 * (np.arange(len(members)) - (len(members) - 1) / 2)
+    return x, y
 
 
 def _from_the_loss_down(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from fewshot.errors import FewShotError
 from fewshot.results import Result, by_settings, read_results
-from fewshot.style import COLOURS, LINES, MARKERS, STYLE
+from fewshot.style import COLOURS, LINES, MARKERS, STYLE, WIDTH
 from fewshot.text import for_figure, for_markdown
 from figures.shared import save
 
@@ -33,7 +33,7 @@ def attention_bound(scales: Sequence[float], out: Path) -> list[Path]:
     """
     ways = np.arange(2, 51)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, spread, title in zip(
             panels, (2, 1), ("cosine in [−1, 1]", "cosine in [0, 1], after a ReLU"), strict=True
@@ -72,7 +72,7 @@ def distance_study(runs: str, out: Path) -> list[Path]:
             f"no run below {runs} has a method with a distance; specify the directory of the study with runs=PATH"
         )
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.5 * len(groups) + 2.5, 4), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         panels = figure.subplots(1, len(groups), squeeze=False)[0]
         for axes, (way, lines) in zip(panels, sorted(groups.items()), strict=True):
             for (label, seeds), colour, marker, line in zip(
@@ -86,7 +86,7 @@ def distance_study(runs: str, out: Path) -> list[Path]:
                 axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             axes.set(title=f"{way}-way {seeds[0]['shot']}-shot", xlabel="training episodes")
         panels[0].set_ylabel("validation accuracy, %")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     table = out / "distance_study.md"
     table.write_text(_table(groups), encoding="utf-8")
     return [save(figure, out / "distance_study.png"), table]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from numpy.typing import NDArray
 
 from fewshot.data.episodes import EmbeddedEpisode, Episode, classes_of
 from fewshot.distances import l2
@@ -18,8 +20,8 @@ from fewshot.evaluation import evaluate_split
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.methods.protonet import prototypes as class_means
 from fewshot.pictures import draw_episode
-from fewshot.style import COLOURS, MARKERS, STYLE
-from fewshot.text import for_figure
+from fewshot.style import COLOURS, MARKERS, STYLE, WIDTH
+from fewshot.text import cut, for_figure
 from fewshot.training import make_method
 from figures.shared import find_episode, open_run, save
 
@@ -71,7 +73,7 @@ def intervals(run: str | None, episodes: int, out: Path) -> list[Path]:
     means_, spreads = sums / counts, np.sqrt(np.maximum(squares - sums**2 / counts, 0) / (counts - 1))
     halves = 1.96 * spreads / np.sqrt(counts)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         spread, settling = figure.subplots(1, 2, width_ratios=(1, 1.4))
         found, times = np.unique(accuracies, return_counts=True)
         spread.bar(found, times, width=75 / queries, color=COLOURS[5])
@@ -125,19 +127,20 @@ def prototypes(run: str | None, way: int, shot: int, query: int, number: int, ou
     if not isinstance(trained.method, PrototypicalNetwork) or trained.config.choices.distance != "l2":
         raise FewShotError(f"{run} is not a run of method=protonet with distance=l2, whose regions this figure draws")
     positions = find_episode(data, number)
-    names = [for_figure(data.bank.names[number]) for number in classes_of(positions, data.bank.offsets[:-1])]
+    names = [for_figure(cut(data.bank.names[number], 36)) for number in classes_of(positions, data.bank.offsets[:-1])]
     samples = [data.bank.images[positions.support[positions.support_labels == label][0]] for label in range(way)]
     untrained = make_method(trained.config).eval()
     assert isinstance(untrained, PrototypicalNetwork)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 5.6), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, method, when in zip(panels, (untrained, trained.method), ("before", "after"), strict=True):
             right = _draw_regions(axes, method, positions.load(data.images), samples, names)
             axes.set_title(f"{when} training: {right} of {way * query} queries right")
         for label, marker in (
+            ("query", {"s": 28, "color": "#555555", "linewidths": 0}),
             ("support sample", {"s": 28, "facecolors": "none", "edgecolors": "#555555"}),
-            ("prototype, their mean", {"s": 170, "facecolors": "#bbbbbb", "edgecolors": "black"}),
+            ("prototype: mean of the support samples", {"s": 170, "facecolors": "#bbbbbb", "edgecolors": "black"}),
             ("query answered wrong", {"s": 75, "facecolors": "none", "edgecolors": "black"}),
         ):
             panels[0].scatter([], [], label=label, **marker)
@@ -160,6 +163,36 @@ def flattening(centres: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     middle = centres.mean(0)
     axes = torch.linalg.svd(centres - middle, full_matrices=False).Vh[:2]
     return lambda points: (points - middle) @ axes.T
+
+
+def _free_places(points: NDArray[Any], centres: NDArray[Any], side: float) -> list[tuple[float, float]]:
+    """Find a place for a picture near each centre that covers no point and no other picture.
+
+    Args:
+        points: ``[points, 2]``.
+        centres: ``[pictures, 2]``.
+        side: half the width of the square panel, whose middle is that of the points.
+    """
+    middle = (points.max(0) + points.min(0)) / 2
+    half = 0.13 * side  # of a picture and a margin
+    taken = np.concatenate([points, centres])
+    places: list[tuple[float, float]] = []
+    for centre in centres:
+        around = [
+            centre + distance * side * np.array([np.cos(angle), np.sin(angle)])
+            for distance in np.arange(0.15, 2, 0.05)
+            for angle in np.linspace(0, 2 * np.pi, 24, endpoint=False)
+        ]
+        inside = [place for place in around if (np.abs(place - middle) < side - half).all()]
+        others = np.array(places).reshape(-1, 2)
+        free = (
+            place
+            for place in inside
+            if (np.abs(taken - place).max(1) > half).all() and (np.abs(others - place).max(1) > 2 * half).all()
+        )
+        x, y = next(free, inside[0])
+        places.append((float(x), float(y)))
+    return places
 
 
 def _draw_regions(
@@ -188,7 +221,7 @@ def _draw_regions(
         vmin=-0.5,
         vmax=task.way - 0.5,
     )
-    for label, (name, colour, marker, sample) in enumerate(zip(names, colours, MARKERS, samples, strict=False)):
+    for label, (name, colour, marker) in enumerate(zip(names, colours, MARKERS, strict=False)):
         axes.contour(x.numpy(), y.numpy(), nearest == label, levels=[0.5], colors="black", linewidths=0.7)
         in_class = task.query_labels == label
         queries, mistaken = query[in_class].T.numpy(), query[in_class & wrong].T.numpy()
@@ -199,8 +232,13 @@ def _draw_regions(
             centre[0], centre[1], 170, color=colour, marker=marker, edgecolors="black", linewidths=1.5, zorder=5
         )
         axes.scatter(mistaken[0], mistaken[1], 90, facecolors="none", edgecolors="black", zorder=4)
-        pixels = np.broadcast_to(sample.numpy(), (*sample.shape[:2], 3))
-        box = OffsetImage(pixels, zoom=18 / len(sample))
-        axes.add_artist(AnnotationBbox(box, (centre[0], centre[1]), (20, 20), boxcoords="offset points", pad=0.1))
+    axes.set(xlim=(float(x[0]), float(x[-1])), ylim=(float(y[0]), float(y[-1])))
     axes.grid(False)
+    places = _free_places(every.numpy(), centres.numpy(), side)
+    for centre, place, sample, colour in zip(centres.tolist(), places, samples, colours, strict=True):
+        pixels = np.broadcast_to(sample.numpy(), (*sample.shape[:2], 3))
+        line = {"arrowstyle": "-", "color": "black", "linewidth": 0.7}
+        frame = {"edgecolor": colour, "linewidth": 2}
+        box = OffsetImage(pixels, zoom=18 / len(sample))
+        axes.add_artist(AnnotationBbox(box, centre, place, pad=0.1, arrowprops=line, bboxprops=frame))
     return int((~wrong).sum())

@@ -10,7 +10,7 @@ from benchmarks.maml import TASK, ours
 from benchmarks.profile import KINDS_AND_ELSE, convolution_peak, profile_step
 from benchmarks.training import MINIIMAGENET, OMNIGLOT, bare_loop
 from fewshot.hardware import keep_freed_memory
-from fewshot.style import COLOURS, STYLE
+from fewshot.style import COLOURS, STYLE, WIDTH
 from figures.shared import save
 
 
@@ -34,7 +34,7 @@ def time_profile(rounds: int, out: Path) -> list[Path]:
         "MAML, second order, a loop over tasks\n32 tasks, 5-way 1-shot 1 query": ours(2, "loop", TASK),
     }
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         axes = figure.subplots()
         profiles = {name: profile_step(step, rounds) for name, step in steps.items()}
         labels, left = list(profiles), np.zeros(len(profiles))

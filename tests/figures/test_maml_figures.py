@@ -7,6 +7,8 @@ from PIL import Image
 
 from figures.maml import adaptation, maml_graph
 
+pytestmark = pytest.mark.usefixtures("legible")
+
 
 def test_adaptation_matches_the_runs_test(run, tmp_path, monkeypatch):
     drawn = {}
@@ -29,7 +31,8 @@ def test_adaptation_matches_the_runs_test(run, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_graphs_are_drawn_with_their_numbers_of_nodes(tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(Axes, "set", lambda _, **named: titles.append(named.get("title")))
+    set_ = Axes.set
+    monkeypatch.setattr(Axes, "set", lambda self, **named: (titles.append(named.get("title")), set_(self, **named)))
     task = {"tasks": 1, "way": 2, "shot": 1, "query": 1, "channels": 1, "size": 16, "rate": 0.1}
     (picture,) = maml_graph(task, [1], tmp_path)
     assert Image.open(picture).width > 1000

@@ -11,6 +11,8 @@ from fewshot.distances import cosine
 from fewshot.errors import FewShotError
 from figures.matching import attention_bound, distance_study
 
+pytestmark = pytest.mark.usefixtures("legible")
+
 
 def write_run(folder, way, distance, seed, accuracy, scale=10.0, learn=False, **other):
     folder.mkdir(parents=True)

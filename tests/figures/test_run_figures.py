@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
@@ -9,7 +10,9 @@ from PIL import Image
 from fewshot.distances import l2
 from fewshot.errors import FewShotError
 from figures.maml import adaptation
-from figures.runs import episode, flattening, intervals, prototypes
+from figures.runs import _free_places, episode, flattening, intervals, prototypes
+
+pytestmark = pytest.mark.usefixtures("legible")
 
 
 def results_of(run):
@@ -33,7 +36,8 @@ def test_episodes_are_solved_as_in_the_runs_test(run, tmp_path, monkeypatch, met
 
 def test_the_interval_matches_the_runs_test(run, tmp_path, monkeypatch):
     notes, labels = [], []
-    monkeypatch.setattr(Axes, "annotate", lambda _, text, *__, **___: notes.append(text))
+    annotate = Axes.annotate
+    monkeypatch.setattr(Axes, "annotate", lambda *given, **named: (notes.append(given[1]), annotate(*given, **named)))
     axvline = Axes.axvline
     monkeypatch.setattr(Axes, "axvline", lambda self, x, **named: (labels.append(x), axvline(self, x, **named)))
     (picture,) = intervals(str(run("protonet")), 8, tmp_path)
@@ -41,6 +45,18 @@ def test_the_interval_matches_the_runs_test(run, tmp_path, monkeypatch):
     assert notes == [f"± {100 * results['ci95']:.2f}"]
     assert labels == [pytest.approx(100 * results["accuracy"])]
     assert Image.open(picture).width > 1000
+
+
+def test_pictures_cover_neither_points_nor_each_other():
+    generator = np.random.default_rng(0)
+    points = generator.normal(size=(60, 2))
+    centres = points[:5]
+    side = 0.55 * np.ptp(points, axis=0).max()
+    places = np.array(_free_places(points, centres, side))
+    half = 0.13 * side
+    assert (np.abs(places[:, None] - points).max(-1) > half).all()
+    apart = np.abs(places[:, None] - places).max(-1)
+    assert (apart[~np.eye(5, dtype=bool)] > 2 * half).all()
 
 
 def test_regions_are_exact_for_three_prototypes_only():
@@ -55,7 +71,8 @@ def test_regions_are_exact_for_three_prototypes_only():
 
 def test_prototypes_are_drawn_before_and_after_training(run, tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(Axes, "set_title", lambda _, title: titles.append(title))
+    set_title = Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda self, title: (titles.append(title), set_title(self, title)))
     (picture,) = prototypes(str(run("protonet")), 4, 2, 3, 1, tmp_path)
     assert [title.partition(":")[0] for title in titles] == ["before training", "after training"]
     assert all(title.endswith("of 12 queries right") for title in titles)

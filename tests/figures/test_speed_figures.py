@@ -1,13 +1,19 @@
+import pytest
 import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
 from figures.speed import time_profile
 
+pytestmark = pytest.mark.usefixtures("legible")
+
 
 def test_the_time_of_a_step_is_compared_with_the_peak(tmp_path, monkeypatch):
     labels = []
-    monkeypatch.setattr(Axes, "text", lambda *arguments, **_: labels.append(arguments[-1]))
+    text = Axes.text
+    monkeypatch.setattr(
+        Axes, "text", lambda *arguments, **named: (labels.append(arguments[3]), text(*arguments, **named))
+    )
     layer, images = torch.nn.Conv2d(1, 2, 3), torch.randn(2, 1, 8, 8)
     for name in ("bare_loop", "ours"):
         monkeypatch.setattr(f"figures.speed.{name}", lambda *_: lambda: layer(images).sum().backward())
