@@ -43,11 +43,12 @@ def draw_episode(
     for labels, most in ((episode.support_labels, support), (episode.query_labels, queries)):
         sides.append([torch.nonzero(labels == label).flatten()[:most] for label in range(way)])
     columns = [max(map(len, side)) for side in sides]
+    letters = NAME if sum(columns) < 10 else 30
     side, gap = bank.images.shape[1], max(2, bank.images.shape[1] // 8)
     cell = side + 2 * gap
     canvas = np.full((way * cell, (sum(columns) + 1) * cell, bank.images.shape[3]), 255, dtype=np.uint8)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(0.42 * (sum(columns) + 1) + 1.6, 0.42 * way + 0.8), layout="constrained")
+        figure = Figure(figsize=(0.42 * (sum(columns) + 1) + 0.09 * letters, 0.42 * way + 0.8), layout="constrained")
         axes = figure.subplots()
         for label in range(way):
             for drawn, positions, start in zip(
@@ -58,7 +59,9 @@ def draw_episode(
                     canvas[y : y + side, x : x + side] = bank.images[positions[sample]].numpy()
                     if positions is episode.query and answers is not None:
                         _frame(axes, (x, y), side, gap, label, int(answers[sample]))
-        names = [for_figure(cut(bank.names[number], NAME)) for number in classes_of(episode, bank.offsets[:-1])[:way]]
+        names = [
+            for_figure(cut(bank.names[number], letters)) for number in classes_of(episode, bank.offsets[:-1])[:way]
+        ]
         axes.imshow(np.broadcast_to(canvas, (*canvas.shape[:2], 3)), interpolation="nearest")
         title = "queries"
         if answers is not None:

@@ -212,17 +212,10 @@ def _places(
     columns: Sequence[int], edges: Sequence[tuple[int, int]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Place the nodes so that each forward pass goes up to its loss, and layers of the network are level."""
-    below, above = (np.zeros(len(columns)) for _ in range(2))  # longest paths to the two ends of the column
     order = _from_the_loss_down(len(columns), edges)
-    within = [edge for edge in edges if columns[edge[0]] == columns[edge[1]]]
-    for position in order:
-        for later, earlier in within:
-            if later == position:
-                above[earlier] = max(above[earlier], above[later] + 1)
-    for position in reversed(order):
-        for later, earlier in within:
-            if earlier == position:
-                below[later] = max(below[later], below[earlier] + 1)
+    within = [(later, earlier) for later, earlier in edges if columns[later] == columns[earlier]]
+    above = _longest_paths(order, within)
+    below = _longest_paths(order[::-1], [(earlier, later) for later, earlier in within])
     used = sorted(set(columns))
     place = np.array(columns)
     x, y = np.array([used.index(column) for column in columns], dtype=np.float64), np.zeros(len(columns))
@@ -244,6 +237,16 @@ def _places(
         members = [position for position in range(len(columns)) if (columns[position], y[position].round(6)) == key]
         x[members] += 0.16 * (np.arange(len(members)) - (len(members) - 1) / 2)
     return x, y
+
+
+def _longest_paths(order: Sequence[int], edges: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
+    """Return the length of the longest path to each node, along edges that follow the order."""
+    lengths = np.zeros(len(order))
+    for position in order:
+        for start, end in edges:
+            if start == position:
+                lengths[end] = max(lengths[end], lengths[start] + 1)
+    return lengths
 
 
 def _from_the_loss_down(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:
