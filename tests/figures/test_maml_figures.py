@@ -5,7 +5,10 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from figures.maml import adaptation, maml_graph
+from benchmarks.maml import make_maml, make_tasks
+from fewshot.autograd import autograd_graph
+from fewshot.methods.maml import total_cross_entropy
+from figures.maml import PARAMETERS, QUERIES, UPDATE, _columns, _kind, _places, adaptation, maml_graph
 
 pytestmark = pytest.mark.usefixtures("legible")
 
@@ -39,3 +42,16 @@ def test_graphs_are_drawn_with_their_numbers_of_nodes(tmp_path, monkeypatch):
     first, second = (int(title.split()[-2]) for title in titles[:2])
     assert titles[0].startswith("first order") and titles[1].startswith("second order")
     assert second > 1.5 * first
+
+
+@pytest.mark.parametrize(("order", "columns"), [(1, {QUERIES, UPDATE, PARAMETERS}), (2, set(range(5)))])
+def test_columns_follow_the_path_through_the_inner_step(order, columns):
+    task = {"tasks": 1, "way": 2, "shot": 1, "query": 1, "channels": 1, "size": 16}
+    episode = next(make_tasks(**task).tasks())
+    method = make_maml(order, "loop", {**task, "steps": 1, "rate": 0.1})
+    nodes, edges = autograd_graph(total_cross_entropy(method.solve(episode), episode.query_labels))
+    found = _columns([_kind(node.name()) for node in nodes], edges)
+    assert set(found) == columns
+    assert all(found[later] <= found[earlier] for later, earlier in edges)
+    x, y = _places(found, edges)
+    assert len(set(zip(x.round(3), y.round(3), strict=True))) == len(nodes)  # no two in one place
