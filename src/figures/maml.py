@@ -148,9 +148,9 @@ def _draw_graph(axes: Axes, tensor: torch.Tensor, title: str) -> None:
     ends = np.array(edges)
     # Edges into the inner step come from the updates, and those out of it go to the weights.
     through = np.array([columns[earlier] in {GRADIENT, SUPPORT} for _, earlier in edges])
-    for chosen, style in ((~through, {"color": "#aaaaaa", "linewidth": 0.4}), (through, {"color": COLOURS[6]})):
+    for chosen, colour, width in ((~through, "#aaaaaa", 0.4), (through, COLOURS[6], 1.2)):
         if chosen.any():
-            axes.plot(x[ends[chosen]].T, y[ends[chosen]].T, **{"linewidth": 1.2, "zorder": 1, **style})
+            axes.plot(x[ends[chosen]].T, y[ends[chosen]].T, color=colour, linewidth=width, zorder=1)
     for kind, colour, marker in (
         ("forward operation", COLOURS[0], "o"),
         ("derivative of a gradient", COLOURS[1], "^"),
@@ -184,7 +184,7 @@ def _columns(kinds: Sequence[str], edges: Sequence[tuple[int, int]]) -> list[int
     for later, earlier in edges:
         earlier_of[later].append(earlier)
     order = _from_the_loss_down(len(kinds), edges)
-    to_gradient = set()  # nodes that depend on a derivative of a gradient
+    to_gradient: set[int] = set()  # nodes that depend on a derivative of a gradient
     for position in reversed(order):
         if kinds[position] == "derivative of a gradient" or to_gradient.intersection(earlier_of[position]):
             to_gradient.add(position)
