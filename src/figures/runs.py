@@ -232,7 +232,8 @@ def _draw_regions(
             centre[0], centre[1], 170, color=colour, marker=marker, edgecolors="black", linewidths=1.5, zorder=5
         )
         axes.scatter(mistaken[0], mistaken[1], 90, facecolors="none", edgecolors="black", zorder=4)
-    axes.set(xlim=(float(x[0]), float(x[-1])), ylim=(float(y[0]), float(y[-1])))
+    # Coordinates in the plane mean nothing, so there are no ticks.
+    axes.set(xlim=(float(x[0]), float(x[-1])), ylim=(float(y[0]), float(y[-1])), xticks=[], yticks=[])
     axes.grid(False)
     places = _free_places(every.numpy(), centres.numpy(), side)
     for centre, place, sample, colour in zip(centres.tolist(), places, samples, colours, strict=True):
