@@ -182,6 +182,7 @@ def board(runs):
         server.terminate()
 
 
+@pytest.mark.slow
 def test_the_dashboard_shows_scalars_hyperparameters_and_pictures(browser, board):
     def shown(tab: str, *texts: str, images: int = 0) -> None:
         browser.get("about:blank")

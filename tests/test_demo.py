@@ -442,6 +442,7 @@ class Tab:
 ODD = "<b>${1}{{x}}"
 
 
+@pytest.mark.slow
 def test_in_a_browser_files_are_answered_as_the_predictor_answers_them(browser, served, run, letters, tmp_path):
     tab = Tab(browser, served, tmp_path)
     tab.examples("letter 0", letters[0][:2], 2)
@@ -471,6 +472,7 @@ def test_in_a_browser_files_are_answered_as_the_predictor_answers_them(browser, 
     assert not Tab(browser, served, tmp_path).all(".class")  # another visitor
 
 
+@pytest.mark.slow
 def test_in_a_browser_drawings_are_classified_added_and_taken_out(browser, served, letters, tmp_path):
     tab = Tab(browser, served, tmp_path)
     tab.examples("letter 0", letters[0][:2], 2)

@@ -132,6 +132,7 @@ def found(tmp_path_factory, cache_dir):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_a_step_of_two_processes_equals_that_of_one_on_all_episodes(found, name, tmp_path, cache_dir):
     first, second = found[name]
     for key in ("test", "validations", "gradients", "weights"):
@@ -161,6 +162,7 @@ def determined(gradients):
 
 
 @pytest.mark.parametrize("name", ["protonet_in_pieces", "maml"])
+@pytest.mark.slow
 def test_the_validated_weights_are_those_that_rank_0_saves(found, name, tmp_path, cache_dir):
     config = compose(*SMALL, *CASES[name], "hardware=cpu", f"run_dir={tmp_path}", f"cache_dir={cache_dir}")
     method, data = make_method(config), make_data(config)
@@ -195,6 +197,7 @@ def attempt(rank, run_dir, cache_dir, stop_at=None):  # noqa: ARG001
 RUN = ["hardware=ddp_cpu", "train.meta_batch=3", "train.episodes=22", "val.every=9", "checkpoint_every=6"]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_one_process_and_resumed_ends_like_an_uninterrupted_one(tmp_path, cache_dir):
     assert on_two(attempt, tmp_path / "whole", cache_dir) == [0, 0]
     assert on_two(attempt, tmp_path / "stopped", cache_dir, 12) == [128 + signal.SIGTERM] * 2
