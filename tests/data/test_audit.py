@@ -24,7 +24,7 @@ def test_a_data_set_in_order_has_no_findings():
 
 
 @pytest.mark.parametrize(
-    ("names", "splits", "told"),
+    ("names", "splits", "reported"),
     [
         (
             "ab",
@@ -35,13 +35,13 @@ def test_a_data_set_in_order_has_no_findings():
         ("a", ("val",), "duplicate images twice in a class, .*: a number 4 (val) = a number 6 (val)"),
     ],
 )
-def test_a_picture_that_occurs_twice_is_told(names, splits, told):
+def test_a_picture_that_occurs_twice_is_reported(names, splits, reported):
     images = pictures(8)
     images[5] = images[3]
     images[0, 0, 0] = images[6, 0, 0]  # one pixel in common is none
     parts = np.split(images, len(names))
     (found,) = findings(*zip(names, splits, parts, strict=True))
-    begin, end = told.split(".*")
+    begin, end = reported.split(".*")
     assert found.startswith(begin) and found.endswith(f"{end} (1 in all)")
 
 
@@ -60,7 +60,7 @@ def test_a_few_examples_are_named_and_the_rest_counted():
     assert line.count("=") == EXAMPLES and line.endswith(", ... (1,000 in all)")
 
 
-def test_classes_without_content_are_told():
+def test_classes_without_content_are_reported():
     blank = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1) * np.ones((1, 6, 6, 3), dtype=np.uint8)
     alike = np.repeat(pictures(1), 3, axis=0)
     found = findings(

@@ -208,15 +208,15 @@ def test_the_bank_depends_on_the_settings_of_its_source_resolved_or_not(monkeypa
     assert (name, settings, cache_dir) == ("glyphs", source | {"size": 14}, "somewhere")
 
 
-def test_what_is_odd_about_the_images_is_told_in_a_line_each_by_one_process(monkeypatch, capsys):
+def test_what_is_odd_about_the_images_is_reported_in_a_line_each_by_one_process(monkeypatch, capsys):
     odd = replace(BANK, findings=("blank classes: a", "pictures twice: b\nc"))
     monkeypatch.setattr(datamodule, "open_bank", lambda *_: odd)
     monkeypatch.setattr(datamodule, "instantiate", lambda _: None)
     config = compose("run_dir=x", "dataset=omniglot")
     modules = [EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="") for _ in "ab"]
     assert modules[0].bank is modules[0].bank is odd
-    told = "warning: omniglot: blank classes: a\nwarning: omniglot: pictures twice: b\\nc\n"
-    assert capsys.readouterr().out == told
+    reported = "warning: omniglot: blank classes: a\nwarning: omniglot: pictures twice: b\\nc\n"
+    assert capsys.readouterr().out == reported
     monkeypatch.setattr(datamodule.rank_zero_only, "rank", 1)
     assert modules[1].bank is odd
     assert capsys.readouterr().out == ""

@@ -111,22 +111,22 @@ def test_a_meta_batch_can_be_taken_apart():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reported"),
     [
         ({"way": 5}, "way=5 is more than the 4 classes of the test split"),
         ({"shot": 2, "query": 3}, "class 3 of the test split has 4"),
     ],
 )
-def test_an_episode_that_cannot_be_drawn_is_refused(changes, told):
+def test_an_episode_that_cannot_be_drawn_is_refused(changes, reported):
     bank = make_bank({"train": [9], "test": [6, 6, 4, 6]})
-    with pytest.raises(FewShotError, match=told):
+    with pytest.raises(FewShotError, match=reported):
         EpisodeDataset(bank, "test", **{"way": 2, "shot": 1, "query": 1, "seed": 0} | changes)
 
 
-@pytest.mark.parametrize(("counts", "told"), [([5], "only the class class 1"), ([], "no class")])
-def test_a_split_with_nothing_to_tell_apart_is_refused(counts, told):
+@pytest.mark.parametrize(("counts", "reported"), [([5], "only the class class 1"), ([], "no class")])
+def test_a_split_with_nothing_to_tell_apart_is_refused(counts, reported):
     bank = make_bank({"train": [9], "val": counts, "test": [6] * 8})
-    with pytest.raises(FewShotError, match=f"the val split has {told}; an episode needs at least 2"):
+    with pytest.raises(FewShotError, match=f"the val split has {reported}; an episode needs at least 2"):
         EpisodeDataset(bank, "val", way=5, shot=1, query=1, seed=0)
 
 

@@ -240,7 +240,7 @@ def test_a_broken_table_is_named(tmp_path, table):
 
 
 @pytest.mark.parametrize(
-    ("table", "told"),
+    ("table", "reported"),
     [
         (b"", "has no rows"),
         (b"filename,label\n", "has no rows"),
@@ -255,10 +255,10 @@ def test_a_broken_table_is_named(tmp_path, table):
         (b"filename,label\n\x1b[2J.jpg,n03\n", r"for example \\x1b\[2J\.jpg"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_told_in_one_line(tmp_path, table, told):
+def test_what_is_wrong_with_a_table_is_reported_in_one_line(tmp_path, table, reported):
     write_images(tmp_path / "miniimagenet")
     (tmp_path / "miniimagenet" / "val.csv").write_bytes(table)
-    with pytest.raises(FewShotError, match=told) as caught:
+    with pytest.raises(FewShotError, match=reported) as caught:
         read(tmp_path).classes()
     assert "val.csv" in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
@@ -297,7 +297,7 @@ def test_a_table_of_one_label_leaves_nothing_to_tell_apart(tmp_path):
         EpisodeDataset(bank, "train", way=2, shot=1, query=1, seed=0)
 
 
-def test_the_same_photo_under_two_names_in_two_splits_is_told(tmp_path):
+def test_the_same_photo_under_two_names_in_two_splits_is_reported(tmp_path):
     write_images(tmp_path / "miniimagenet")
     images = tmp_path / "miniimagenet" / "images"
     for name in members("train") | members("val") | members("test"):
