@@ -7,7 +7,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from importlib import resources
 from itertools import pairwise
@@ -20,7 +21,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigSource
 from hydra.types import RunMode
@@ -28,9 +29,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot import __version__
+from fewshot.arguments import prepare
 from fewshot.commands import COMMANDS
 from fewshot.config import CHECKOUT, CONF, RENAMED, compose_unresolved, is_group, options, search_path, source_at
 from fewshot.errors import Interrupted, mistake
+from fewshot.paths import make_absolute
 from fewshot.processes import PATIENCE, rank
 from fewshot.sweeps import FAILURE, Sweep, failures
 from fewshot.text import for_terminal, open_streams, say
@@ -44,6 +47,7 @@ PLUGINS = {
     **{"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray"},
     **{"optuna": "optuna", "search": "optuna"},
 }
+MOST_OPTIONS = 20  # of a group that a message lists one by one
 HYDRAS_OWN = ("hydra", "hydra_debug")  # groups
 
 
@@ -116,6 +120,7 @@ def run(name: str, arguments: list[str] | None = None) -> None:
     typed, sys.argv = sys.argv, sys.argv if arguments is None else arguments
     if name in LEADING:
         name_leading(LEADING[name], sys.argv)
+    sys.argv[1:] = _guard(lambda: prepare(sys.argv[1:]))
     if {"--help", "-h"} & set(sys.argv):
         # Hydra's list of groups takes a second, and our help prints its own.
         Hydra.format_config_groups = lambda *_: ""  # type: ignore[method-assign]
@@ -151,6 +156,7 @@ def job(function: Callable[[DictConfig], Any], typed: list[str]) -> Callable[[Di
     @wraps(function)
     def guarded(config: DictConfig) -> Any:
         open_streams()  # a launcher may have started a new process for this job
+        make_absolute(config)
         if TRACEBACK:
             return function(config)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -258,44 +264,93 @@ def _wrong_overrides() -> Iterator[str]:
         return  # other names may be defined there
     if not any(source.is_config(name) for source in search_path(*places)):
         return  # not one of our programs
-    groups: list[tuple[str, str]] = []
-    keys: list[tuple[str, str]] = []
+    groups: list[Override] = []
+    keys: list[Override] = []
     for argument in sys.argv[1:]:
         if argument.startswith(("-", "hydra.searchpath=")) or "=" not in argument:
             continue
-        try:
-            override = OverridesParser.create().parse_override(argument)
-        except HydraException as error:
-            yield _plain(error)
-            continue
-        value = override.value()
-        if isinstance(value, Glob):
-            continue  # it matches whatever exists
-        tried = argument
-        if override.is_sweep_override():
-            first = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
-            tried = f"{argument.partition('=')[0]}={first}"
-        chooses = is_group(override.key_or_group, *places) or override.key_or_group.startswith("hydra/")
-        (groups if chooses else keys).append((override.key_or_group, tried))
+        override = OverridesParser.create().parse_override(argument)
+        if not isinstance(override.value(), Glob):  # it matches whatever exists
+            chooses = is_group(override.key_or_group, *places) or override.key_or_group.startswith("hydra/")
+            (groups if chooses else keys).append(override)
     chosen: list[str] = []
-    for group, tried in groups:
-        try:
-            compose_unresolved(*chosen, tried, name=name, places=places)
-        except (HydraException, OmegaConfBaseException) as error:
-            option = tried.partition("=")[2]
-            plugin = f" (pip install -e '.[{PLUGINS[option]}]' installs it)" if option in PLUGINS else ""
-            yield _plain(error) + (plugin or _nearest(option, _options(group, search_path(*places))))
+    yield from _wrong_choices(groups, chosen, name, places)
+    yield from _wrong_keys(keys, chosen, {group.key_or_group: _values(group) for group in groups}, name, places)
+
+
+def _values(override: Override) -> list[str]:
+    """Return the values of an override: several in a sweep, and of an interval its start."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [str(value.start)]
+    sweep = override.is_sweep_override()
+    return list(override.sweep_string_iterator()) if sweep else [str(override.input_line).partition("=")[2]]
+
+
+def _first(override: Override) -> str:
+    return f"{str(override.input_line).partition('=')[0]}={_values(override)[0]}"
+
+
+def _wrong_choices(groups: Iterable[Override], chosen: list[str], name: str, places: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with choices from groups, and append the others to ``chosen``."""
+    for override in groups:
+        for option in _values(override):
+            choice = f"{str(override.input_line).partition('=')[0]}={option}"
+            try:
+                compose_unresolved(*chosen, choice, name=name, places=places)
+            except (HydraException, OmegaConfBaseException) as error:
+                plugin = f" (pip install -e '.[{PLUGINS[option]}]' installs it)" if option in PLUGINS else ""
+                available = list(_options(override.key_or_group, search_path(*places)))
+                message = _plain(error)
+                if available:  # Hydra's list leaves out those in folders
+                    message = re.sub(r"Available options in .*", f"Choose one of {_listed(available, option)}", message)
+                yield message + (plugin or _nearest(option, available))
+                break
         else:
-            chosen.append(tried)
+            chosen.append(_first(override))
+
+
+def _wrong_keys(
+    keys: Iterable[Override],
+    chosen: Sequence[str],
+    sweeps: Mapping[str, Sequence[str]],
+    name: str,
+    places: Sequence[str],
+) -> Iterator[str]:
     composed = compose_unresolved(*chosen, name=name, places=places)
     names = list(_keys(composed))
-    for key, tried in keys:
+    for override in keys:
+        key, tried = override.key_or_group, _first(override)
+        group = key.partition(".")[0]
+        if len(sweeps.get(group, ())) > 1 and override.type == OverrideType.CHANGE:
+            having = [option for option in sweeps[group] if _has(key, f"{group}={option}", name, places)]
+            if 0 < len(having) < len(sweeps[group]):
+                only = " and ".join(f"{group}={option}" for option in having)
+                yield (
+                    f"{key} is a setting of {only} only; sweep over it in a command of its own: -m {group}={having[0]} "
+                    f"{override.input_line}"
+                )
+                continue
         try:  # composing again for each key would take much longer
-            override = OverridesParser.create().parse_override(tried)
-            ConfigLoaderImpl._apply_overrides_to_config([override], composed.copy())
+            parsed = OverridesParser.create().parse_override(tried)
+            ConfigLoaderImpl._apply_overrides_to_config([parsed], composed.copy())
         except (HydraException, OmegaConfBaseException) as error:
-            hint = "" if key in names else _nearest(key, names)
-            yield f"{key} is now {RENAMED[key]}" if key in RENAMED else _plain(error) + hint
+            if key in RENAMED:
+                yield f"{key} is now {RENAMED[key]}"
+            elif isinstance(parsed.value(), list) and key in names:
+                several = tried.partition("=")[2].strip("[]")
+                yield f"{tried} is a list, and {key} takes one value; to run one job for each: -m {key}={several}"
+            elif key.startswith("hydra.") and key not in names and override.type == OverrideType.CHANGE:
+                near = _nearest(key, names)
+                yield f"{key} is not in Hydra's configuration{near}; to add it anyway, type +{override.input_line}"
+            else:
+                yield _plain(error) + ("" if key in names else _nearest(key, names))
+
+
+def _has(key: str, choice: str, name: str, places: Sequence[str]) -> bool:
+    with suppress(HydraException, OmegaConfBaseException):
+        return key in _keys(compose_unresolved(choice, name=name, places=places))
+    return False
 
 
 def _added_sources(arguments: Sequence[str]) -> Iterator[str]:
@@ -318,6 +373,18 @@ def _program() -> str:
 def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _listed(available: Sequence[str], option: str) -> str:
+    """Return the options of a group for a message; if there are many, folders stand for what is in them."""
+    folder = option.rpartition("/")[0]
+    if len(available) > MOST_OPTIONS:
+        shown = [
+            name if "/" not in name or name.startswith(f"{folder}/") else f"{name.split('/')[0]}/..."
+            for name in available
+        ]
+        available = list(dict.fromkeys(shown))
+    return ", ".join(available)
 
 
 def _options(group: str, sources: Iterable[ConfigSource]) -> dict[str, ConfigSource]:

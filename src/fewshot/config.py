@@ -22,6 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 
 from fewshot.errors import FewShotError, mistake, reason
+from fewshot.paths import run_directory
 
 PACKAGE = Path(__file__).parent
 CHECKOUT = (PACKAGE.parents[1] / "conf" / "train.yaml").is_file()  # else installed, with conf inside the package
@@ -513,6 +514,6 @@ OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
 OmegaConf.register_new_resolver("by_budget", lambda values, *, _root_: values[_root_.choices.budget], replace=True)
 OmegaConf.register_new_resolver("fewshot_root", lambda path: str(ROOT / path), replace=True)
 OmegaConf.register_new_resolver(
-    "fewshot_run_dir", lambda resume, new: new if resume in (None, "auto") else resume, replace=True
+    "fewshot_run_dir", lambda resume, new: new if resume in (None, "auto") else run_directory(resume), replace=True
 )
 OmegaConf.register_new_resolver("fewshot_output_subdir", _output_subdir, replace=True)

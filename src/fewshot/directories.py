@@ -31,6 +31,14 @@ def best_checkpoint(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / "best.ckpt"
 
 
+def checkpoint_at(path: Path) -> Path:
+    """Return the checkpoint that a path names: a file, or the best one of a run directory or its ``checkpoints``."""
+    if not path.is_dir():
+        return path
+    inside = path / best_checkpoint(path).name
+    return inside if inside.is_file() else best_checkpoint(path)
+
+
 def results_file(run_dir: Path) -> Path:
     """Return the path of the results, which exist once the run is complete."""
     return run_dir / "results.json"

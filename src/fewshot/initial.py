@@ -12,7 +12,7 @@ from torch import nn
 from fewshot.checkpoints import shapes
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, known_to
-from fewshot.directories import results_file
+from fewshot.directories import checkpoint_at, results_file
 from fewshot.errors import FewShotError, shortened
 from fewshot.runs import data_directories, trained_on
 from fewshot.text import say
@@ -78,7 +78,8 @@ def read_encoder(config: DictConfig, bank: ImageBank) -> InitialEncoder:
             trusted; or it was trained on validation or test classes of this run.
     """
     path = Path(config.encoder.init).expanduser()
-    run_dir = path if path.is_dir() else path.parents[1] if path.parent.name == "checkpoints" else None
+    file = checkpoint_at(path)
+    run_dir = file.parents[1] if file.parent.name == "checkpoints" else None
     if run_dir is not None and run_dir.is_dir() and not results_file(run_dir).is_file():
         raise FewShotError(
             f"encoder.init={path}: the run is not complete, since {results_file(run_dir)} is missing; complete it "
@@ -87,8 +88,8 @@ def read_encoder(config: DictConfig, bank: ImageBank) -> InitialEncoder:
     trained = load_trained(str(path), trust=config.trust, places=data_directories(config))
     _refuse_known_classes(trained_on(trained.checkpoint, run_dir), trained.config, config, bank)
     assert trained.path is not None
-    with trained.path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with trained.path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     return InitialEncoder(trained.method.encoder, trained.path, digest)
 
 

@@ -22,7 +22,7 @@ def rank() -> int:
     lightning = sys.modules.get("lightning_fabric.utilities.rank_zero")
     if lightning is not None:
         return int(lightning.rank_zero_only.rank)
-    return int(next((os.environ[name] for name in RANKS if name in os.environ), 0))
+    return int(next((os.environ[name] for name in RANKS if os.environ.get(name)), 0))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 
 from fewshot.checkpoints import check_weights, load_checkpoint, without_initial_weights
 from fewshot.config import as_overrides, compose, import_target, search_path
-from fewshot.directories import best_checkpoint
+from fewshot.directories import checkpoint_at
 from fewshot.encoders.adaptable import BatchStatisticsNorm2d
 from fewshot.errors import FewShotError, mistake, reason
 from fewshot.methods.base import FewShotMethod, require_finite
@@ -50,15 +50,15 @@ def load_trained(
     """Restore a method from a checkpoint.
 
     Args:
-        place: a run directory, for the weights with the best validation accuracy, or a checkpoint file.
+        place: a run directory or its ``checkpoints``, for the weights with the best validation accuracy, or a
+            checkpoint file.
         trust: packages whose code the checkpoint may name, in addition to what this command's configuration names.
         places: ``data_dir`` and ``cache_dir``; None: the default directories.
 
     Raises:
         FewShotError: there is no checkpoint, it names untrusted code, or its weights do not fit its configuration.
     """
-    path = Path(place).expanduser()
-    path = best_checkpoint(path) if path.is_dir() else path
+    path = checkpoint_at(Path(place).expanduser())
     checkpoint = load_checkpoint(path, trust=trust, places=places)
     method = restore(path, checkpoint["hyper_parameters"], checkpoint["state_dict"])
     return Trained(path, method, OmegaConf.create(checkpoint["hyper_parameters"]), checkpoint)
