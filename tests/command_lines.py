@@ -2,7 +2,8 @@
 
     PYTHONPATH=src python tests/command_lines.py
 
-runs ``python src/train.py ARGUMENTS --cfg job`` for each, and prints the first line of an error, or "accepted".
+runs ``python src/train.py --cfg job ARGUMENTS`` for each, and prints the first line of an error, or "accepted". Sweeps
+are run with ``train.episodes=0``, which fails in each job if the command line is accepted.
 """
 
 import subprocess
@@ -97,10 +98,12 @@ def main() -> None:
     """Print the table."""
     train = next(Path(path) / "train.py" for path in sys.path if (Path(path) / "train.py").is_file())
     for arguments in situations():
-        shown = [] if "--cfg" in arguments else ["--cfg", "job"]
-        done = subprocess.run([sys.executable, train, *shown, *arguments], capture_output=True, text=True)
+        sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
+        more = ["train.episodes=0"] if sweep else [] if "--cfg" in arguments else ["--cfg", "job"]
+        done = subprocess.run([sys.executable, train, *more, *arguments], capture_output=True, text=True)
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        outcome = "accepted" if done.returncode == 0 else lines[0] if lines[0].startswith("error") else lines[-1]
+        accepted = done.returncode == 0 or (sweep and "train.episodes=0 must be" in done.stderr)
+        outcome = "accepted" if accepted else lines[0] if lines[0].startswith("error") else lines[-1]
         sys.stdout.write(f"{' '.join(arguments)}\t{outcome}\n")
         sys.stdout.flush()
 

@@ -138,7 +138,18 @@ def test_broken_files_are_named_and_the_rest_goes_on(run, folders, capsys):
         "3.png",
     ]
     assert all(line.startswith("left out: cannot read the image ") for line in message.err.splitlines())
-    assert len(table(folders)) == 14 and "2 left out" in message.out
+    assert len(table(folders)) == 14 and "3 files were left out" in message.out
+    listed = (folders / "out" / "left_out.txt").read_text().splitlines()
+    assert [f"left out: {line}" for line in listed] == message.err.splitlines()
+
+
+def test_many_files_that_are_left_out_are_summed_up_and_listed_in_a_file(run, folders, capsys):
+    for number in range(30):
+        (folders / "query" / f"notes {number}.txt").write_text("hello")
+    predict(configure(folders, f"checkpoint={run('protonet')}"))
+    message = capsys.readouterr()
+    assert len(message.err.splitlines()) == 5 and "30 files were left out" in message.out
+    assert len((folders / "out" / "left_out.txt").read_text().splitlines()) == 30
 
 
 def test_a_class_without_an_image_that_can_be_read_is_refused(run, folders):

@@ -233,7 +233,7 @@ class FiniteGradients(pl.Callback):
                 self.skipped += 1
                 method.print(f"skipped: {_not_finite(norm, episodes, data)}", flush=True)
                 if scaler is None or scaler.get_scale() < 1:
-                    self._limit(data)
+                    self._limit(data, method)
         elif scaler is None:
             self._norms.append((episodes, norm))
             if not asynchronous(norm.device) or len(self._norms) >= _log_every(trainer):
@@ -244,7 +244,7 @@ class FiniteGradients(pl.Callback):
             raise FewShotError(
                 f"{_not_finite(norm, episodes, data)}, as others before it, however small the loss scale "
                 "of 16-mixed. None of them has changed the weights. Choose hardware.precision=bf16-mixed, or lower "
-                "optimizer.lr, in a new run"
+                f"{_rates(method)}, in a new run"
             )
 
     def on_validation_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
@@ -261,13 +261,13 @@ class FiniteGradients(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         self.skipped = state["skipped"]
 
-    def _limit(self, data: EpisodeDataModule) -> None:
+    def _limit(self, data: EpisodeDataModule, method: pl.LightningModule) -> None:
         """Raise an error once the run has skipped more than ``MOST_SKIPPED`` of all its steps."""
         steps = -(-data.train_episodes // data.meta_batch)
         if self.skipped > self.MOST_SKIPPED * steps:
             raise FewShotError(
                 f"{self.skipped:,} of the run's {steps:,} training steps were skipped because their gradients were not "
-                f"finite, and train.on_nan=skip allows {self.MOST_SKIPPED:.0%}; lower optimizer.lr in a new "
+                f"finite, and train.on_nan=skip allows {self.MOST_SKIPPED:.0%}; lower {_rates(method)} in a new "
                 "run, or look for invalid images"
             )
 
@@ -278,8 +278,15 @@ class FiniteGradients(pl.Callback):
         episodes, norm = next((episodes, norm) for episodes, norm in norms if not norm.isfinite())
         raise FewShotError(
             f"{_not_finite(norm, episodes, _data(trainer))}. The last checkpoint is from before that. Lower "
-            f"optimizer.lr in a new run, or skip such steps with resume={trainer.default_root_dir} train.on_nan=skip"
+            f"{_rates(trainer.lightning_module)} in a new run, or skip such steps with "
+            f"resume={trainer.default_root_dir} train.on_nan=skip"
         )
+
+
+def _rates(method: pl.LightningModule) -> str:
+    """Return the learning rates of a method, for advice: the optimizer's, and those of its inner steps."""
+    inner = [f"method.{name}" for name in vars(method) if name.endswith("learning_rate")]
+    return " or ".join(["optimizer.lr", *inner])
 
 
 def _not_finite(norm: torch.Tensor, episodes: range, data: EpisodeDataModule) -> str:

@@ -122,6 +122,7 @@ AT_LEAST = {
 }
 NODES = ("dataset", "method", "distance", "encoder", "optimizer", "hardware", "train", "val", "test")
 ABOVE_ZERO = ("optimizer.lr",)
+MOST_RATE = 1e6  # optimizers fail with an overflow long before the largest float32
 # Keys of earlier versions, and what to write today.
 RENAMED = {
     "method.learning_rate": "optimizer.lr",
@@ -172,6 +173,11 @@ def check(config: DictConfig) -> None:
     if not wrong_type:
         positive = [key for key in ABOVE_ZERO if values[key] is not None]
         wrong += [f"{key}={values[key]} must be positive" for key in positive if not values[key] > 0]
+        wrong += [
+            f"{key}={values[key]} must be at most {MOST_RATE:g}: larger steps leave the range of the weights"
+            for key in positive
+            if values[key] > MOST_RATE
+        ]
         wrong += [
             f"{key}={values[key]} must be {_or(allowed)}"
             for key, allowed in ONE_OF.items()

@@ -32,9 +32,10 @@ from fewshot.errors import FewShotError
 from fewshot.files import atomic_writer, output_directory
 from fewshot.hardware import check_hardware, precision_of
 from fewshot.methods.base import FewShotMethod, require_finite
-from fewshot.text import for_csv, for_figure, make_table, say
+from fewshot.text import for_csv, for_figure, for_terminal, make_table, say
 from fewshot.trained import load_trained, make_untrained, with_chosen_method
 
+NAMED = 5  # files left out that are named on the terminal; a file lists all of them
 WARNED = 20  # near-duplicate pairs that are named, one per line
 Pixels = NDArray[np.uint8]
 
@@ -160,7 +161,9 @@ def predict(config: DictConfig) -> None:
             raise FewShotError(f"{key}={config[key]} must be a whole number of at least {least}")
     examples, queries = _find_support(config.support), _find_queries(config.query)
     predictor = make_predictor(config)
-    support, known, files = _read_support(examples, predictor.read)
+    left_out: list[str] = []  # why, for each file
+    support, known, files = _read_support(examples, predictor.read, left_out)
+    unread = len(left_out)
     classify, classes = predictor.learn(support), list(support)
     twins = Known([pixels for images in support.values() for pixels in images])
     out = output_directory(config.out, "predict")
@@ -170,14 +173,12 @@ def predict(config: DictConfig) -> None:
     copies: list[str] = []
     # For queries whose class is known: whether the answer is right, by whether the query is a copy.
     right: dict[bool, list[bool]] = {False: [], True: []}
-    left_out = 0
     with atomic_writer(written := out / "predictions.csv") as file:
         table = csv.writer(file)
         table.writerow(["file", "label", "probability", "runner-up"])
         batches = np.array_split(np.arange(len(queries)), math.ceil(len(queries) / config.batch))
         for batch in track(batches, description="classifying", transient=True):
-            readable = dict(_read_queries([queries[number] for number in batch], predictor.read, known))
-            left_out += len(batch) - len(readable)
+            readable = dict(_read_queries([queries[number] for number in batch], predictor.read, known, left_out))
             if not readable:
                 continue
             logits = classify(list(readable.values()))
@@ -191,14 +192,17 @@ def predict(config: DictConfig) -> None:
                     copies.append(f"{name} looks the same as {files[copied].name} in the support set")
                 truth = _class_of(name, config.query, support)
                 right[copied is not None] += [prediction.label == truth] if truth is not None else []
-        if left_out == len(queries):
-            raise FewShotError("there is no query left to classify; the lines above say why each was left out")
+        if left_out:
+            with atomic_writer(out / "left_out.txt") as lines:
+                lines.writelines(f"{for_terminal(line)}\n" for line in left_out)
+        if len(left_out) - unread == len(queries):
+            raise FewShotError(f"there is no query left to classify; {out / 'left_out.txt'} says why each was left out")
 
-    _print(shown, len(queries) - left_out, support)
+    _print(shown, len(queries) - (len(left_out) - unread), support)
     _print_right(right)
     _warn_of_copies(copies, "which gives away its class")
     if left_out:
-        say(f"{left_out:,} left out, for the reasons above")
+        say(f"{len(left_out):,} files were left out; {out / 'left_out.txt'} lists them with the reasons")
     say(written)
     if drawn:
         say(contact_sheet(drawn, out / "predictions.png"))
@@ -297,7 +301,7 @@ def _warn_of_copies(pairs: Sequence[str], consequence: str) -> None:
 
 
 def _read_support(
-    examples: Mapping[str, Sequence[ImageFile]], read: Callable[[ImageFile], Pixels]
+    examples: Mapping[str, Sequence[ImageFile]], read: Callable[[ImageFile], Pixels], left_out: list[str]
 ) -> tuple[dict[str, list[Pixels]], dict[bytes, ImageFile], list[ImageFile]]:
     """Read the images of each class; also return each file by the hash of its bytes, and the files in order."""
     support: dict[str, list[Pixels]] = {}
@@ -310,7 +314,7 @@ def _read_support(
             try:
                 digest, pixels = _read(file, read)
             except FewShotError as error:
-                _leave_out(error)
+                _leave_out(error, left_out)
                 continue
             if class_of.setdefault(digest, name) != name:
                 say(f"warning: {file.name} is the same image as {known[digest].name} of a different class", error=True)
@@ -335,7 +339,10 @@ def _warn_of_twins(support: Mapping[str, Sequence[Pixels]], files: Sequence[Imag
 
 
 def _read_queries(
-    files: Sequence[ImageFile], read: Callable[[ImageFile], Pixels], known: Mapping[bytes, ImageFile]
+    files: Sequence[ImageFile],
+    read: Callable[[ImageFile], Pixels],
+    known: Mapping[bytes, ImageFile],
+    left_out: list[str],
 ) -> Iterator[tuple[str, Pixels]]:
     for file in files:
         try:
@@ -343,7 +350,7 @@ def _read_queries(
             if digest in known:
                 raise FewShotError(f"{file.name} is in the support set, as {known[digest].name}")
         except FewShotError as error:
-            _leave_out(error)
+            _leave_out(error, left_out)
         else:
             yield file.name, pixels
 
@@ -365,8 +372,10 @@ def _answers(names: Mapping[str, Pixels], logits: torch.Tensor, classes: Sequenc
         yield Prediction(name, classes[first], probability, classes[second])
 
 
-def _leave_out(why: FewShotError) -> None:
-    say(f"left out: {why}", error=True)
+def _leave_out(why: FewShotError, left_out: list[str]) -> None:
+    left_out.append(str(why))
+    if len(left_out) <= NAMED:
+        say(f"left out: {why}", error=True)
 
 
 def _print(shown: Sequence[Prediction], queries: int, support: Mapping[str, Sequence[Pixels]]) -> None:
