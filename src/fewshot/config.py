@@ -199,15 +199,15 @@ def outdated(config: Mapping[Any, Any]) -> str | None:
 
 
 def trains_on(config: DictConfig) -> str:
-    """Return what the configured method trains on, "episodes" or "classes"; see ``FewShotMethod``.
+    """Return what the configured method trains on, "episodes", "classes" or "nothing"; see ``FewShotMethod``.
 
     Raises:
         FewShotError: the method cannot be imported, or trains on something else.
     """
     name = OmegaConf.select(config, "method._target_")
     kind = "episodes" if name is None else getattr(import_target("method", name), "trains_on", "episodes")
-    if kind not in ("episodes", "classes"):
-        raise FewShotError(f"{name}.trains_on is {kind!r}, and must be 'episodes' or 'classes'")
+    if kind not in ("episodes", "classes", "nothing"):
+        raise FewShotError(f"{name}.trains_on is {kind!r}, and must be 'episodes', 'classes' or 'nothing'")
     return str(kind)
 
 

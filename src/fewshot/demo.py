@@ -316,7 +316,14 @@ def page_of(config: DictConfig) -> Iterator[Any]:
     except ImportError as error:
         raise FewShotError("gradio is not installed; install the extra: pip install -e '.[demo]'") from error
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio polls its own server
-    page = make_page(Demo(make_predictor(config), config), config)
+    predictor = make_predictor(config)
+    if predictor.method.transductive:
+        raise FewShotError(
+            f"{type(predictor.method).__name__} is transductive: it needs many queries together, and the page "
+            "classifies one image at a time; choose another method, such as method=simpleshot, or "
+            "classify a folder with predict"
+        )
+    page = make_page(Demo(predictor, config), config)
     largest = FORM + _together(config) * 4 // 3  # in base64
     try:
         page.launch(

@@ -113,7 +113,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         batch: list[Pixels] = []
         for image in images:
             batch.append(_prepare(image, self._predictor))
-            if len(batch) == self.batch:
+            # A transductive method answers all images together.
+            if len(batch) == self.batch and not self._predictor.method.transductive:
                 logits.append(self._classify(batch).numpy())
                 batch = []
         return np.concatenate([*logits, self._classify(batch).numpy()] if batch else logits)

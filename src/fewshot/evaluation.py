@@ -47,14 +47,16 @@ class OneSplit(EpisodeDataModule):
     Args:
         split: "train", "val" or "test".
         dataset: see ``EpisodeDataModule``.
+        concentration: see ``EpisodeDataset``.
         settings: see ``EpisodeDataModule``.
 
     Attributes:
         left_out: classes that no episode may draw.
     """
 
-    def __init__(self, split: str, dataset: DictConfig, **settings: Any) -> None:
+    def __init__(self, split: str, concentration: float | None, dataset: DictConfig, **settings: Any) -> None:
         super().__init__(dataset, **settings)
+        self.concentration = concentration
         self.split, self.left_out = split, list[str]()
         if split == "val" and not self.has_validation:
             raise FewShotError(
@@ -75,7 +77,9 @@ class OneSplit(EpisodeDataModule):
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Make the episodes."""
-        self.datasets = {"test": EpisodeDataset(self.bank, self.split, **self.episode)}
+        self.datasets = {
+            "test": EpisodeDataset(self.bank, self.split, **self.episode, concentration=self.concentration)
+        }
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,9 @@ class Evaluation:
     @property
     def right(self) -> NDArray[np.float64]:
         """Correct answers per episode, float64 ``[episodes]``; ties as in ``fewshot.metrics.credit``."""
-        answers = np.stack(list(self.answers.values()))
-        labels = self.data.datasets["test"].query_labels.numpy()
-        right = answers[:, np.arange(len(labels)), labels]
+        answers, dataset = np.stack(list(self.answers.values())), self.data.datasets["test"]
+        labels = np.stack([dataset[number].query_labels.numpy() for number in self.answers])
+        right = np.take_along_axis(answers, labels[..., None], axis=2)[..., 0]
         return np.asarray((right / answers.sum(2)).sum(1), dtype=np.float64)
 
 
@@ -128,6 +132,10 @@ def evaluate(config: DictConfig) -> float:
         )
     if config.split not in SPLITS:
         raise FewShotError(f"split={config.split} must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
+    if config.concentration is not None and not (
+        isinstance(config.concentration, int | float) and 0 < config.concentration < float("inf")
+    ):
+        raise FewShotError(f"concentration={config.concentration} must be a positive number, or null")
     if not isinstance(config.pictured, int) or config.pictured < 1:
         raise FewShotError(f"pictured={config.pictured} must be a whole number of at least 1")
     if config.out is not None and last_checkpoint(Path(config.out).expanduser()).exists():
@@ -144,7 +152,7 @@ def evaluate(config: DictConfig) -> float:
         check(task)
     check_hardware(tasks[0].hardware)
     keep_freed_memory()
-    splits = [open_split(task, config.split) for task in tasks]
+    splits = [open_split(task, config.split, config.concentration) for task in tasks]
     _leave_out_known_classes(trained, splits, config)
     with report_out_of_memory("lower way, shot or query, or choose hardware=cpu"):
         own, *others = map(evaluate_split, trained, tasks, splits)
@@ -170,14 +178,14 @@ def evaluate(config: DictConfig) -> float:
     worst = seen[np.argsort(accuracies, kind="stable")]
     picture = out / "confusion.png"
     draw_confusion(met, taken, names, worst[: config.pictured]).savefig(picture, dpi=120)
-    _print(results, [names[number] for number in worst[:PRINTED]])
+    _print(results, [names[number] for number in worst[:PRINTED]], trained[0].method.assumes_balance)
     say(written, picture)
     return own.estimate.accuracy
 
 
-def open_split(config: DictConfig, split: str) -> OneSplit:
+def open_split(config: DictConfig, split: str, concentration: float | None = None) -> OneSplit:
     """Make the data module of a run's configuration that serves one split; see ``OneSplit``."""
-    return cast(OneSplit, make_data(config, partial(OneSplit, split)))
+    return cast(OneSplit, make_data(config, partial(OneSplit, split, concentration)))
 
 
 def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None = None) -> Evaluation:
@@ -276,11 +284,13 @@ def _results(trained: Trained, task: DictConfig, config: DictConfig, tested: Eva
     else:
         started = overrides(path.parents[1] if len(path.parents) > 1 else path.parent)
     changes = [f"{key}={config[key]}" for key in TASK if config[key] is not None]
+    changes += [f"concentration={config.concentration}"] if config.concentration is not None else []
     changes += [f"test.episodes={config.episodes}"] if config.episodes is not None else []
     validations = record.get("validations", [])
     changes += choices_of(config.overrides, (*FROM_CHECKPOINT, *REPLACEABLE))
     return outcome(task, trained.method, tested.data.bank, tested.trainer) | {
         "split": config.split,
+        "concentration": config.concentration,
         "checkpoint": trained.name,
         "left_out_classes": tested.data.left_out,
         "precisions": record.get("precisions"),
@@ -294,7 +304,7 @@ def _results(trained: Trained, task: DictConfig, config: DictConfig, tested: Eva
     }
 
 
-def _print(results: dict[str, Any], worst: Sequence[str]) -> None:
+def _print(results: dict[str, Any], worst: Sequence[str], assumes_balance: bool) -> None:
     task = f"{results['way']}-way {results['shot']}-shot"
     rows = [
         (
@@ -315,4 +325,13 @@ def _print(results: dict[str, Any], worst: Sequence[str]) -> None:
             "no significant difference" if abs(mean) <= ci95 else f"the {'first' if mean > 0 else 'second'} is better"
         )
         say(f"first - second, episode by episode: {100 * mean:+.2f} ± {100 * ci95:.2f} points: {verdict}")
+    if results["transductive"]:
+        say(
+            f"method={results['method']} is transductive: it uses all queries of an episode together"
+            + (
+                ", and assumes as many of every class; concentration=2 tests it without that"
+                if assumes_balance and results["concentration"] is None
+                else ""
+            )
+        )
     say("lowest: " + ", ".join(f"{name} {results['classes'][name]:.1%}" for name in worst))

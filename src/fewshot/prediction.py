@@ -176,7 +176,9 @@ def predict(config: DictConfig) -> None:
     with atomic_writer(written := out / "predictions.csv") as file:
         table = csv.writer(file)
         table.writerow(["file", "label", "probability", "runner-up"])
-        batches = np.array_split(np.arange(len(queries)), math.ceil(len(queries) / config.batch))
+        # A transductive method answers all queries together.
+        size = len(queries) if predictor.method.transductive else config.batch
+        batches = np.array_split(np.arange(len(queries)), math.ceil(len(queries) / size))
         for batch in track(batches, description="classifying", transient=True):
             readable = dict(_read_queries([queries[number] for number in batch], predictor.read, known, left_out))
             if not readable:
@@ -198,7 +200,13 @@ def predict(config: DictConfig) -> None:
         if len(left_out) - unread == len(queries):
             raise FewShotError(f"there is no query left to classify; {out / 'left_out.txt'} says why each was left out")
 
-    _print(shown, len(queries) - (len(left_out) - unread), support)
+    classified = len(queries) - (len(left_out) - unread)
+    _print(shown, classified, support)
+    if predictor.method.transductive:
+        say(
+            f"{type(predictor.method).__name__} is transductive: each answer depends on all {classified:,} queries, and "
+            "few queries, or queries of few classes, mislead it"
+        )
     _print_right(right)
     _warn_of_copies(copies, "which gives away its class")
     if left_out:

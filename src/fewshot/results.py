@@ -224,7 +224,9 @@ def settings(result: Result) -> Settings:
     if len(result.get("precisions") or []) > 1:  # the run was resumed with a different precision
         decisive["precisions"] = ", ".join(map(str, result["precisions"]))
     # The best weights were chosen on the run's own task, but an evaluation may use a different one.
-    test = {key: result.get(key) for key in ("way", "shot", "query")} | {"eval_seed": result["config"].get("eval_seed")}
+    test = {key: result.get(key) for key in ("way", "shot", "query", "concentration")} | {
+        "eval_seed": result["config"].get("eval_seed")
+    }
     decisive |= {f"test.{key}": value for key, value in test.items() if value != run.get(key)}
     if result.get("meta_batch") != decisive.get(
         "train.meta_batch"

@@ -99,6 +99,13 @@ def train(config: DictConfig) -> float | None:
         config, checkpoint = load_for_resume(config)
         check(config)
         check_hardware(config.hardware)
+        if trains_on(config) == "nothing":
+            method = config.choices.method
+            raise FewShotError(
+                f"method={method} has nothing to train: use it on the encoder of a run with "
+                f"{command('evaluate')} checkpoint=RUN_DIR method={method}, or on a pretrained one with "
+                "encoder=pretrained"
+            )
         _check_search(config)
         config.hardware.precision = precision_of(config.hardware)  # saved in checkpoints and kept on resume
         with report_out_of_memory(_memory_advice(config)):
@@ -237,6 +244,7 @@ def outcome(config: DictConfig, method: FewShotMethod, bank: ImageBank, trainer:
         "data": bank.record(),
         "encoder_parameters": sum(parameter.numel() for parameter in method.encoder.parameters()),
         "precision": str(trainer.precision),
+        "transductive": method.transductive,
         "machine": machine(trainer.strategy.root_device, trainer.world_size),
         "versions": versions(),
         "commit": commit(),

@@ -138,6 +138,29 @@ def draw_episode(
     return classes, np.argsort(keys, axis=1)[:, : shot + query], random.permutation(way * shot)
 
 
+def draw_query_counts(
+    most: NDArray[np.int64], total: int, concentration: float, key: Sequence[int]
+) -> NDArray[np.int64]:
+    """Draw how many queries each class of an episode has, with shares from a symmetric Dirichlet distribution.
+
+    As in Veilleux et al., 2021, arXiv 2204.11181, section 3; a class may have none.
+
+    Args:
+        most: as many as each class can give, ``[way]``, together at least ``total``.
+        total: queries of the episode.
+        concentration: of the distribution, positive: the smaller, the less balanced.
+        key: seeds the draw.
+
+    Returns:
+        int64 ``[way]``, whose sum is ``total``.
+    """
+    shares = np.random.default_rng(key).dirichlet(np.full(len(most), concentration))
+    counts = np.minimum(np.floor(shares * total).astype(np.int64), most)
+    while counts.sum() < total:  # the largest remainder of the classes that can give more
+        counts[np.argmax(np.where(counts < most, shares * total - counts, -np.inf))] += 1
+    return counts
+
+
 def check_task(split: str, names: Sequence[str], counts: Sequence[int], way: int, shot: int, query: int) -> None:
     """Reject episodes that need more classes or images than a split has.
 
@@ -181,13 +204,24 @@ class EpisodeDataset(Dataset[EpisodeIndex]):
         shot: support samples per class.
         query: queries per class.
         seed: see ``draw_episode``.
+        concentration: see ``draw_query_counts``; an episode has ``way * query`` queries. None: ``query`` per class.
 
     Raises:
         FewShotError: the split has fewer classes than ``way``, or a class fewer images than ``shot + query``.
     """
 
-    def __init__(self, bank: ImageBank, split: str, way: int, shot: int, query: int, seed: int) -> None:
+    def __init__(
+        self,
+        bank: ImageBank,
+        split: str,
+        way: int,
+        shot: int,
+        query: int,
+        seed: int,
+        concentration: float | None = None,
+    ) -> None:
         self.bank, self.split, self.way, self.shot, self.query, self.seed = bank, split, way, shot, query, seed
+        self.concentration = concentration
         classes = bank.classes(split)
         self.first, self.counts = bank.offsets[classes], np.diff(bank.offsets)[classes]
         check_task(split, bank.class_names(split), self.counts.tolist(), way, shot, query)
@@ -199,13 +233,22 @@ class EpisodeDataset(Dataset[EpisodeIndex]):
 
     def __getitem__(self, episode: EpisodeNumber) -> EpisodeIndex:
         make = self.way, self.shot, self.query
+        if self.concentration is not None:
+            make = self.way, self.shot, self.way * self.query  # as many as one class may have to give
         classes, images, order = draw_episode(self.counts, *make, seed=self.seed, split=self.split, **episode._asdict())
         positions, shuffle = torch.from_numpy(self.first[classes, None] + images), torch.from_numpy(order)
+        query, query_labels = positions[:, self.shot :], self.query_labels
+        if self.concentration is not None:
+            most = np.minimum(self.counts[classes] - self.shot, query.shape[1])
+            key = [self.seed, SPLITS.index(self.split), *episode, 1]
+            counts = draw_query_counts(most, self.way * self.query, self.concentration, key)
+            query = query[torch.arange(query.shape[1]) < torch.from_numpy(counts)[:, None]]
+            query_labels = torch.arange(self.way).repeat_interleave(torch.from_numpy(counts))
         return EpisodeIndex(
             support=positions[:, : self.shot].flatten()[shuffle],
             support_labels=self.support_labels[shuffle],
-            query=positions[:, self.shot :].flatten(),
-            query_labels=self.query_labels,
+            query=query.flatten(),
+            query_labels=query_labels,
             way=self.way,
         )
 
@@ -221,7 +264,7 @@ def classes_of(episode: EpisodeIndex, first: NDArray[np.int64]) -> NDArray[np.in
         The numbers of the classes, int64 ``[way]``.
     """
     classes = np.zeros(episode.way, dtype=np.int64)
-    classes[episode.query_labels.numpy()] = np.searchsorted(first, episode.query.numpy(), side="right") - 1
+    classes[episode.support_labels.numpy()] = np.searchsorted(first, episode.support.numpy(), side="right") - 1
     return classes
 
 

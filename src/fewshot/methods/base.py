@@ -14,7 +14,7 @@ from fewshot import optimization
 from fewshot.data.episodes import EmbeddedEpisode, Episode, MetaBatch
 from fewshot.data.loaders import EvaluationLoader
 from fewshot.distances import Distance, l2
-from fewshot.embeddings import EmbeddingTable, LabelledEmbeddings, embed
+from fewshot.embeddings import EMBEDDED_TOGETHER, EmbeddingTable, LabelledEmbeddings, embed
 from fewshot.errors import FewShotError
 from fewshot.metrics import EpisodeAccuracy, Estimate, credit
 from fewshot.optimization import MakeOptimizer, MakeSchedule
@@ -34,11 +34,16 @@ class FewShotMethod(pl.LightningModule, ABC):
         make_schedule: makes the schedule, which counts training steps, from the optimizer; None: constant rate.
         estimates: the latest accuracy on "val" and on "test".
         trains_on: "episodes" if ``training_step`` takes a ``MetaBatch``; "classes" if it takes a ``ClassBatch`` and the
-            constructor takes the number of training ``classes``. Validation and test always use episodes.
+            constructor takes the number of training ``classes``; "nothing" if there is nothing to train. Validation
+            and test always use episodes.
+        transductive: whether the answer to a query depends on the other queries of the episode.
+        assumes_balance: whether a transductive method assumes, or prefers, as many queries of every class.
         compilable: whether the encoder can be compiled: ``torch.compile`` does not support second derivatives.
     """
 
     trains_on = "episodes"
+    transductive = False
+    assumes_balance = False
     compilable = True
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -152,6 +157,13 @@ class MetricMethod(FewShotMethod):
             Logits, ``[queries, way]``.
         """
 
+    def compare_tasks(self, embedded: EmbeddedEpisode) -> torch.Tensor:
+        """Classify a meta-batch, whose tensors have a leading dimension: ``[tasks, queries, way]``.
+
+        Override it if episodes can be solved faster together.
+        """
+        return torch.stack([self.compare(episode) for episode in embedded.tasks()])
+
     def forward(self, episode: Episode) -> torch.Tensor:
         """Embed support and query in one batch, so that batch norm sees them together in training, then compare."""
         embeddings = self.embed_images(torch.cat([episode.support, episode.query]))
@@ -177,11 +189,14 @@ class MetricMethod(FewShotMethod):
         """
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
-        """See ``FewShotMethod``; the support is embedded once."""
+        """See ``FewShotMethod``; the support is embedded once, and images are embedded a batch at a time."""
         embedded = self.embed_images(support)
-        return lambda images: self.compare(
-            EmbeddedEpisode(embedded, labels, self.embed_images(images), _unknown(images), way)
-        )
+
+        def classify(images: torch.Tensor) -> torch.Tensor:
+            query = torch.cat([self.embed_images(batch) for batch in images.split(EMBEDDED_TOGETHER)])
+            return self.compare(EmbeddedEpisode(embedded, labels, query, _unknown(images), way))
+
+        return classify
 
     def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
         """Return the loss of the queries over all episodes of the meta-batch."""
@@ -210,6 +225,8 @@ class MetricMethod(FewShotMethod):
                 torch.distributed.broadcast(buffer, src=0)
 
         def embed_split(split: str) -> LabelledEmbeddings:
+            if not len(loader.dataset.bank.classes(split)):
+                raise FewShotError(f"the data set has no {split} classes, whose embeddings {type(self).__name__} needs")
             positions, labels = loader.dataset.bank.labelled(split)
             return LabelledEmbeddings(embed(self.embed_images, images, positions, strategy), labels.to(self.device))
 
@@ -223,7 +240,7 @@ class MetricMethod(FewShotMethod):
         """See ``FewShotMethod``; uses embeddings computed once per image."""
         if self._embeddings is None:
             return super().evaluate(meta_batch)
-        return torch.stack([self.compare(episode) for episode in meta_batch.episodes.embed(self._embeddings).tasks()])
+        return self.compare_tasks(meta_batch.episodes.embed(self._embeddings))
 
     def on_validation_epoch_end(self) -> None:
         """See ``FewShotMethod``; also frees the embeddings."""

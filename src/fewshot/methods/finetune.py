@@ -1,0 +1,101 @@
+"""Fine-tuning a new last layer on each support set: Chen et al., 2019; with queries: Dhillon et al., 2020."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from fewshot.errors import FewShotError
+from fewshot.methods.training_free import Features, TrainingFree, check_positive, check_steps, descend, prototypes
+
+
+class FineTuning(TrainingFree):
+    """Train a linear layer on the support embeddings: Baseline and Baseline++ (arXiv 1904.04232, section 3.2).
+
+    The layer starts from the class means, as in Dhillon et al. (arXiv 1909.02729, section 3.1), and Adam trains it.
+
+    Args:
+        encoder: see ``TrainingFree``; it stays as it is.
+        features: see ``TrainingFree``.
+        centre: see ``TrainingFree``.
+        head: "linear": Baseline, the logits W f(x) + b; "cosine": Baseline++, the cosines of f(x) and each class's
+            weight vector.
+        scale: factor of the logits, positive.
+        steps: of Adam, each on the whole support, at least 1.
+        learning_rate: of Adam, positive.
+
+    Raises:
+        FewShotError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        features: Features = "l2n",
+        centre: Literal["train", "support"] = "train",
+        head: Literal["linear", "cosine"] = "linear",
+        scale: float = 10.0,
+        steps: int = 100,
+        learning_rate: float = 0.01,
+    ) -> None:
+        super().__init__(encoder, features, centre)
+        if head not in ("linear", "cosine"):
+            raise FewShotError(f"method.head={head} must be linear or cosine")
+        check_positive(scale=scale, learning_rate=learning_rate)
+        check_steps(steps=steps)
+        self.head, self.scale, self.steps, self.learning_rate = head, scale, steps, learning_rate
+
+    def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the trained layer."""
+
+        def loss(weights: torch.Tensor) -> torch.Tensor:
+            return self.loss_of_layer(self.logits(support, weights), labels, self.logits(query, weights))
+
+        return self.logits(query, descend(self.initial_layer(support, labels), loss, self.steps, self.learning_rate))
+
+    def initial_layer(self, support: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return weights and a bias of zero, ``[tasks, way, features + 1]``: the normalised class means."""
+        means = normalize(prototypes(support, labels), dim=-1)
+        return torch.cat([means, means.new_zeros(*means.shape[:-1], 1)], dim=-1)
+
+    def logits(self, embeddings: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Apply the layer: ``[tasks, images, way]``."""
+        if self.head == "cosine":
+            return self.scale * normalize(embeddings, dim=-1) @ normalize(weights[..., :-1], dim=-1).mT
+        return self.scale * (embeddings @ weights[..., :-1].mT + weights[..., None, :, -1])
+
+    def loss_of_layer(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each task: the cross-entropy of the support.
+
+        Args:
+            support: logits, ``[tasks, support samples, way]``.
+            labels: one-hot, the same shape.
+            query: logits, ``[tasks, queries, way]``, which this loss ignores.
+        """
+        del query
+        return cross_entropy(support, labels)
+
+
+class TransductiveFineTuning(FineTuning):
+    """Fine-tuning that also makes the answers to the queries certain (Dhillon et al., 2020, arXiv 1909.02729).
+
+    Only the last layer is trained; the paper also changes the encoder.
+    """
+
+    transductive = True
+
+    def loss_of_layer(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each task, equation 8: the support's cross-entropy and the queries' Shannon entropy."""
+        return cross_entropy(support, labels) + entropy(query.softmax(-1)).mean(-1)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean over classes of their samples' cross-entropies: ``[tasks]`` of ``[tasks, samples, way]``."""
+    losses = -(labels * logits.log_softmax(-1)).sum(-1, keepdim=True)
+    return ((labels / labels.sum(1, keepdim=True)) * losses).sum((1, 2)) / labels.shape[-1]
+
+
+def entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return Shannon entropies, natural logarithm, over the last dimension."""
+    return torch.special.entr(probabilities).sum(-1)

@@ -1,0 +1,94 @@
+"""PT-MAP (Hu, Gripon & Pateux, 2021, arXiv 2006.03806)."""
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from fewshot.errors import FewShotError
+from fewshot.methods.training_free import TrainingFree, check_positive, check_steps, prototypes, squared_distances
+
+SINKHORN_STEPS = 100  # at most, for each movement of the centres: the next one continues from there
+TOLERANCE = 1e-4  # of the sum over the classes of a query, which is 1
+
+
+class PTMAP(TrainingFree):
+    """Assign the queries to the classes by optimal transport, with as many to each class, and move the class centres.
+
+    It assumes equally many queries of every class, which flatters it in balanced episodes (Veilleux et al., 2021,
+    arXiv 2204.11181).
+
+    Args:
+        encoder: its embeddings must not be negative; negative numbers count as 0.
+        power: beta of the power transform, positive.
+        regularisation: lambda of the Sinkhorn algorithm, positive.
+        inertia: alpha, the share of a step in the movement of a centre, positive and at most 1.
+        steps: movements of the centres, at least 1.
+
+    Raises:
+        FewShotError: a setting is out of range.
+    """
+
+    transductive = True
+    assumes_balance = True
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        power: float = 0.5,
+        regularisation: float = 10.0,
+        inertia: float = 0.2,
+        steps: int = 20,
+    ) -> None:
+        super().__init__(encoder)
+        check_positive(power=power, regularisation=regularisation, inertia=inertia)
+        check_steps(steps=steps)
+        if inertia > 1:
+            raise FewShotError(f"method.inertia={inertia} must be at most 1")
+        self.power, self.regularisation, self.inertia, self.steps = power, regularisation, inertia, steps
+
+    def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Return the logarithm of the last transport plan: algorithm 1 of the paper."""
+        support, query = self.preprocess(support), self.preprocess(query)
+        centres = prototypes(support, labels)
+        log_plan, classes = sinkhorn(squared_distances(query, centres), self.regularisation)  # equation 3
+        for _ in range(self.steps):
+            plan = log_plan.exp()
+            total = (labels.sum(1) + plan.sum(1))[..., None]
+            means = (labels.mT @ support + plan.mT @ query) / total  # equation 5
+            centres = centres + self.inertia * (means - centres)  # equation 6
+            log_plan, classes = sinkhorn(squared_distances(query, centres), self.regularisation, classes)
+        return log_plan
+
+    def preprocess(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Apply the power transform (equation 1), and centre support and queries each by themselves."""
+        embeddings = normalize((embeddings.clamp_min(0) + 1e-6) ** self.power, dim=-1)
+        return normalize(embeddings - embeddings.mean(1, keepdim=True), dim=-1)
+
+
+def sinkhorn(
+    cost: torch.Tensor, regularisation: float, start: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plan the transport of queries to classes, each class receiving the same (Cuturi, 2013, arXiv 1306.0895).
+
+    Args:
+        cost: of each query and class, ``[tasks, queries, way]``.
+        regularisation: the larger, the more certain is the plan.
+        start: the factors of the classes from a similar problem, from which it converges faster.
+
+    Returns:
+        The logarithm of the plan, whose sum is 1 over the classes of a query and queries / way over the queries of a
+        class; and the factors of the classes, ``[tasks, way, 1]``.
+    """
+    log_kernel = -regularisation * cost.double()
+    log_kernel = log_kernel - log_kernel.amax(2, keepdim=True)  # a factor of each row changes nothing
+    kernel, share = log_kernel.exp(), cost.shape[1] / cost.shape[2]
+    classes = torch.ones_like(kernel[:, :1].mT) if start is None else start
+    rows = 1 / (kernel @ classes)
+    for _ in range(SINKHORN_STEPS):
+        classes = share / (kernel.mT @ rows)
+        sums = kernel @ classes
+        converged = (rows * sums - 1).abs().max() < TOLERANCE
+        rows = 1 / sums
+        if converged:
+            break
+    return (log_kernel + rows.log() + classes.mT.log()).to(cost), classes

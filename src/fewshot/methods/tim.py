@@ -1,0 +1,158 @@
+"""TIM (Boudiaf et al., 2020, arXiv 2008.11297) and alpha-TIM (Veilleux et al., 2021, arXiv 2204.11181)."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fewshot.errors import FewShotError
+from fewshot.methods.finetune import cross_entropy, entropy
+from fewshot.methods.training_free import (
+    Features,
+    TrainingFree,
+    check_positive,
+    check_steps,
+    descend,
+    prototypes,
+    squared_distances,
+)
+
+
+class TIM(TrainingFree):
+    """Prototypes that classify the support, make the answers to the queries certain, and use all classes equally.
+
+    It maximises the mutual information of queries and answers. Its marginal entropy prefers as many queries of every
+    class, which flatters it in balanced episodes (arXiv 2204.11181).
+
+    Args:
+        encoder: see ``TrainingFree``.
+        features: see ``TrainingFree``.
+        centre: see ``TrainingFree``.
+        solver: "adm": the paper's alternating direction method; "gradient": Adam.
+        temperature: tau of the paper, a factor of the squared distances, positive.
+        support_weight: lambda, of the support's cross-entropy, positive.
+        conditional_weight: alpha, of the entropy of each answer, positive.
+        marginal_weight: of the entropy of all answers together, with ``solver=gradient``; positive.
+        steps: at least 1.
+        learning_rate: of Adam, positive.
+
+    Raises:
+        FewShotError: a setting is out of range.
+    """
+
+    transductive = True
+    assumes_balance = True
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        features: Features = "l2n",
+        centre: Literal["train", "support"] = "train",
+        solver: Literal["adm", "gradient"] = "adm",
+        temperature: float = 15.0,
+        support_weight: float = 0.1,
+        conditional_weight: float = 0.1,
+        marginal_weight: float = 1.0,
+        steps: int = 150,
+        learning_rate: float = 1e-4,
+    ) -> None:
+        super().__init__(encoder, features, centre)
+        if solver not in ("adm", "gradient"):
+            raise FewShotError(f"method.solver={solver} must be adm or gradient")
+        check_positive(temperature=temperature, support_weight=support_weight, conditional_weight=conditional_weight)
+        check_positive(marginal_weight=marginal_weight, learning_rate=learning_rate)
+        check_steps(steps=steps)
+        self.solver, self.temperature, self.steps, self.learning_rate = solver, temperature, steps, learning_rate
+        self.support_weight, self.conditional_weight = support_weight, conditional_weight
+        self.marginal_weight = marginal_weight
+
+    def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the adapted prototypes, equation 1."""
+        centres = prototypes(support, labels)
+        if self.solver == "adm":
+            # Prototypes and data stay in the span of the embeddings, of few dimensions.
+            basis = torch.linalg.qr(torch.cat([support, query], dim=1).mT).Q
+            support, query, centres = support @ basis, query @ basis, centres @ basis
+            for _ in range(self.steps):
+                centres = self.alternate(support, labels, query, centres)
+            return self.logits(query, centres)
+
+        def loss(weights: torch.Tensor) -> torch.Tensor:
+            return self.loss_of_prototypes(self.logits(support, weights), labels, self.logits(query, weights))
+
+        return self.logits(query, descend(centres, loss, self.steps, self.learning_rate))
+
+    def logits(self, embeddings: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+        """Return the logarithms of equation 1 without its constant: ``[tasks, images, way]``."""
+        return -self.temperature / 2 * squared_distances(embeddings, centres)
+
+    def loss_of_prototypes(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each task, equation 4, from logits ``[tasks, images, way]``."""
+        answers = query.softmax(-1)
+        information = self.marginal_weight * entropy(answers.mean(1))
+        information = information - self.conditional_weight * entropy(answers).mean(1)
+        return self.support_weight * cross_entropy(support, labels) - information
+
+    def alternate(
+        self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor, centres: torch.Tensor
+    ) -> torch.Tensor:
+        """Take one step of proposition 1: auxiliary answers q of the queries, then the prototypes w."""
+        known, answers = self.logits(support, centres).softmax(-1), self.logits(query, centres).softmax(-1)
+        powers = answers ** (1 + self.conditional_weight)
+        auxiliary = powers / powers.sum(1, keepdim=True).sqrt()
+        auxiliary = auxiliary / auxiliary.sum(-1, keepdim=True)
+        own, theirs = self.support_weight / (1 + self.conditional_weight), support.shape[1] / query.shape[1]
+        moved = own * (labels - known).mT @ support + theirs * (auxiliary - answers).mT @ query
+        kept = (own * known.sum(1) + theirs * answers.sum(1))[..., None] * centres
+        return (moved + kept) / (own * labels.sum(1) + theirs * auxiliary.sum(1))[..., None]
+
+
+class AlphaTIM(TIM):
+    """TIM with Tsallis entropies, for queries that are not balanced (arXiv 2204.11181, section 4).
+
+    Args:
+        encoder: see ``TrainingFree``.
+        features: see ``TrainingFree``.
+        centre: see ``TrainingFree``.
+        alpha: order of the entropies, above 1; the paper's code takes 2 for one shot and 7 for five or more.
+        temperature: see ``TIM``.
+        support_weight: see ``TIM``.
+        conditional_weight: see ``TIM``.
+        marginal_weight: see ``TIM``.
+        steps: see ``TIM``.
+        learning_rate: see ``TIM``.
+
+    Raises:
+        FewShotError: a setting is out of range.
+    """
+
+    assumes_balance = False
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        features: Features = "l2n",
+        centre: Literal["train", "support"] = "train",
+        alpha: float = 2.0,
+        temperature: float = 15.0,
+        support_weight: float = 1.0,
+        conditional_weight: float = 1.0,
+        marginal_weight: float = 1.0,
+        steps: int = 100,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        weights = support_weight, conditional_weight, marginal_weight
+        super().__init__(encoder, features, centre, "gradient", temperature, *weights, steps, learning_rate)
+        if not alpha > 1:
+            raise FewShotError(f"method.alpha={alpha} must be above 1")
+        self.alpha = alpha
+
+    def loss_of_prototypes(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each task, from logits ``[tasks, images, way]``."""
+        answers = query.softmax(-1)
+        information = self.marginal_weight * self._tsallis(answers.mean(1))
+        information = information - self.conditional_weight * self._tsallis(answers).mean(1)
+        return self.support_weight * cross_entropy(support, labels) - information
+
+    def _tsallis(self, probabilities: torch.Tensor) -> torch.Tensor:
+        return (1 - probabilities.pow(self.alpha).sum(-1)) / (self.alpha - 1)
