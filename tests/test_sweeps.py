@@ -161,7 +161,13 @@ def test_every_method_sweeps_over_shot_and_way(cli, tmp_path):
 def test_jobs_of_other_processes_are_summarised_and_failures_reported(cli, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="no joblib launcher: pip install -e '.[joblib]'")
     done = cli(
-        "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *TINY, "way=5,1", f"hydra.sweep.dir={tmp_path}"
+        "-m",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        *TINY,
+        "way=5,1",
+        f"hydra.sweep.dir={tmp_path}",
+        fresh=True,
     )
     assert done.returncode == 1
     assert re.search(r"│ 0 +│ +[\d.]+ ± +[\d.]+ +│ +[\d.]+ ± +[\d.]+ +│", done.stdout)
