@@ -204,8 +204,8 @@ def predict(config: DictConfig) -> None:
     _print(shown, classified, support)
     if predictor.method.transductive:
         say(
-            f"{type(predictor.method).__name__} is transductive: each answer depends on all {classified:,} queries, and "
-            "few queries, or queries of few classes, mislead it"
+            f"{type(predictor.method).__name__} is transductive: each answer depends on all {classified:,} queries, "
+            "and few queries, or queries of few classes, mislead it"
         )
     _print_right(right)
     _warn_of_copies(copies, "which gives away its class")
