@@ -10,7 +10,7 @@ from fewshot.config import CONF, check, compose
 CELLS = sorted(
     f"{dataset}/{path.stem}"
     for dataset in ("omniglot", "miniimagenet")
-    for path in (CONF / "experiment" / dataset).glob("*.yaml")
+    for path in (CONF / "experiment" / dataset).glob("*way_*.yaml")
 )
 
 

@@ -54,7 +54,7 @@ class OneSplit(EpisodeDataModule):
         left_out: classes that no episode may draw.
     """
 
-    def __init__(self, split: str, concentration: float | None, dataset: DictConfig, **settings: Any) -> None:
+    def __init__(self, split: str, dataset: DictConfig, *, concentration: float | None = None, **settings: Any) -> None:
         super().__init__(dataset, **settings)
         self.concentration = concentration
         self.split, self.left_out = split, list[str]()
@@ -185,7 +185,7 @@ def evaluate(config: DictConfig) -> float:
 
 def open_split(config: DictConfig, split: str, concentration: float | None = None) -> OneSplit:
     """Make the data module of a run's configuration that serves one split; see ``OneSplit``."""
-    return cast(OneSplit, make_data(config, partial(OneSplit, split, concentration)))
+    return cast(OneSplit, make_data(config, partial(OneSplit, split, concentration=concentration)))
 
 
 def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None = None) -> Evaluation:
