@@ -13,7 +13,7 @@ from fewshot.methods.base import MetricMethod
 from fewshot.methods.protonet import prototypes
 
 
-class SimpleShot(MetricMethod):
+class Centred(MetricMethod):
     """CL2N of the paper; the mean is that of the training classes."""
 
     def __init__(self, encoder: nn.Module, distance: Distance, features: int) -> None:
