@@ -74,7 +74,8 @@ def textbook_matching(model: nn.Module) -> Callable[[Episode], torch.Tensor]:
         embeddings = model(torch.cat([episode.support, episode.query]))
         support, query = embeddings[: len(episode.support)], embeddings[len(episode.support) :]
         attention = (-(query[:, None] - support[None]).pow(2).sum(2)).softmax(1)
-        return (attention @ one_hot(episode.support_labels, episode.way).to(attention.dtype) + 1e-12).log()
+        probabilities = attention @ one_hot(episode.support_labels, episode.way).to(attention.dtype)
+        return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
 
     return solve
 
