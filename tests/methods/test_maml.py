@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fewshot.autograd import autograd_graph, is_double_backward
-from fewshot.data.episodes import Episode, EpisodeIndex, MetaBatch, Share, stack
+from fewshot.data.episodes import Episode, stack
 from fewshot.encoders.conv4 import Conv4
 from fewshot.errors import FewShotError
 from fewshot.methods.maml import MAML, MetaGradient, total_cross_entropy
@@ -199,22 +199,6 @@ def test_all_ways_to_run_tasks_agree(order, encoder):
         for recompute in (False, True):
             found = method(encoder, order=order, task_batching=batching, recompute=recompute).meta_gradient(batch)
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
-
-
-@pytest.mark.parametrize("way", [2, 3])
-@pytest.mark.parametrize("batching", ["threads", "vmap"])
-def test_all_ways_to_run_test_tasks_agree(batching, way):
-    batch = tasks(5, way)
-    expected = torch.stack([method(conv4)(episode) for episode in batch.tasks()])
-    maml = method(conv4, task_batching=batching)
-    images = torch.cat([batch.support, batch.query], dim=1).flatten(0, 1)
-    positions = torch.arange(len(images)).view(5, -1)
-    support, query = positions.split([batch.support.shape[1], batch.query.shape[1]], dim=1)
-    index = EpisodeIndex(support, batch.support_labels, query, batch.query_labels, way)
-    with torch.inference_mode():
-        logits = maml.evaluate(MetaBatch(index, Share([]), lambda positions, device: images[positions].to(device)))
-    assert not logits.requires_grad
-    torch.testing.assert_close(logits, expected)
 
 
 def test_orders_have_equal_logits_and_different_gradients():

@@ -113,21 +113,10 @@ class MAML(FewShotMethod):
     def forward(self, episode: Episode) -> torch.Tensor:
         """Adapt to the support samples, then classify the queries: logits ``[queries, way]``.
 
-        For a way that differs from the head's, see ``weights``. A meta-batch gives ``[tasks, queries, way]``.
+        For a way that differs from the head's, see ``weights``.
         """
         weights = self._adapted(episode.support, episode.support_labels, episode.way)
-        return self.classify(weights, episode.query)[..., : episode.way]
-
-    def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:
-        """See ``FewShotMethod``; tasks are run as in training: on threads, or several at once."""
-        with torch.inference_mode(mode=False), torch.no_grad():
-            episodes = meta_batch._replace(episodes=meta_batch.episodes.apply(torch.clone)).load()
-            tasks = for_each_task(self, type(self)._test_logits, episodes, self.task_batching, self.vmap_tasks)
-            return torch.cat([logits.reshape(-1, *logits.shape[-2:]) for logits in tasks])
-
-    def _test_logits(self, episode: Episode) -> torch.Tensor:
-        with torch.no_grad():  # the inner steps enable gradients by themselves
-            return self.forward(episode)
+        return self.classify(weights, episode.query)[:, : episode.way]
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
         """See ``FewShotMethod``; images classified in one batch share its batch norm statistics.
@@ -145,7 +134,7 @@ class MAML(FewShotMethod):
 
     def _adapted(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Weights:
         with torch.enable_grad():
-            return self.adapt(_for_tasks(self.weights(way), labels), support, labels, self.test_inner_steps)
+            return self.adapt(self.weights(way), support, labels, self.test_inner_steps)
 
     def weights(self, way: int | None = None) -> Weights:
         """Return the trainable parameters by name: the paper's theta.
@@ -264,7 +253,10 @@ class MAML(FewShotMethod):
         Returns:
             ``[queries, way]``, or with a leading dimension of tasks.
         """
-        weights = _for_tasks(self.weights(), episode.support_labels)
+        weights = self.weights()
+        if episode.support_labels.ndim == 2:
+            tasks = len(episode.support_labels)
+            weights = {name: weight.expand(tasks, *weight.shape) for name, weight in weights.items()}
         adapted = self.adapt(weights, episode.support, episode.support_labels, self.inner_steps, self.order == 2)
         return self.classify(adapted, episode.query)
 
@@ -349,13 +341,6 @@ class MAML(FewShotMethod):
                 f"method=maml was made for {self.head.out_features} classes, and the episode has {episode.way}: its "
                 f"head has one row per class, so train.way, way and the way it is tested at must be the same"
             )
-
-
-def _for_tasks(weights: Weights, labels: torch.Tensor) -> Weights:
-    """Repeat weights for each task if the labels have a leading dimension of tasks."""
-    if labels.ndim == 1:
-        return weights
-    return {name: weight.expand(len(labels), *weight.shape) for name, weight in weights.items()}
 
 
 def _inner_loss_scale(device: str) -> float | None:
