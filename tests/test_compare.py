@@ -70,11 +70,12 @@ def test_nothing_is_compared_on_different_or_unknown_episodes(tmp_path):
     write_run(tmp_path / "3", config={"train": {"episodes": 10}, "eval_seed": 1})
     write_run(tmp_path / "4", left_out_classes=["a"])
     (write_run(tmp_path / "5") / "episodes.csv").unlink()
+    write_run(tmp_path / "6", concentration=2.0)
     (task,) = collect(read_runs(str(tmp_path)))
     assert not any(task.differences)
     assert task.notes == [
-        "Run 2, 3, 4, 5: no difference from run 1, because the test episodes differ (images, query, eval_seed or "
-        "number of episodes).",
+        "Run 2, 3, 4, 5, 7: no difference from run 1, because the test episodes differ (images, query, concentration, "
+        "eval_seed or number of episodes).",
         "Run 6: no difference from run 1, because the run has no valid episodes.csv; fewshot evaluate "
         "checkpoint=RUN_DIR writes one.",
     ]

@@ -113,7 +113,7 @@ def test_the_estimate_and_its_interval_are_exact_with_ties_of_every_size():
     assert estimate.tied == ((logits == logits.amax(2, keepdim=True)).sum(2) > 1).sum()
     # The answers used in paired comparisons give the same credits.
     evaluation = Evaluation(
-        SimpleNamespace(datasets={"test": {EpisodeNumber(0, 0): SimpleNamespace(query_labels=labels[0])}}),
+        SimpleNamespace(datasets={"test": SimpleNamespace(query_labels=labels[0], concentration=None)}),
         {EpisodeNumber(0, 0): largest(logits)[0].numpy()},
         estimate,
         None,

@@ -21,7 +21,7 @@ from fewshot.data.episodes import EpisodeNumber, MetaBatch
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.hardware import asynchronous
 from fewshot.methods.base import FewShotMethod, require_finite
-from fewshot.metrics import largest
+from fewshot.metrics import count_right, largest
 from fewshot.text import say
 from fewshot.trust import plain
 
@@ -50,14 +50,14 @@ class Record(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self.began = True
-        self._note_precision(str(trainer.precision), _data(trainer).trained)
+        self._note_precision(str(trainer.precision), data_of(trainer).trained)
         if self._random is not None:  # now that setup is complete
             torch.set_rng_state(self._random[0])
             if self._random[1:] and torch.cuda.is_available():
                 torch.cuda.set_rng_state(self._random[1])
             self._random = None
         # Every epoch of Lightning ends with a checkpoint, but not every one with a validation.
-        trainer.check_val_every_n_epoch = 1 if _data(trainer).validates else sys.maxsize
+        trainer.check_val_every_n_epoch = 1 if data_of(trainer).validates else sys.maxsize
         self._since = time.monotonic()
 
     def on_train_batch_end(  # noqa: D102
@@ -79,11 +79,11 @@ class Record(pl.Callback):
             logger.save()  # the log is on the disk before the checkpoint, so a resumed run leaves no gap
 
     def on_validation_end(self, trainer: pl.Trainer, method: FewShotMethod) -> None:  # type: ignore[override]  # noqa: D102
-        trained, estimate = _data(trainer).trained, method.estimates["val"]
+        trained, estimate = data_of(trainer).trained, method.estimates["val"]
         self.validations.append({"trained_episodes": trained, **estimate._asdict()})
         accuracy = f"{estimate.accuracy:.2%} ± {estimate.ci95:.2%}"
         method.print(f"episode {trained:,}: validation accuracy {accuracy}", flush=True)
-        chance = 1 / _data(trainer).episode["way"]
+        chance = 1 / data_of(trainer).episode["way"]
         if estimate.accuracy - estimate.ci95 <= chance and not self._warned:
             self._warned = True
             method.print(
@@ -100,7 +100,7 @@ class Record(pl.Callback):
         checkpoint: dict[str, Any],
     ) -> None:
         if self._contents is None:
-            self._contents = contents_of(_data(trainer).bank).to_json()
+            self._contents = contents_of(data_of(trainer).bank).to_json()
         checkpoint["data"] = self._contents
 
     def _note_precision(self, precision: str, trained: int) -> None:
@@ -167,11 +167,9 @@ class Answers(pl.Callback):
         Returns:
             float64 ``[episodes]``, with fractions for ties as in ``fewshot.metrics.credit``.
         """
-        data = _data(trainer)
-        labels = data.datasets["test"].query_labels.numpy()
+        data, answers = data_of(trainer), self.answers
         right = np.zeros(data.episodes["test"], dtype=np.float32)  # MPS has no float64
-        for number, answer in self.answers.items():
-            right[number.number] = (answer[np.arange(len(labels)), labels] / answer.sum(1)).sum()
+        right[[number.number for number in answers]] = count_right(data.datasets["test"], answers)
         device = trainer.strategy.root_device
         total = trainer.strategy.reduce(torch.from_numpy(right).to(device), reduce_op="sum")
         return np.asarray(total.cpu().numpy(), dtype=np.float64)
@@ -221,7 +219,7 @@ class FiniteGradients(pl.Callback):
         method: FewShotMethod,  # type: ignore[override]
         optimizer: torch.optim.Optimizer,  # noqa: ARG002
     ) -> None:
-        data = _data(trainer)
+        data = data_of(trainer)
         episodes = data.step
         norm = torch.nn.utils.get_total_norm(
             parameter.grad for parameter in method.parameters() if parameter.grad is not None
@@ -253,7 +251,7 @@ class FiniteGradients(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: D102
         self._look(trainer)
         # A checkpoint follows. Finite gradients may still lead to infinite weights.
-        require_finite(method, f"the network after {_data(trainer).trained:,} training episodes")
+        require_finite(method, f"the network after {data_of(trainer).trained:,} training episodes")
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {"skipped": self.skipped}
@@ -277,7 +275,7 @@ class FiniteGradients(pl.Callback):
             return
         episodes, norm = next((episodes, norm) for episodes, norm in norms if not norm.isfinite())
         raise FewShotError(
-            f"{_not_finite(norm, episodes, _data(trainer))}. The last checkpoint is from before that. Lower "
+            f"{_not_finite(norm, episodes, data_of(trainer))}. The last checkpoint is from before that. Lower "
             f"{_rates(trainer.lightning_module)} in a new run, or skip such steps with "
             f"resume={trainer.default_root_dir} train.on_nan=skip"
         )
@@ -343,7 +341,7 @@ class Interruption(pl.Callback):
         if trainer.world_size > 1:  # all ranks must stop after the same step; they wait for each other to agree
             agree = batch_idx // trainer.accumulate_grad_batches % _log_every(trainer) == 0
             self._stop = agree and self._any(trainer)
-        data = _data(trainer)
+        data = data_of(trainer)
         if self._stop and data.trained < data.stage.stop:
             trainer.should_stop, trainer.check_val_every_n_epoch = True, sys.maxsize
 
@@ -391,7 +389,8 @@ def _ends_a_step(trainer: pl.Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
-def _data(trainer: pl.Trainer) -> EpisodeDataModule:
+def data_of(trainer: pl.Trainer) -> EpisodeDataModule:
+    """Return the data module that a trainer uses."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, EpisodeDataModule)
     return data

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fewshot.errors import FewShotError
 from fewshot.metrics import Estimate, paired_difference
-from fewshot.results import EPISODES, Result, read_episodes, read_runs, seed_of, split_of
+from fewshot.results import EPISODES, Result, best_validation, read_episodes, read_runs, seed_of, split_of
 from fewshot.style import COLOURS, DPI, STYLE, WIDTH
 from fewshot.sweeps import differing
 from fewshot.text import cut, for_figure, for_html, for_markdown, make_table, say
@@ -77,13 +77,13 @@ class Run:
 
     def cells(self, difference: Estimate | None, reference: bool) -> list[str]:
         """Return the cells of the table, in the order of ``COLUMNS``."""
-        best = max((point["accuracy"] for point in self.result["validations"]), default=None)
+        best = best_validation(self.result)
         return [
             str(self.number),
             *_named(self.result)[:3],
             str(seed_of(self.result)),
             self.settings,
-            "" if best is None else f"{100 * best:.2f}",
+            "" if best is None else f"{100 * best['accuracy']:.2f}",
             f"{100 * self.result['accuracy']:.2f} ± {100 * self.result['ci95']:.2f}",
             "reference" if reference else "" if difference is None else _signed(difference),
             f"{self.result['episodes']:,}",
@@ -104,7 +104,7 @@ class Run:
         if data is None or self.result["config"].get("eval_seed") is None:
             return None
         return (
-            *(self.result.get(key) for key in ("dataset", "way", "shot", "query", "episodes")),
+            *(self.result.get(key) for key in ("dataset", "way", "shot", "query", "episodes", "concentration")),
             *(self.result["config"]["eval_seed"], data["class_names_sha256"].get("test"), data["images_sha256"]),
             self.result.get("left_out_classes") or [],
         )
@@ -325,7 +325,7 @@ def _not_paired(run: Run, reference: Run) -> str | None:
     if run.episodes is None or reference.episodes is None:
         return "the results do not record their data"
     if run.episodes != reference.episodes:
-        return "the test episodes differ (images, query, eval_seed or number of episodes)"
+        return "the test episodes differ (images, query, concentration, eval_seed or number of episodes)"
     for other, name in ((run, "the run"), (reference, "the reference")):
         if other.right is None:
             return f"{name} has no valid {EPISODES}; fewshot evaluate checkpoint=RUN_DIR writes one"

@@ -25,7 +25,7 @@ from fewshot.loggers import in_group, run_ids
 from fewshot.methods.base import FewShotMethod, MetricMethod
 from fewshot.metrics import meetings_of
 from fewshot.pictures import draw_classes, draw_episode
-from fewshot.results import Result
+from fewshot.results import Result, best_validation
 from fewshot.text import for_terminal, say
 
 DRAWN = 1, 4  # support samples and queries of each class, in the picture of an episode
@@ -154,15 +154,9 @@ def _path_of(uri: str) -> Path | None:
     return Path(unquote(address.path)).resolve() if address.scheme in ("", "file") else None
 
 
-def _best(result: Result) -> Mapping[str, float] | None:
-    """Return the validation of the chosen weights; None without validation."""
-    best: Mapping[str, float] | None = max(result["validations"], key=lambda point: point["accuracy"], default=None)
-    return best
-
-
 def _measured(result: Result) -> dict[str, float]:
     """Return what is logged at the end, by the names in ``MEASURED``."""
-    best = _best(result)
+    best = best_validation(result)
     validated = {} if best is None else {f"val/best_{key}": best[key] for key in ("accuracy", "ci95")}
     return validated | {f"test/{key}": result[key] for key in ("accuracy", "ci95")}
 
@@ -170,7 +164,7 @@ def _measured(result: Result) -> dict[str, float]:
 def _log_hyperparameters(logger: TensorBoardLogger, result: Result) -> None:
     settings: dict[str, Any] = {
         # Numbers would be shown as 5.0000. These come first, since TensorBoard sorts the columns, measured ones last.
-        VALIDATION: _percent(_best(result)),
+        VALIDATION: _percent(best_validation(result)),
         TEST: _percent(result),
         **{key: result[key] or "none" for key in ("method", "distance", "encoder", "dataset", "optimizer", "schedule")},
         **{key: str(result[key]) for key in ("way", "shot", "seed")},

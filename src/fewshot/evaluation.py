@@ -21,7 +21,7 @@ from fewshot.directories import last_checkpoint
 from fewshot.errors import FewShotError, shortened
 from fewshot.files import output_directory
 from fewshot.hardware import check_hardware, keep_freed_memory, report_out_of_memory
-from fewshot.metrics import Estimate, meetings_of, paired_difference
+from fewshot.metrics import Estimate, count_right, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
 from fewshot.results import write_episodes
 from fewshot.runs import check_same_data, data_directories, overrides, trained_on, write_json
@@ -101,10 +101,7 @@ class Evaluation:
     @property
     def right(self) -> NDArray[np.float64]:
         """Correct answers per episode, float64 ``[episodes]``; ties as in ``fewshot.metrics.credit``."""
-        answers, dataset = np.stack(list(self.answers.values())), self.data.datasets["test"]
-        labels = np.stack([dataset[number].query_labels.numpy() for number in self.answers])
-        right = np.take_along_axis(answers, labels[..., None], axis=2)[..., 0]
-        return np.asarray((right / answers.sum(2)).sum(1), dtype=np.float64)
+        return count_right(self.data.datasets["test"], self.answers)
 
 
 def evaluate(config: DictConfig) -> float:

@@ -133,6 +133,25 @@ def paired_difference(right: NDArray[np.float64], others: NDArray[np.float64], q
     return Estimate(float(difference.mean()), 1.96 * spread / len(difference) ** 0.5, len(difference))
 
 
+def count_right(dataset: EpisodeDataset, answers: Mapping[EpisodeNumber, NDArray[np.bool_]]) -> NDArray[np.float64]:
+    """Count the right answers in each episode, with fractions for ties as in ``credit``.
+
+    Args:
+        dataset: the episodes of a split.
+        answers: for each episode the answer to each query, bool ``[queries, way]``.
+
+    Returns:
+        float64 ``[episodes]``, in the order of ``answers``.
+    """
+    given = np.stack(list(answers.values()))
+    if dataset.concentration is None:  # every episode has the same labels
+        labels = np.broadcast_to(dataset.query_labels.numpy(), given.shape[:2])
+    else:
+        labels = np.stack([dataset[number].query_labels.numpy() for number in answers])
+    right = np.take_along_axis(given, labels[..., None], axis=2)[..., 0]
+    return np.asarray((right / given.sum(2)).sum(1), dtype=np.float64)
+
+
 def meetings_of(dataset: EpisodeDataset, answers: Mapping[EpisodeNumber, NDArray[np.bool_]]) -> NDArray[np.float64]:
     """Count how often two classes were in the same episode, and how often one was mistaken for the other.
 

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from fewshot.callbacks import Record
+from fewshot.callbacks import Record, data_of
 from fewshot.data.bank import SPLITS, ImageBank
-from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.hardware import asynchronous, describe, machine
 from fewshot.methods.base import FewShotMethod
+from fewshot.results import best_validation
 from fewshot.text import make_table, say
 
 REFRESH = 0.2  # seconds between updates of the bar
@@ -57,7 +57,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
         say(" ".join(map(str, words)))
 
     def on_train_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
-        data = _data(trainer)
+        data = data_of(trainer)
         self._start("training", data.trained, data.train_episodes)
 
     def on_train_batch_end(  # noqa: D102
@@ -68,7 +68,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        self._done = _data(trainer).trained
+        self._done = data_of(trainer).trained
         # Showing a number means waiting for it: on a GPU, do so only when the log does, too.
         logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if self._due() and (logged or not asynchronous(method.device)):
@@ -89,7 +89,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
 
     def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self._metrics = ""
-        self._start("testing", 0, _data(trainer).episodes["test"])
+        self._start("testing", 0, data_of(trainer).episodes["test"])
 
     def on_test_batch_end(  # noqa: D102
         self,
@@ -190,7 +190,7 @@ def show_settings(config: DictConfig, bank: ImageBank, method: FewShotMethod, tr
 def show_results(results: Mapping[str, Any], run_dir: Path) -> None:
     """Print the accuracies of a complete run."""
     # A resumed run reads these from a file, which may lack some.
-    chosen = max(results["validations"], key=lambda point: point["accuracy"], default=None)
+    chosen = best_validation(results)
     rows = [
         (name, f"{point['accuracy']:.2%} ± {point.get('ci95', nan):.2%}", f"{point.get('episodes', '')}")
         for name, point in (("test", results), ("validation", chosen))
@@ -218,9 +218,3 @@ def _metrics(trainer: pl.Trainer) -> str:
 def _clock(seconds: float) -> str:
     """Format a duration as hours, minutes and seconds, without leading zeros: 1:02:03, 2:03."""
     return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
-
-
-def _data(trainer: pl.Trainer) -> EpisodeDataModule:
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(data, EpisodeDataModule)
-    return data

@@ -250,6 +250,12 @@ def run_config(result: Result) -> Mapping[str, Any]:
     return config
 
 
+def best_validation(result: Result) -> Mapping[str, Any] | None:
+    """Return the validation with the best accuracy, that of the chosen weights; None without validation."""
+    best: Mapping[str, Any] | None = max(result["validations"], key=lambda point: point["accuracy"], default=None)
+    return best
+
+
 def seed_of(result: Result) -> int:
     """Return the seed in the training configuration, which takes precedence over the result's own ``seed``."""
     seed: int = run_config(result).get("seed", result["seed"])

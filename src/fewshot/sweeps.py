@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from fewshot.config import SWEPT
-from fewshot.results import Result, find_results, is_evaluation
+from fewshot.results import Result, best_validation, find_results, is_evaluation
 from fewshot.style import COLOURS, STYLE
 from fewshot.text import for_figure, make_table, say
 
@@ -95,7 +95,7 @@ def read_jobs(folder: Path) -> list[Job]:
         Job(
             name=str(path.parent.relative_to(folder.resolve())),
             swept=swept,
-            validation=_percent(max(found[path]["validations"], key=lambda point: point["accuracy"], default={})),
+            validation=_percent(best_validation(found[path]) or {}),
             test=_percent(found[path]),
         )
         for path, swept in zip(paths, differing([found[path] for path in paths]), strict=True)
