@@ -64,7 +64,7 @@ def terminal(monkeypatch):
         console = Console(file=written, force_terminal=True, width=columns, color_system=None, legacy_windows=False)
         monkeypatch.setattr(progress, "Console", lambda: console)
         monkeypatch.setattr(progress, "REFRESH", 0)
-        monkeypatch.setattr(progress, "_data", lambda trainer: trainer.datamodule)
+        monkeypatch.setattr(progress, "data_of", lambda trainer: trainer.datamodule)
         record = Record()
         record.validations = [{"trained_episodes": 1, "accuracy": accuracy} for accuracy in (0.5, 1.0, 0.9)]
         data = SimpleNamespace(trained=0, train_episodes=60_000, episodes={"test": 10_000})
