@@ -79,6 +79,10 @@ COMPOSED: dict[tuple[str, ...], str | None] = {
     (
         "hydra.launcher.n_jobs=2",
     ): r"hydra\.launcher\.n_jobs is not in .*; to add it anyway, type \+hydra\.launcher\.n_jobs=2",
+    (
+        "hydra/launcher=basic",
+        "hydra.launcher.ray.init.num_cpus=2",
+    ): r"to add it anyway, type \+hydra\.launcher\.ray\.init\.num_cpus=2",
     ("hydra.job.env_set.A=1",): r"to add it anyway, type \+hydra\.job\.env_set\.A=1",
     ("wya=5",): r"'wya'.*did you mean way\?",
     ("--config-dir", "nowhere", "way=5"): r"names nowhere, which does not exist",

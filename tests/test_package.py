@@ -89,7 +89,8 @@ def wheel(tmp_path_factory):
 @pytest.mark.slow
 def test_the_wheel_contains_the_whole_package_and_its_configuration(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
-    package = {path.relative_to(ROOT / "src") for path in (ROOT / "src" / "fewshot").rglob("*.py")}
+    packages = [ROOT / "src" / "fewshot", ROOT / "src" / "hydra_plugins"]
+    package = {path.relative_to(ROOT / "src") for folder in packages for path in folder.rglob("*.py")}
     configuration = {Path("fewshot/conf") / path.relative_to(CONF) for path in CONF.rglob("*.yaml")}
     expected = {path.as_posix() for path in [*package, *configuration, Path("fewshot/py.typed")]}
     assert {name for name in held if ".dist-info/" not in name} == expected

@@ -21,7 +21,7 @@ from torchvision.models import get_model
 import fewshot
 import programs
 from fewshot.config import ROOT, compose, compose_unresolved
-from fewshot.sweeps import Sweep
+from fewshot.sweeps import Sweep, as_csv, read_jobs
 from fewshot.training import train
 
 README = ROOT / "README.md"
@@ -148,7 +148,7 @@ def small(name: str, arguments: list[str], stand_ins: Path, tmp_path: Path) -> l
 
 
 def test_commands_and_examples_are_found():
-    assert len(COMMANDS) > 45 and len(FILES) == 4 and set(SCRIPTS) == {"README", "extending"}
+    assert len(COMMANDS) > 45 and len(FILES) == 4 and set(SCRIPTS) == {"README", "extending", "sweeps"}
     assert "fewshot train -m method=protonet,matching,maml shot=1,5 way=5,20" in COMMANDS
 
 
@@ -169,8 +169,10 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
         if re.search("dataset=(omniglot|miniimagenet)|experiment=(omniglot|miniimagenet)|matching_distance", part):
             arguments.append(f"data_dir={request.getfixturevalue('real_data')}")
         if any(re.search(pattern, part) for pattern in ELSEWHERE):
-            compose_unresolved(*[item for item in arguments if not re.match("-|hydra|seed=0,1", item)], name=name)
+            compose_unresolved(*[item for item in arguments if not re.match(r"-|\+?hydra|seed=0,1", item)], name=name)
             continue
+        if "sweeper=search" in part:
+            pytest.importorskip("optuna", minversion="5", reason="no Optuna: pip install -e '.[optuna]'")
         if "encoder=timm" in part:
             timm = pytest.importorskip("timm", reason="no timm: pip install -e '.[timm]'")
             network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -211,6 +213,10 @@ def test_python_example_runs(page, stand_ins, cache_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("examples", "pictures"):
         (tmp_path / name).symlink_to(stand_ins / name)
+    sweep = tmp_path / "outputs" / "sweep"
+    (sweep / "0").mkdir(parents=True)
+    shutil.copy(stand_ins / "run" / "results.json", sweep / "0")
+    (sweep / "results.csv").write_text(as_csv(read_jobs(sweep)))
     code = SCRIPTS[page].replace('train={"episodes": 1000}', 'train={"episodes": 2}, val={"episodes": 2}')
     exec(compile(code, page, "exec"), {"__name__": "example"})
 
@@ -250,7 +256,7 @@ def test_readme_is_short_and_links_to_every_guide():
 
 
 def test_extras_exist():
-    extras = re.findall(r"\.\[(\w+)\]", TEXT)
+    extras = [extra for extras in re.findall(r"\.\[([\w,]+)\]", TEXT) for extra in extras.split(",")]
     text = (ROOT / "pyproject.toml").read_text()
     assert extras and all(f"\n{extra} = [" in text for extra in extras)
 

@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 import signal
@@ -7,13 +8,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
 from fewshot import cli as command_line
 from fewshot.config import CONF, ROOT, SWEPT, compose, compose_unresolved
-from fewshot.sweeps import FAILURE, Sweep, draw, failures, read_jobs, tabulate
+from fewshot.sweeps import FAILURE, Sweep, as_csv, draw, failures, read_jobs, tabulate
 from fewshot.text import say
 
 TINY = [
@@ -62,6 +64,17 @@ def test_jobs_are_listed_in_order_with_their_swept_settings(tmp_path):
     assert list(map(str, table.columns[3].cells))[10:] == ["55.00 ± 2.00", ""]
     assert str(next(iter(table.columns[4].cells))) == "50.00 ± 1.00"
     assert Image.open(draw(jobs, tmp_path / "sweep.png")).height > 700
+    (tmp_path / "results.csv").write_text(as_csv(jobs))
+    frame = pandas.read_csv(tmp_path / "results.csv")
+    assert list(frame.columns[:6]) == ["job", "optimizer.lr", "experiment/x", "dataset", "method", "way"]
+    assert list(frame["optimizer.lr"]) == [*range(12)] and frame.accuracy[10] == 0.6 and frame.seed.sum() == 0
+    assert list(frame["experiment/x"].dropna()) == ["a"]
+
+
+def test_results_are_read_by_pandas(tmp_path):
+    write_job(tmp_path / "0", ["seed=0"], 0.5)
+    series = pandas.read_json(tmp_path / "0" / "results.json", typ="series")
+    assert series.accuracy == 0.5 and len(pandas.DataFrame(series.validations)) == 3
 
 
 def test_evaluations_count_as_jobs_only_if_nothing_was_trained(tmp_path):
@@ -80,6 +93,8 @@ def test_names_of_jobs_and_settings_are_escaped(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "[bold]0" in shown and "[/lab]1" in shown and "\x1b" not in shown and "\\x1b[2J\\n" in shown
     draw(jobs, tmp_path / "sweep.png")
+    written = {row["job"]: row for row in csv.DictReader(as_csv(jobs).splitlines())}
+    assert written["[bold]0"]["x"] == "[red]$_{[/lab]}$ \\x1b[2J\\n| y" and written["[/lab]1"]["_y"] == "2"
     (tmp_path / "[bold]0" / FAILURE).write_bytes(b"way=1: \xff\x1b[2J")
     Sweep.folder = tmp_path
     with pytest.raises(SystemExit):
@@ -158,66 +173,66 @@ def test_every_method_sweeps_over_shot_and_way(cli, tmp_path):
     assert Image.open(tmp_path / "sweep.png").width > 1000
 
 
-def test_jobs_of_other_processes_are_summarised_and_failures_reported(cli, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="no joblib launcher: pip install -e '.[joblib]'")
-    done = cli(
-        "-m",
-        "hydra/launcher=joblib",
-        "hydra.launcher.n_jobs=2",
-        *TINY,
-        "way=5,1",
-        f"hydra.sweep.dir={tmp_path}",
-        fresh=True,
+@pytest.mark.parametrize(
+    ("launcher", "setting"), [("joblib", "hydra.launcher.n_jobs=2"), ("ray", "+hydra.launcher.ray.init.num_cpus=2")]
+)
+def test_jobs_of_other_processes_are_summarised_and_failures_reported(cli, tmp_path, launcher, setting):
+    pytest.importorskip(
+        f"hydra_plugins.hydra_{launcher}_launcher", reason=f"no {launcher} launcher: pip install -e '.[{launcher}]'"
     )
+    done = cli("-m", f"hydra/launcher={launcher}", setting, *TINY, "way=5,1", f"hydra.sweep.dir={tmp_path}", fresh=True)
     assert done.returncode == 1
     assert re.search(r"│ 0 +│ +[\d.]+ ± +[\d.]+ +│ +[\d.]+ ± +[\d.]+ +│", done.stdout)
-    first, failed = done.stderr.splitlines()[-2:]
+    assert list(pandas.read_csv(tmp_path / "results.csv").job) == [0]
+    first, failed = [line for line in done.stderr.splitlines() if "_run_job" not in line][-2:]
     assert first == "error: 1 of the jobs failed" and failed.endswith("way=1 must be at least 2")
     assert "Traceback" not in done.stderr + done.stdout
 
 
-@pytest.mark.slow
-def test_a_search_maximises_validation_accuracy_and_repeats_its_path_when_resumed(cli, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="no Optuna sweeper: pip install -e '.[optuna]'")
-    search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "optimizer.lr=tag(log,interval(0.0001,0.1))"]
-    search += ["train.shot=1,99", f"hydra.sweep.dir={tmp_path}", "resume=auto"]
-    first, again = (cli("-m", *search, *TINY) for _ in range(2))
-    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("results.json")}
-    best = max(found.values(), key=lambda result: result["val_accuracy"])
-    chosen = OmegaConf.load(tmp_path / "optimization_results.yaml")
-    assert chosen.best_value == best["val_accuracy"]
-    assert chosen.best_params["optimizer.lr"] == best["config"]["optimizer"]["lr"]
-    failed = len(failures(tmp_path))
-    assert len(found) + failed == 3 and 0 < failed < 3
-    for done in (first, again):
-        assert done.returncode == 1 and f"error: {failed} of the jobs failed" in done.stderr
-    assert "episode 4: validation accuracy" in first.stdout
-    assert "episode 4: validation accuracy" not in again.stdout
+LONGER = [*TINY, "train.episodes=60", "val.every=30", "checkpoint_every=2"]
 
 
-@pytest.mark.slow
-def test_an_interrupted_sweep_is_resumed(cli, cache_dir, tmp_path):
-    sweep = [
-        "-m",
-        *TINY,
-        "seed=0,1",
-        "train.episodes=60",
-        "val.every=30",
-        "checkpoint_every=2",
-        f"cache_dir={cache_dir}",
-    ]
-    sweep += [f"hydra.sweep.dir={tmp_path}", "resume=auto"]
-    command = [sys.executable, str(ROOT / "src" / "train.py"), *sweep]
+def interrupt(sweep: list[str], job: Path, cache_dir: Path) -> None:
+    """Start a sweep, press Ctrl-C in one of its jobs, and check what it says."""
+    command = [sys.executable, str(ROOT / "src" / "train.py"), *sweep, f"cache_dir={cache_dir}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        while not (tmp_path / "0" / "checkpoints" / "last.ckpt").exists():
+        while not (job / "checkpoints" / "last.ckpt").exists():
             assert running.poll() is None
             time.sleep(0.1)
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
-    expected = f"error: interrupted; resume the sweep with the same command and hydra.sweep.dir={tmp_path} resume=auto"
-    assert errors.strip().splitlines()[-1] == expected
-    assert not (tmp_path / "0" / "results.json").exists()
+    again = f"hydra.sweep.dir={job.parent} resume=auto"
+    said = f"error: interrupted; resume the sweep with the same command and {again}"
+    assert errors.strip().splitlines()[-1] == said
+    assert not (job / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_search_is_resumed_and_maximises_validation_accuracy(cli, cache_dir, tmp_path):
+    pytest.importorskip("optuna", minversion="5", reason="no Optuna: pip install -e '.[optuna]'")
+    search = ["-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=3", *LONGER, "train.shot=1,2,99"]
+    search += ["optimizer.lr=tag(log,interval(0.0001,0.1))", f"hydra.sweep.dir={tmp_path}", "resume=auto"]
+    interrupt(search, tmp_path / "0", cache_dir)
+    first, again = (cli(*search) for _ in range(2))
+    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("results.json")}
+    failed = failures(tmp_path)
+    assert len(found) + len(failed) == 3 and 0 < len(failed) < 3
+    best = max(found, key=lambda job: found[job]["val_accuracy"])
+    chosen = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    assert (str(chosen.best_job), chosen.best_value) == (best, found[best]["val_accuracy"])
+    assert chosen.best_params["optimizer.lr"] == found[best]["config"]["optimizer"]["lr"]
+    for done in (first, again):
+        assert done.returncode == 1 and f"error: {len(failed)} of the jobs failed" in done.stderr
+        assert "Traceback" not in done.stderr and "[I 2" not in done.stdout + done.stderr
+    assert "episode 60: validation accuracy" in first.stdout
+    assert "episode 60: validation accuracy" not in again.stdout
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_is_resumed(cli, cache_dir, tmp_path):
+    sweep = ["-m", *LONGER, "seed=0,1", f"hydra.sweep.dir={tmp_path}", "resume=auto"]
+    interrupt(sweep, tmp_path / "0", cache_dir)
     done = cli(*sweep)
     assert done.returncode == 0, done.stderr
     assert len(read_jobs(tmp_path)) == 2

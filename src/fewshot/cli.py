@@ -45,7 +45,6 @@ ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your con
 # The extra that installs each Hydra plugin.
 PLUGINS = {
     **{"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray"},
-    **{"optuna": "optuna", "search": "optuna"},
 }
 MOST_OPTIONS = 20  # of a group that a message lists one by one
 HYDRAS_OWN = ("hydra", "hydra_debug")  # groups

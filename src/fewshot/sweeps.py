@@ -1,9 +1,11 @@
-"""Sweep summary: a table, a figure and the failed jobs, whichever process or machine they ran on."""
+"""Sweep summary: tables, a figure and the failed jobs, whichever process or machine they ran on."""
 
+import csv
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from math import isnan, nan
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from fewshot.config import SWEPT
+from fewshot.files import write_atomically
 from fewshot.results import Result, best_validation, find_results, is_evaluation
 from fewshot.style import COLOURS, STYLE
-from fewshot.text import for_figure, make_table, say
+from fewshot.text import for_csv, for_figure, make_table, say
 
 FAILURE = "failure.txt"  # in the directory of a failed job: why it failed
 
@@ -48,12 +51,13 @@ class Sweep(Callback):
             note.unlink()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002
-        """Print the table and draw the figure."""
+        """Print a table, write a longer one, and draw the figure."""
         assert Sweep.folder is not None
         os.environ.pop(SWEPT, None)
         jobs = read_jobs(Sweep.folder)
         if jobs:
-            say(tabulate(jobs), f"Drawn in {draw(jobs, Sweep.folder / 'sweep.png')}")
+            write_atomically(table := Sweep.folder / "results.csv", as_csv(jobs).encode())
+            say(tabulate(jobs), f"Drawn in {draw(jobs, Sweep.folder / 'sweep.png')}, written to {table}")
 
 
 def _swept(config: DictConfig) -> list[str]:
@@ -77,12 +81,14 @@ class Job:
         swept: its value for each key in which the jobs differ; empty if it has none.
         validation: accuracy of the chosen weights and half the width of its 95% interval, in %.
         test: the same for test classes.
+        result: its ``results.json``.
     """
 
     name: str
     swept: Mapping[str, str]
     validation: tuple[float, float]
     test: tuple[float, float]
+    result: Result
 
 
 def read_jobs(folder: Path) -> list[Job]:
@@ -97,6 +103,7 @@ def read_jobs(folder: Path) -> list[Job]:
             swept=swept,
             validation=_percent(best_validation(found[path]) or {}),
             test=_percent(found[path]),
+            result=found[path],
         )
         for path, swept in zip(paths, differing([found[path] for path in paths]), strict=True)
     ]
@@ -122,6 +129,20 @@ def tabulate(jobs: Sequence[Job]) -> Table:
         [[job.name, *job.swept.values(), _accuracy(*job.validation), _accuracy(*job.test)] for job in jobs],
         numbers=accuracies,
     )
+
+
+def as_csv(jobs: Sequence[Job]) -> str:
+    """Format the jobs as CSV: what was swept, then everything in their ``results.json`` that is a single value."""
+    rows = [
+        {"job": job.name, **job.swept}
+        | {key: value for key, value in job.result.items() if not isinstance(value, Mapping | list)}
+        for job in jobs
+    ]
+    text = StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    table.writerow({key: for_csv(key) for key in table.fieldnames})
+    table.writerows({key: for_csv(value) for key, value in row.items()} for row in rows)
+    return text.getvalue()
 
 
 def draw(jobs: Sequence[Job], path: Path) -> Path:
