@@ -70,6 +70,11 @@ def test_a_method_in_a_user_program_needs_no_configuration():
     [
         (["optimizer.lr=0"], "optimizer.lr=0 must be positive"),
         (["optimizer.lr=-1"], "optimizer.lr=-1 must be positive"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan must be positive"),
+        (["optimizer.lr=1e38"], "optimizer.lr=1e+38 must be at most 1e+06"),
+        (["optimizer=sgd", "optimizer.lr=1e400"], "optimizer.lr=inf must be at most 1e+06"),
+        (["optimizer.weight_decay=nan"], "optimizer=adam: Invalid weight_decay value: nan"),
+        (["seed=4294967296"], "seed=4294967296 must be below 2**32"),
         (["optimizer.lr=fast"], "optimizer.lr=fast must be a number"),
         (["optimizer.lr=true"], "optimizer.lr=True must be a number"),
         (["optimizer.weight_decay=-1"], "optimizer=adam: Invalid weight_decay value: -1"),

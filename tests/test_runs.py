@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -289,6 +290,22 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_episodes(run,
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["EpisodeDataModule"] == {"trained": 14}
     assert all(weight.isfinite().all() for weight in last["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (["optimizer.weight_decay=inf"], "Lower optimizer.weight_decay or optimizer.lr in"),
+        (["optimizer=adamw", "optimizer.weight_decay=1e38"], "Lower optimizer.weight_decay or optimizer.lr in"),
+        (["optimizer=sgd", "optimizer.momentum=1e38"], "Lower optimizer.momentum or optimizer.lr in"),
+        (["schedule=cosine", "schedule.eta_min=1e38"], "Lower optimizer.lr in"),
+        (["method=maml", "method.inner_learning_rate=1e38"], "Lower optimizer.lr or method.inner_learning_rate in"),
+        (["method=maml", "method.inner_learning_rate=nan"], "Lower optimizer.lr or method.inner_learning_rate in"),
+    ],
+)
+def test_absurd_numbers_end_in_advice_that_names_them(run, overrides, advice):
+    with pytest.raises(FewShotError, match=f"gradient of training episode .*{re.escape(advice)}"):
+        train(compose(*run("run", *overrides)))
 
 
 @pytest.mark.parametrize("name", ["protonet", "maml"])

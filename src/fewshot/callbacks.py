@@ -282,9 +282,11 @@ class FiniteGradients(pl.Callback):
 
 
 def _rates(method: pl.LightningModule) -> str:
-    """Return the learning rates of a method, for advice: the optimizer's, and those of its inner steps."""
+    """Return what to lower, for advice: the learning rates, and other settings of the optimizer that are very high."""
+    settings = method.trainer.optimizers[0].param_groups[0]
+    high = [f"optimizer.{name}" for name in ("weight_decay", "momentum") if settings.get(name, 0) >= 1]
     inner = [f"method.{name}" for name in vars(method) if name.endswith("learning_rate")]
-    return " or ".join(["optimizer.lr", *inner])
+    return " or ".join([*high, "optimizer.lr", *inner])
 
 
 def _not_finite(norm: torch.Tensor, episodes: range, data: EpisodeDataModule) -> str:

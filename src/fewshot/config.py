@@ -171,6 +171,7 @@ def check(config: DictConfig) -> None:
         if values[key] < least if whole else not key.startswith("schedule."):  # some schedules have other keys
             wrong.append(f"{key}={values[key]} must be at least {least}")
     if not wrong_type:
+        wrong += [f"{key}={values[key]} must be below 2**32" for key in ("seed",) if values[key] >= 2**32]  # for NumPy
         positive = [key for key in ABOVE_ZERO if values[key] is not None]
         wrong += [f"{key}={values[key]} must be positive" for key in positive if not values[key] > 0]
         wrong += [
