@@ -75,7 +75,7 @@ COMPOSED: dict[tuple[str, ...], str | None] = {
     ("experiment=omniglot/protonet",): r"Choose one of .*miniimagenet/\.\.\., .*omniglot/protonet_5way_1shot",
     ("experiment=nothing",): r"Choose one of matching_distance/\.\.\., .*omniglot/\.\.\.",
     ("encoder=resnet",): r"Choose one of conv4, pretrained, resnet12, timm \(did you mean resnet12\?\)",
-    ("dataset=cifar",): r"Choose one of folder, glyphs, miniimagenet, omniglot",
+    ("dataset=cifar",): r"Choose one of cifar_fs, cub, fc100, folder, glyphs, miniimagenet, omniglot, torchvision",
     (
         "hydra.launcher.n_jobs=2",
     ): r"hydra\.launcher\.n_jobs is not in .*; to add it anyway, type \+hydra\.launcher\.n_jobs=2",

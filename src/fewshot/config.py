@@ -28,6 +28,7 @@ PACKAGE = Path(__file__).parent
 CHECKOUT = (PACKAGE.parents[1] / "conf" / "train.yaml").is_file()  # else installed, with conf inside the package
 ROOT = PACKAGE.parents[1] if CHECKOUT else Path.cwd()  # the parent of outputs and data
 CONF = (ROOT if CHECKOUT else PACKAGE) / "conf"
+FOR_TRAINING = ("optimizer", "schedule", "train")  # a method chosen for another command may set these
 SWEPT = "FEWSHOT_SWEPT"  # environment variable: the keys that a sweep varies, for its jobs
 
 
@@ -414,7 +415,8 @@ def compose(*overrides: str, name: str = "train", places: Sequence[str] = ()) ->
     outer = hydra_config.cfg  # set if this program runs under Hydra
     try:
         hydra_config.set_config(config)  # for interpolations that refer to it
-        keys = [str(key) for key in config if key != "hydra"]
+        left_out = ("hydra",) if name == "train" else ("hydra", *FOR_TRAINING)
+        keys = [str(key) for key in config if key not in left_out]
         try:
             resolved = DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))
         except InterpolationKeyError as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from fewshot.callbacks import Answers
-from fewshot.config import TrainConfig, check
+from fewshot.config import FOR_TRAINING, TrainConfig, check
 from fewshot.data.bank import SPLITS, ImageBank, ImageClass
 from fewshot.data.contents import contents_of, differences, known_to
 from fewshot.data.datamodule import EpisodeDataModule
@@ -120,7 +120,8 @@ def evaluate(config: DictConfig) -> float:
             were trained on different classes, so that they cannot be compared.
     """
     # What the groups choose is composed with the keys of a training, which it may depend on.
-    config = OmegaConf.masked_copy(config, [str(key) for key in config if key not in (*FROM_CHECKPOINT, *REPLACEABLE)])
+    left_out = (*FROM_CHECKPOINT, *REPLACEABLE, *FOR_TRAINING)
+    config = OmegaConf.masked_copy(config, [str(key) for key in config if key not in left_out])
     OmegaConf.resolve(config)
     if config.checkpoint is None and not choices_of(config.overrides, ["encoder"]):
         raise FewShotError(

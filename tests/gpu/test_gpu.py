@@ -57,6 +57,11 @@ METHODS = {
     ],
     "classifier": ["method=classifier", "train.batch_size=16"],
     "classifier_cosine": ["method=classifier", "method.head=cosine", "train.batch_size=16"],
+    "r2d2": ["method=r2d2"],
+    "metaoptnet_ridge": ["method=metaoptnet_ridge", "method.penalty=1"],  # 50 is much for four features
+    "relation": ["method=relation", "method.filters=8"],
+    "feat": ["method=feat", "method.dropout=0"],
+    "meta_baseline": ["method=meta_baseline"],
 }
 SIZES = {
     "cuda": {"filters": 64, "episodes": 48, "tested": 200, "compared": 1000, "steps": 300},
@@ -142,8 +147,9 @@ class Gradients(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, method, optimizer):  # noqa: ARG002
         # A loss scaler starts with too large a scale, and skips steps until it fits.
-        if self.first is None and all(weight.grad.isfinite().all() for weight in method.parameters()):
-            self.first = [weight.grad.clone() for weight in method.parameters()]
+        gradients = [weight.grad for weight in method.parameters() if weight.grad is not None]
+        if self.first is None and all(gradient.isfinite().all() for gradient in gradients):
+            self.first = [gradient.clone() for gradient in gradients]
 
 
 def test_every_method_that_trains_is_in_the_suite():

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -46,8 +46,8 @@ def folder(data_dir: str, size: int, channels: int, val: float, test: float, spl
     if depth < 1:
         raise FewShotError(f"dataset.source.depth={depth} must be at least 1")
     root = Path(data_dir).expanduser()
-    files = _listed(root)
-    images = {name: file for name, file in files.items() if name.lower().endswith(_endings())}
+    files = list_files(root)
+    images = only_images(files)
     if not images:
         archives = [name for name in files if is_archive(name)]
         fix = f"; unpack it, or choose data_dir={root / archives[0]}" if archives else ""
@@ -65,7 +65,7 @@ def folder(data_dir: str, size: int, channels: int, val: float, test: float, spl
 
     def classes() -> list[ImageClass]:
         return [
-            ImageClass(name, split, len(members), partial(_load, members, size, channels))
+            ImageClass(name, split, len(members), partial(load_images, members, size, channels))
             for split in SPLITS
             for name, members in splits[split].items()
         ]
@@ -83,7 +83,12 @@ def by_class(files: Files, depth: int = 1) -> Classes:
     return dict(sorted(classes.items()))
 
 
-def _listed(root: Path) -> Files:
+def list_files(root: Path) -> Files:
+    """List what is in a folder or an archive.
+
+    Raises:
+        FewShotError: it is neither.
+    """
     if root.is_file() and is_archive(root.name):
         return list_archive(root)
     if not root.is_dir():
@@ -92,6 +97,11 @@ def _listed(root: Path) -> Files:
             "data_dir=PATH"
         )
     return list_folder(root)
+
+
+def only_images(files: Files) -> Files:
+    """Return those files that Pillow can read, by their endings."""
+    return {name: file for name, file in files.items() if name.lower().endswith(_endings())}
 
 
 def _below(files: Files, folder: str) -> Files:
@@ -183,29 +193,56 @@ def _from_folders(
 
 
 def _drawn(where: Path, images: Files, val: float, test: float, seed: int, depth: int) -> dict[str, Classes]:
-    """Draw the classes of each split by a hash of seed and name, the same on every machine."""
     classes = by_class(images, depth)
-    counts = {split: max(FEWEST, round(share * len(classes))) for split, share in (("val", val), ("test", test))}
-    if len(classes) - sum(counts.values()) < FEWEST:
+    at_depth = f" {depth} levels deep" if depth > 1 else ""
+    outside = len(images) - sum(map(len, classes.values()))
+    at_depth += f" (and {outside:,} images outside of these)" if outside else ""
+    splits = draw_classes(
+        list(classes),
+        val,
+        test,
+        seed,
+        found=f"{where} has {len(classes)} folders with images{at_depth}",
+        otherwise=f"; or tell these few apart without training, by {command('predict')} encoder=pretrained "
+        f"method=protonet support={where} query=...",
+    )
+    return {split: {name: classes[name] for name in names} for split, names in splits.items()}
+
+
+def draw_classes(
+    names: Sequence[str], val: float, test: float, seed: int, found: str | None = None, otherwise: str = ""
+) -> dict[str, list[str]]:
+    """Draw the classes of each split by a hash of seed and name, the same on every machine.
+
+    Args:
+        names: of all classes.
+        val: share of the classes to validate on.
+        test: share of the classes to test on.
+        seed: of the draw.
+        found: for the message, which classes there are.
+        otherwise: for the message, another way out.
+
+    Returns:
+        The sorted names of the classes of each split.
+
+    Raises:
+        FewShotError: there are too few classes.
+    """
+    counts = {split: max(FEWEST, round(share * len(names))) for split, share in (("val", val), ("test", test))}
+    if len(names) - sum(counts.values()) < FEWEST:
         least = len(SPLITS) * FEWEST
-        enough = (
-            f"lower dataset.source.val={val} and dataset.source.test={test}" if len(classes) >= least else "add some"
-        )
-        at_depth = f" {depth} levels deep" if depth > 1 else ""
-        outside = len(images) - sum(map(len, classes.values()))
-        at_depth += f" (and {outside:,} images outside of these)" if outside else ""
+        enough = f"lower dataset.source.val={val} and dataset.source.test={test}" if len(names) >= least else "add some"
         raise FewShotError(
-            f"{where} has {len(classes)} folders with images{at_depth}, too few classes to train, validate and test on "
-            f"different ones ({least} at least, better 20): {enough}; or tell these few apart without training, by "
-            f"{command('predict')} encoder=pretrained method=protonet support={where} query=..."
+            f"{found or f'there are {len(names)} classes'}, too few classes to train, validate and test on different "
+            f"ones ({least} at least, better 20): {enough}{otherwise}"
         )
-    order = _shuffled(classes, seed)
-    parts = {"val": order[: counts["val"]], "test": order[counts["val"] : sum(counts.values())]}
-    parts["train"] = order[sum(counts.values()) :]
-    return {split: {name: classes[name] for name in sorted(names)} for split, names in parts.items()}
+    order = _shuffled(names, seed)
+    ends = {"val": (0, counts["val"]), "test": (counts["val"], sum(counts.values()))}
+    parts = {split: order[slice(*span)] for split, span in ends.items()}
+    return {"train": sorted(order[sum(counts.values()) :]), **{split: sorted(part) for split, part in parts.items()}}
 
 
-def _shuffled(names: Mapping[str, object], seed: int) -> list[str]:
+def _shuffled(names: Iterable[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest())
 
 
@@ -231,7 +268,8 @@ def _mention_depth(where: Path, names: Sequence[str], images: Files, named: Mapp
         )
 
 
-def _load(files: Sequence[ImageFile], size: int, channels: int) -> NDArray[np.uint8]:
+def load_images(files: Sequence[ImageFile], size: int, channels: int) -> NDArray[np.uint8]:
+    """Read the images of a class: uint8 ``[images, size, size, channels]``; see ``read_photo``."""
     return np.stack([read_photo(file, size, channels) for file in files])
 
 

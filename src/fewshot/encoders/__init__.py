@@ -4,6 +4,7 @@ An encoder is any module that maps images, float ``[images, channels, height, wi
 ``[images, features]``. Optional attributes:
 
 - ``features``: the length of an embedding, for methods that add layers after the encoder;
+- ``maps``: the number of feature maps, for methods that add layers after those;
 - ``feature_maps``: maps images to ``[images, channels, height, width]``, for methods that compare regions of images;
 - ``WITHOUT_WEIGHTS``: arguments that skip reading and downloading weights, used when others are loaded afterwards;
 - ``size``, ``channels`` and ``normalise``: the expected image format, for predictions without a data set.

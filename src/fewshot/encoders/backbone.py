@@ -66,6 +66,20 @@ class Backbone(nn.Module, ABC):
             FewShotError: the network has no feature maps.
         """
 
+    @property
+    def maps(self) -> int:
+        """The number of feature maps, found by embedding an empty image.
+
+        Raises:
+            FewShotError: the network has no feature maps.
+        """
+        training = self.training
+        self.eval()  # batch norm must not learn from the image
+        with torch.no_grad():
+            found = self.feature_maps(torch.zeros(1, self.channels, self.size, self.size)).shape[1]
+        self.train(training)
+        return found
+
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """Resize and normalise images for the network."""
         size = (self.size, self.size)

@@ -1,9 +1,13 @@
 """The four-block convolutional encoder that all three papers share."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 
 from fewshot.errors import FewShotError
+
+POOLS = {"max": nn.AdaptiveMaxPool2d, "mean": nn.AdaptiveAvgPool2d}
 
 
 class Conv4(nn.Sequential):
@@ -16,33 +20,41 @@ class Conv4(nn.Sequential):
         channels: of the images: 1 for grey, 3 for RGB.
         size: height and width of the images, in pixels, at least 16.
         filters: number of filters of each convolution.
+        pool: "none": the embedding is the last maps, flattened, as in the three papers; "max" or "mean": of each map,
+            which gives ``filters`` features, as in FEAT (arXiv 1812.03664).
 
     Raises:
-        FewShotError: the images are too small, or a number is not positive.
+        FewShotError: the images are too small, a number is not positive, or the pooling is unknown.
 
     Shape:
         float ``[images, channels, size, size]`` to ``[images, features]``.
     """
 
-    def __init__(self, channels: int, size: int, filters: int = 64) -> None:
+    def __init__(
+        self, channels: int, size: int, filters: int = 64, pool: Literal["none", "max", "mean"] = "none"
+    ) -> None:
         if size < 16 or channels < 1 or filters < 1:
             raise FewShotError(
                 f"encoder=conv4 needs dataset.size={size} of at least 16, dataset.channels={channels} of at least 1 "
                 f"and encoder.filters={filters} of at least 1"
             )
+        if pool not in ("none", *POOLS):
+            raise FewShotError(f"encoder.pool={pool} must be none, max or mean")
         super().__init__(
             _block(channels, filters),
             _block(filters, filters),
             _block(filters, filters),
             _block(filters, filters),
+            *([] if pool == "none" else [POOLS[pool](1)]),
             nn.Flatten(),
         )
-        self.size, self.channels, self.features = size, channels, filters * (size // 16) ** 2
+        self.size, self.channels, self.maps = size, channels, filters
+        self.features = filters * (size // 16) ** 2 if pool == "none" else filters
         self.to(memory_format=torch.channels_last)
 
     def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
         """Return the maps before flattening: ``[images, filters, size // 16, size // 16]``."""
-        for block in list(self)[:-1]:
+        for block in list(self)[:4]:
             images = block(images)
         return images
 

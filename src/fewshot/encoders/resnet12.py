@@ -43,7 +43,7 @@ class ResNet12(nn.Sequential):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        self.size, self.channels, self.features = size, channels, WIDTHS[-1]
+        self.size, self.channels, self.features, self.maps = size, channels, WIDTHS[-1], WIDTHS[-1]
         self.to(memory_format=torch.channels_last)
 
     def feature_maps(self, images: torch.Tensor) -> torch.Tensor:

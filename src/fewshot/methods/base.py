@@ -164,11 +164,15 @@ class MetricMethod(FewShotMethod):
         """
         return torch.stack([self.compare(episode) for episode in embedded.tasks()])
 
-    def forward(self, episode: Episode) -> torch.Tensor:
-        """Embed support and query in one batch, so that batch norm sees them together in training, then compare."""
+    def embed_episode(self, episode: Episode) -> EmbeddedEpisode:
+        """Embed support and query in one batch, so that batch norm sees them together in training."""
         embeddings = self.embed_images(torch.cat([episode.support, episode.query]))
         support, query = embeddings.tensor_split([len(episode.support)])
-        return self.compare(EmbeddedEpisode(support, episode.support_labels, query, episode.query_labels, episode.way))
+        return EmbeddedEpisode(support, episode.support_labels, query, episode.query_labels, episode.way)
+
+    def forward(self, episode: Episode) -> torch.Tensor:
+        """Embed the episode, then compare."""
+        return self.compare(self.embed_episode(episode))
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The training loss: mean cross-entropy of the queries.
