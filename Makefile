@@ -49,6 +49,7 @@ demo: $(VENV)/installed-demo  ## try the newest complete run below outputs on yo
 notebooks: $(VENV)/installed-dev  ## rerun all notebooks in place; a minute or two each
 	rm -rf outputs/notebooks
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
+	$(VENV)/bin/nbstripout --keep-output --keep-count --keep-id notebooks/*.ipynb
 
 docs: $(VENV)/installed-dev  ## write the API reference to outputs/api, from the docstrings
 	$(VENV)/bin/python .ci/docs.py outputs/api

@@ -1,4 +1,6 @@
-"""Command lines that people type, and what comes of them: what the tests try, and a table.
+"""Command lines that people type, and their outcomes.
+
+The tests try them, and
 
     PYTHONPATH=src python tests/command_lines.py
 

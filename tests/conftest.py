@@ -173,13 +173,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Callable[[
     little = ["train.episodes=50", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=8"]
     runs: dict[str, Path] = {}
 
-    def of(method: str) -> Path:
+    def directory(method: str) -> Path:
         if method not in runs:
             runs[method] = tmp_path_factory.mktemp(method)
             train(compose(*METHODS[method], *little, f"run_dir={runs[method]}", f"cache_dir={cache_dir}"))
         return runs[method]
 
-    return of
+    return directory
 
 
 def make_bank(counts: dict[str, list[int]], size: int = 16, channels: int = 1, seed: int = 0) -> ImageBank:

@@ -1,14 +1,17 @@
-"""Data sets as they lie on people's disks, small and synthetic: what the tests read, and a table of what is read.
+"""Small synthetic data sets in the layouts that people have on their disks.
+
+The tests read them, and
 
     PYTHONPATH=src python tests/layouts.py
 
-prints a line for each layout, with what the program on the path says of it.
+prints a line for each layout, with the outcome in the version on the path; see ``tried.py``.
 """
 
 import csv
 import io
 import json
 import pickle
+import re
 import sys
 import tarfile
 import tempfile
@@ -31,14 +34,14 @@ Files = dict[str, bytes]  # by path below data_dir
 
 @dataclass(frozen=True)
 class Layout:
-    """Files below a folder, and what is to come of them.
+    """Files below a folder, and the expected outcome.
 
     Attributes:
         name: says what is special.
-        files: what they hold, by path.
-        data_dir: what is given as ``data_dir``, in that folder.
-        message: what the error says; None: the data set is read.
-        links: pairs of the path of a link and where it leads.
+        files: their contents, by path.
+        data_dir: the ``data_dir`` to use, relative to that folder.
+        message: a regular expression for the error; None: the data set is read.
+        links: pairs of a link's path and its target.
         counts: for dataset=folder, the classes of each split.
         depth: ``dataset.source.depth``.
     """
@@ -52,7 +55,7 @@ class Layout:
     depth: int = 1
 
     def write(self, root: Path) -> Path:
-        """Write it below a folder; returns what to give as ``data_dir``."""
+        """Write it below a folder; returns the ``data_dir`` to use."""
         root.mkdir(parents=True, exist_ok=True)
         for path, contents in self.files.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +147,7 @@ def tables(
     found = {}
     for split in splits:
         text = io.StringIO()
-        lines = [columns, *(row(number, *of) for number, of in enumerate(rows(split)))]
+        lines = [columns, *(row(number, *entry) for number, entry in enumerate(rows(split)))]
         csv.writer(text, delimiter=delimiter).writerows(line for line in lines if line)
         found[path.format(split=(names or {}).get(split, split))] = text.getvalue().encode()
     return found
@@ -194,9 +197,9 @@ def hdf5(data: str = "{split}_data.hdf5", labels: str = "{split}_labels.json") -
 
 def published(path: str = "{label}/{label}_0.JPEG") -> Files:
     """An image of each of the 100 classes, in no splits."""
-    from fewshot.data.miniimagenet import SPLIT_OF_CLASS  # noqa: PLC0415
-
-    return {path.format(label=label): encoded(pixels(label, 0), "JPEG") for label in SPLIT_OF_CLASS}
+    # From this checkout, whichever version is on the path.
+    text = (Path(__file__).parents[1] / "src" / "fewshot" / "data" / "miniimagenet.py").read_text()
+    return {path.format(label=label): encoded(pixels(label, 0), "JPEG") for label in re.findall(r"\bn\d{8}\b", text)}
 
 
 def split_archives(kind: str, pack: Callable[..., bytes], splits: Iterable[str] = SPLITS) -> Files:
@@ -843,7 +846,7 @@ READERS: dict[str, tuple[list[Layout], Callable[..., Source]]] = {
 
 
 def outcome(layout: Layout, read: Callable[..., Source]) -> str:
-    """What comes of a layout, in a line."""
+    """Describe the outcome of reading a layout in one line."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         data_dir = layout.write(Path(folder))
         try:

@@ -9,13 +9,15 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import programs
 from command_lines import COMPOSED, PARSED
 from fewshot import cli as command_line
 from fewshot.arguments import prepare, quoted
-from fewshot.config import compose, compose_unresolved
+from fewshot.config import ROOT, compose, compose_unresolved
 from fewshot.directories import checkpoint_at
 from fewshot.errors import FewShotError
 from fewshot.paths import make_absolute, run_directory
+from path_lines import run_all
 
 
 @pytest.mark.parametrize("arguments", PARSED, ids=" ".join)
@@ -77,6 +79,16 @@ def test_paths_start_where_the_command_was_typed(tmp_path, monkeypatch):
         **{"runs": [f"{tmp_path}/x", f"{Path.home()}/y"], "encoder": {"init": f"{tmp_path}/run"}},
         **{"dataset": {"source": {"data_dir": f"{tmp_path}/data"}}, "reference": f"{tmp_path}/../run"},
     }
+
+
+@pytest.mark.slow
+def test_every_command_takes_paths_as_they_are_typed(tmp_path):
+    def call(program, arguments, cwd, env):
+        done = programs.call(ROOT / "src" / f"{program}.py", arguments, cwd, env, timeout=300)
+        return done.stderr if done.returncode else None
+
+    wrong = {str(line): outcome for line, outcome in run_all(call, tmp_path) if outcome != "done"}
+    assert not wrong
 
 
 @pytest.mark.parametrize("name", ["FEWSHOT_DATA_DIR", "FEWSHOT_CACHE_DIR"])

@@ -3,7 +3,7 @@ import torch
 from fewshot.autograd import autograd_graph, is_double_backward
 
 
-def test_the_whole_graph_is_walked():
+def test_every_node_of_the_graph_is_visited():
     x = torch.ones(2, requires_grad=True)
     nodes, edges = autograd_graph((x * x).sum() + x[0])
     names = [node.name().rstrip("0") for node in nodes]

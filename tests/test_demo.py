@@ -48,11 +48,11 @@ def letters(run):
 def demo(run):
     """The page's inside, by its method and limits."""
 
-    def of(method="protonet", **limits):
+    def make(method="protonet", **limits):
         config = compose(f"checkpoint={run(method)}", *(f"{key}={value}" for key, value in limits.items()), name="demo")
         return Demo(make_predictor(config), config)
 
-    return of
+    return make
 
 
 def png(pixels, kind="PNG", **options) -> bytes:
@@ -103,7 +103,7 @@ def test_the_distances_are_those_of_the_embeddings(demo, letters):
     visit = shown(page, letters)
     embed = page.predictor.method.encoder
     with torch.no_grad():
-        prototypes = torch.stack([embed(page.predictor._input(of)).mean(0) for of in visit.support.values()])
+        prototypes = torch.stack([embed(page.predictor._input(images)).mean(0) for images in visit.support.values()])
         expected = (embed(page.predictor._input([visit.query])) - prototypes).square().sum(1)
     found = rows(page.answer(visit)[0])
     assert expected.min() > 0.01
@@ -114,8 +114,8 @@ def test_classes_grow_and_go_and_each_visit_is_its_own(demo, letters):
     page = demo()
     first = shown(page, letters, way=2)
     second, notes = page.add(first, "  letter   1 ", files(letters[1][3]))
-    assert [len(of) for of in second.support.values()] == [2, 3] and not notes
-    assert [len(of) for of in first.support.values()] == [2, 2]
+    assert [len(images) for images in second.support.values()] == [2, 3] and not notes
+    assert [len(images) for images in first.support.values()] == [2, 2]
     third = page.remove(page.remove(second, "letter 0"), "nobody")
     assert list(third.support) == ["letter 1"] and third.query is second.query
     answer, notes = page.answer(third)
@@ -169,7 +169,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("why", HOSTILE)
-def test_what_cannot_be_read_is_named_and_the_rest_goes_on(demo, letters, why):
+def test_unreadable_files_are_named_and_the_others_are_classified(demo, letters, why):
     page = demo()
     content = HOSTILE[why]()
     visit, notes = page.add(Visit(), "a", files(letters[0][0], content, letters[0][1]))
@@ -230,7 +230,7 @@ def test_a_huge_request_takes_no_memory_and_is_answered_in_one_line():
     assert answers[1]["body"] == b"a request may have at most 2,097,152 bytes; send fewer images at once"
 
 
-def test_images_that_are_too_much_at_once_are_named(demo, letters):
+def test_too_many_images_at_once_are_named(demo, letters):
     sent = [["0.png", f"data:image/png;base64,{b64encode(letters[0][0]).decode()}"], ["1.png", None]]
     visit, notes = demo().add(Visit(), "a", _sent(json.dumps(sent)))
     assert len(visit.support["a"]) == 1
@@ -456,19 +456,19 @@ def test_in_a_browser_files_are_answered_as_the_predictor_answers_them(browser, 
 
     predictor = make_predictor(compose(f"checkpoint={run('protonet')}", name="demo"))
     support = {
-        name: [predictor.read(of) for of in files(*letter[:2])]
+        name: [predictor.read(file) for file in files(*letter[:2])]
         for name, letter in zip(("letter 0", ODD), letters, strict=False)
     }
     logits = predictor.learn(support)([predictor.read(*files(letters[0][4]))])[0]
     found = [[cell.text for cell in row.find_elements("css selector", "td")] for row in tab.all(".scores tr")[1:]]
-    assert [name for name, *_ in found] == [list(support)[of] for of in logits.argsort(descending=True).tolist()]
+    assert [name for name, *_ in found] == [list(support)[place] for place in logits.argsort(descending=True).tolist()]
     assert tab.texts(".answer b") == [found[0][0]]
     for name, _, probability, distance in found:
         label = list(support).index(name)
         assert float(distance) == pytest.approx(-logits[label].item(), abs=2e-3)
         assert float(probability.rstrip("%")) == pytest.approx(100 * logits.softmax(0)[label].item(), abs=0.1)
     asked = browser.execute_script("return performance.getEntriesByType('resource').map(of => of.name)")
-    assert asked and all(of.startswith((served, "data:")) for of in asked)
+    assert asked and all(link.startswith((served, "data:")) for link in asked)
     assert not Tab(browser, served, tmp_path).all(".class")  # another visitor
 
 
@@ -498,5 +498,5 @@ def test_in_a_browser_drawings_are_classified_added_and_taken_out(browser, serve
         lambda: "a support set needs at least two classes" in " ".join(tab.texts(".notes p")), "why there is no answer"
     )
     tab.until(lambda: not tab.all(".answer"), "the end of the answer")
-    next(of for of in tab.all("button") if of.text == "Remove everything").click()
+    next(button for button in tab.all("button") if button.text == "Remove everything").click()
     tab.until(lambda: not tab.all(".class"), "the beginning")

@@ -27,14 +27,14 @@ def run(tmp_path_factory, cache_dir):
     """Trains each method once, a little; returns the directory of its run."""
     runs = {}
 
-    def of(method: str, *more: str):
+    def evaluate_run(method: str, *more: str):
         key = (method, *more)
         if key not in runs:
             runs[key] = tmp_path_factory.mktemp(method)
             train(compose(*METHODS[method], *TINY, *more, f"run_dir={runs[key]}", f"cache_dir={cache_dir}"))
         return runs[key]
 
-    return of
+    return evaluate_run
 
 
 @pytest.fixture
@@ -79,14 +79,14 @@ def test_another_task_and_another_split(run, evaluate):
     assert tested["config"]["eval_seed"] == 7 and tested["overrides"][-1] == "test.episodes=5"
     assert evaluate(run("protonet"), "way=30", "episodes=2")["way"] == 30
     # The validation of the run, once more.
-    best = max(of["accuracy"] for of in tested["validations"])
+    best = max(validation["accuracy"] for validation in tested["validations"])
     validated = evaluate(run("maml"), "split=val", "episodes=3", written="results_val.json")
     assert validated["accuracy"] == best and validated["split"] == "val"
     listed = json.loads((run("maml") / "classes.json").read_text())
     assert set(validated["classes"]) <= set(listed["val"]) and set(tested["classes"]) <= set(listed["test"])
 
 
-def test_the_classes_accuracies_make_up_the_whole(run, evaluate):
+def test_the_accuracies_of_the_classes_average_to_the_accuracy(run, evaluate):
     tested = evaluate(run("protonet"), "episodes=200")
     assert np.mean(list(tested["classes"].values())) == pytest.approx(tested["accuracy"], abs=0.03)
 

@@ -215,7 +215,7 @@ def test_compiling_for_a_gpu_that_triton_does_not_support_is_rejected(gpus, monk
         check_hardware({**CARD, "compile": True})
 
 
-def test_a_method_that_differentiates_twice_runs_uncompiled_and_says_so(capsys, monkeypatch):
+def test_a_method_that_differentiates_twice_runs_uncompiled_and_reports_it(capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
     make_method(compose(*MAKE, "method=maml", "hardware.compile=true"))

@@ -47,7 +47,7 @@ def test_miniimagenet_is_read_from_every_layout(tmp_path, layout):
 
 
 @named([layout for layout in MINIIMAGENET if layout.message is not None])
-def test_miniimagenet_that_is_not_whole_is_named_with_what_makes_it_whole(tmp_path, layout):
+def test_incomplete_miniimagenet_is_named_with_what_is_missing(tmp_path, layout):
     data_dir = layout.write(tmp_path / "data")
     with pytest.raises(FewShotError, match=layout.message):
         read_miniimagenet(data_dir).classes()
@@ -67,7 +67,7 @@ def test_omniglot_is_read_from_every_layout(tmp_path, layout):
 
 
 @named([layout for layout in OMNIGLOT if layout.message is not None])
-def test_omniglot_that_is_incomplete_is_named_with_what_makes_it_complete(tmp_path, layout):
+def test_incomplete_omniglot_is_named_with_what_is_missing(tmp_path, layout):
     data_dir = layout.write(tmp_path / "data")
     with pytest.raises(FewShotError, match=layout.message) as caught:
         read_omniglot(data_dir)
@@ -86,7 +86,7 @@ def test_your_own_images_are_read_from_every_layout(tmp_path, layout):
 
 
 @named([layout for layout in FOLDER if layout.message is not None])
-def test_your_own_images_that_are_incomplete_are_named_with_what_makes_them_complete(tmp_path, layout):
+def test_incomplete_folders_are_named_with_what_is_missing(tmp_path, layout):
     data_dir = layout.write(tmp_path / "data")
     with pytest.raises(FewShotError, match=layout.message):
         read_folder(data_dir, layout.depth)
@@ -108,7 +108,7 @@ def test_what_is_assumed_about_your_own_images_is_reported(tmp_path, capsys):
     assert "depth" not in report("images within folders of a class")
 
 
-def test_a_layout_that_is_whole_is_read_where_another_one_is_not(tmp_path, capsys):
+def test_a_complete_layout_is_read_next_to_an_incomplete_one(tmp_path, capsys):
     layouts = {layout.name: layout for layout in MINIIMAGENET}
     layouts["tables without images"].write(tmp_path)
     layouts["caches train.pkl, val.pkl, test.pkl"].write(tmp_path)

@@ -36,7 +36,9 @@ def test_it_runs(path, tmp_path, cache_dir, monkeypatch):
 def test_outputs_are_small_and_machine_independent(path):
     assert path.stat().st_size < 300_000
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells[0]["source"][1] == 'PROJECT = ""\n' and not cells[0]["outputs"]  # nothing is installed in a clone
     assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    assert not any("execution" in cell["metadata"] for cell in cells)  # time stamps
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert sum("image/png" in output.get("data", ()) for output in outputs) >= 1
     for output in outputs:

@@ -7,7 +7,7 @@ from fewshot.config import check, compose, training_steps
 from fewshot.distances import l2
 from fewshot.errors import FewShotError
 from fewshot.methods.protonet import PrototypicalNetwork
-from fewshot.optimization import configure
+from fewshot.optimization import DEFAULT, configure
 from fewshot.training import make_method
 
 ONE_OF_EACH = [
@@ -108,7 +108,7 @@ def test_nothing_to_train_is_rejected():
 
 def test_a_schedule_that_follows_a_metric_is_rejected():
     with pytest.raises(FewShotError, match="ReduceLROnPlateau follows a metric"):
-        configure([nn.Parameter(torch.zeros(1))], lambda of: torch.optim.SGD(of, lr=1.0), ReduceLROnPlateau)
+        configure([nn.Parameter(torch.zeros(1))], DEFAULT, ReduceLROnPlateau)
 
 
 def test_the_last_step_may_have_fewer_episodes():

@@ -43,8 +43,11 @@ def episode(run):
 @pytest.fixture
 def folders(episode, tmp_path):
     """The same as dark letters on white, in folders."""
-    of, support, query = episode
-    for name, images, labels in (("support", support, of.support_labels), ("query", query, of.query_labels)):
+    labelled, support, query = episode
+    for name, images, labels in (
+        ("support", support, labelled.support_labels),
+        ("query", query, labelled.query_labels),
+    ):
         for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             path = tmp_path / name / f"letter {label}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +68,13 @@ def table(folders):
 @pytest.mark.parametrize("method", METHODS)
 def test_own_images_are_answered_as_those_of_an_episode(run, episode, folders, method, capsys):
     predict(configure(folders, f"checkpoint={run(method)}"))
-    of, *images = episode
+    labelled, *images = episode
     support, query = (normalise(torch.from_numpy(image), "range") for image in images)
     # Files in the order of their names, and the support as the predictor shuffles it.
     order = torch.tensor(sorted(range(15), key=lambda number: (number // 3, f"{number}.png")))
-    support_order = of.support_labels.argsort()[torch.randperm(5, generator=torch.Generator().manual_seed(0))]
-    given = of._replace(
-        support=support[support_order], support_labels=of.support_labels[support_order], query=query[order]
+    support_order = labelled.support_labels.argsort()[torch.randperm(5, generator=torch.Generator().manual_seed(0))]
+    given = labelled._replace(
+        support=support[support_order], support_labels=labelled.support_labels[support_order], query=query[order]
     )
     solve = load_trained(str(run(method))).method
     with torch.no_grad():
@@ -85,7 +88,7 @@ def test_own_images_are_answered_as_those_of_an_episode(run, episode, folders, m
     found = torch.tensor([float(row["probability"]) for row in rows])
     torch.testing.assert_close(found, expected.amax(1), atol=1e-4, rtol=0)
     assert [row["runner-up"] for row in rows] == [f"letter {label}" for label in expected.topk(2).indices[:, 1]]
-    right = (expected.argmax(1) == of.query_labels[order]).sum()
+    right = (expected.argmax(1) == labelled.query_labels[order]).sum()
     assert f"{right} of the 15 queries in folders named after a class are right" in capsys.readouterr().out
 
 
@@ -126,7 +129,7 @@ def test_queries_are_read_a_batch_at_a_time(run, folders, monkeypatch):
     assert sizes == [5, 5, 5]  # alike, so that none is left alone in the last batch
 
 
-def test_broken_files_are_named_and_the_rest_goes_on(run, folders, capsys):
+def test_broken_files_are_named_and_the_others_are_read(run, folders, capsys):
     (folders / "query" / "letter 1" / "3.png").write_bytes(b"no image")
     (folders / "query" / "notes.txt").write_text("hello")
     (folders / "support" / "letter 0" / "broken.jpg").write_bytes(b"")
@@ -177,7 +180,7 @@ def test_the_same_image_in_two_classes_is_reported(run, folders, capsys):
     assert re.search(r"warning: .*letter 4/copy\.png is the same image as .*letter 3", capsys.readouterr().err)
 
 
-def test_queries_that_look_the_same_as_support_images_are_reported_and_counted_apart(run, folders, capsys):
+def test_queries_that_look_like_support_images_are_reported_and_counted_separately(run, folders, capsys):
     seen = next((folders / "support" / "letter 3").iterdir())
     Image.open(seen).resize((64, 64)).save(folders / "query" / "letter 3" / "copy.jpg", quality=70)
     predict(configure(folders, f"checkpoint={run('protonet')}"))
@@ -195,7 +198,7 @@ def test_queries_that_look_the_same_as_support_images_are_reported_and_counted_a
     )
 
 
-def test_the_accuracy_is_reported_wherever_below_its_class_a_query_lies(run, folders, capsys, monkeypatch):
+def test_the_accuracy_is_reported_for_queries_at_any_depth_below_their_class(run, folders, capsys, monkeypatch):
     deep = folders / "query" / "letter 2" / "2024" / "may"
     deep.mkdir(parents=True)
     for file in list((folders / "query" / "letter 2").glob("*.png")):
@@ -298,7 +301,7 @@ def test_a_pretrained_encoder_needs_no_training_if_it_is_frozen(folders, tmp_pat
 )
 def test_a_mistake_is_reported_in_one_line(run, folders, overrides, message):
     with pytest.raises(FewShotError) as caught:
-        predict(configure(folders, *(of.replace("RUN", str(run("protonet"))) for of in overrides)))
+        predict(configure(folders, *(override.replace("RUN", str(run("protonet"))) for override in overrides)))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

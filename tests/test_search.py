@@ -149,7 +149,7 @@ def test_an_interval_that_holds_nothing_is_rejected(tmp_path, argument, message)
         search(tmp_path, argument)
 
 
-def test_nothing_to_search_over_is_said(tmp_path):
+def test_nothing_to_search_over_is_rejected(tmp_path):
     with pytest.raises(FewShotError, match="nothing to search over"):
         search(tmp_path, "optimizer.lr=1", "shot=1", "distance=l2")
 

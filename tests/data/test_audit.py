@@ -81,7 +81,7 @@ def test_classes_without_content_are_reported():
 )
 def test_near_duplicates_are_reported_with_their_positions(splits, names, reported):
     noise = RANDOM.integers(0, 256, (6, 10, 10, 3), dtype=np.uint8)
-    images = np.stack([np.asarray(Image.fromarray(of).resize((40, 40), Image.BICUBIC)) for of in noise])
+    images = np.stack([np.asarray(Image.fromarray(image).resize((40, 40), Image.BICUBIC)) for image in noise])
     images[4] = (images[1].astype(np.int16) + RANDOM.integers(-2, 3, images[1].shape)).clip(0, 255)[:, ::-1]
     parts = (
         [("a", splits[0], images)] if names == "aa" else [("a", splits[0], images[:3]), ("b", splits[1], images[3:])]

@@ -132,7 +132,7 @@ def test_writing_to_the_images_never_reaches_the_disk(file, tmp_path):
     assert open_bank("toy", make_source(file), {}, tmp_path / "cache").images.max() == 3
 
 
-def test_nothing_is_written_beside_the_data(file, tmp_path):
+def test_nothing_is_written_next_to_the_data(file, tmp_path):
     before = listing(file.parent)
     open_bank("toy", make_source(file), {}, tmp_path / "cache")
     assert listing(file.parent) == before
@@ -181,7 +181,7 @@ def test_a_truncated_bank_is_built_again(file, tmp_path, kept):
     assert torch.equal(open_bank("toy", make_source(file), {}, tmp_path / "cache").images, whole)
 
 
-def test_the_index_of_another_bank_is_not_taken_for_this_ones(file, tmp_path):
+def test_the_index_of_a_different_bank_is_not_used(file, tmp_path):
     open_bank("toy", make_source(file), {}, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("*/index.json")
     index = json.loads(path.read_text())
@@ -199,8 +199,8 @@ def test_what_is_odd_about_the_images_is_kept_with_them(file, tmp_path):
     for _ in ("built", "opened"):
         findings = open_bank("toy", Source([file], classes), {}, tmp_path / "cache").findings
         assert any(
-            "more than one split" in of and "class 9 number 3 (test) = class 0 number 1 (train)" in of
-            for of in findings
+            "more than one split" in finding and "class 9 number 3 (test) = class 0 number 1 (train)" in finding
+            for finding in findings
         )
 
 
@@ -231,7 +231,7 @@ def test_files_may_have_names_that_are_no_text(tmp_path):
     assert open_bank("toy", make_source(path), {}, tmp_path / "cache").names == tuple(IMAGES)
 
 
-def test_a_cache_that_is_removed_while_a_bank_is_built_is_told(file, tmp_path):
+def test_a_cache_that_is_removed_while_a_bank_is_built_is_reported(file, tmp_path):
     def remove():
         shutil.rmtree(tmp_path / "cache")
         return np.zeros((1, 4, 4, 1), dtype=np.uint8)
@@ -362,7 +362,7 @@ def test_a_bank_that_is_larger_than_the_free_space_is_refused_before_it_is_writt
     assert len(open_bank("toy", make_source(file), {}, tmp_path / "cache").images) == 10
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     command = ["unshare", "-rm", "sh", "-c", FULL_DISK, sys.executable, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     try:

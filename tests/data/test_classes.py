@@ -48,7 +48,7 @@ def test_a_batch_may_be_larger_than_the_data(bank):
     assert len(positions) == 30 and positions.unique().numel() == 12
 
 
-def test_the_loader_serves_the_batches_of_its_stage_and_goes_on(bank):
+def test_the_loader_continues_after_the_batches_of_its_stage(bank):
     settings = ["train.batch_size=5", "train.meta_batch=2", "train.episodes=10", "val.every=4"]
     data = module(bank, *settings, trains_on="classes")
     data.setup()
@@ -60,7 +60,9 @@ def test_the_loader_serves_the_batches_of_its_stage_and_goes_on(bank):
         expected = [drawn[number] for number in range(batch.share.start, batch.share.stop)]
         assert torch.equal(batch.positions, torch.stack([positions for positions, _ in expected]))
         images, labels = batch.load()
-        assert images.shape == (10, 1, 16, 16) and torch.equal(labels, torch.cat([of for _, of in expected]))
+        assert images.shape == (10, 1, 16, 16) and torch.equal(
+            labels, torch.cat([drawn_labels for _, drawn_labels in expected])
+        )
 
 
 def test_transforms_apply_to_each_batch_by_its_number(bank):
@@ -83,7 +85,7 @@ def test_transforms_apply_to_each_batch_by_its_number(bank):
         (["train.batch_size=8"], "episodes", "train.batch_size=8: this method trains on episodes"),
     ],
 )
-def test_a_batch_size_goes_with_what_the_method_trains_on(bank, overrides, trains_on, why):
+def test_a_batch_size_is_accepted_only_by_methods_that_train_on_batches(bank, overrides, trains_on, why):
     with pytest.raises(FewShotError, match=why):
         module(bank, *overrides, trains_on=trains_on).setup()
 

@@ -44,7 +44,7 @@ def same(loader, other):
     )
 
 
-def test_loaders_give_episodes_of_the_make_asked_for():
+def test_loaders_yield_episodes_of_the_requested_task():
     module = make()
     for loader, way, shot, query, count in (
         (module.train_dataloader(), 6, 2, 5, 4),
@@ -80,15 +80,15 @@ def stages(*overrides, trained=0):
     module = after(trained, *overrides)
     while module.trained < module.train_episodes:
         batches = list(module.train_dataloader())
-        yield module.stage, [[tuple(of) for of in batch.share.numbers] for batch in batches], module.validates
+        yield module.stage, [[tuple(number) for number in batch.share.numbers] for batch in batches], module.validates
         module.trained = module.stage.stop
 
 
-def test_training_goes_from_checkpoint_to_checkpoint_and_from_validation_to_validation():
+def test_training_pauses_at_every_checkpoint_and_validation():
     # val.every=4, train.episodes=10
-    found = [(of.start, of.stop, validates) for of, _, validates in stages("checkpoint_every=3")]
+    found = [(stage.start, stage.stop, validates) for stage, _, validates in stages("checkpoint_every=3")]
     assert found == [(0, 3, False), (3, 4, True), (4, 7, False), (7, 8, True), (8, 10, True)]
-    found = [(of.start, of.stop, validates) for of, _, validates in stages("checkpoint_every=100")]
+    found = [(stage.start, stage.stop, validates) for stage, _, validates in stages("checkpoint_every=100")]
     assert found == [(0, 4, True), (4, 8, True), (8, 10, True)]
     assert not same(after(0).train_dataloader(), after(4).train_dataloader())
     assert same(after(0).val_dataloader(), after(4).val_dataloader())
@@ -101,8 +101,8 @@ def test_the_episodes_do_not_depend_on_where_the_checkpoints_lie_nor_on_where_a_
             numbers = [
                 n
                 for _, batches, _ in stages(f"checkpoint_every={every}", trained=trained)
-                for of in batches
-                for n in of
+                for batch in batches
+                for n in batch
             ]
             assert numbers == expected[trained:]
 
@@ -128,9 +128,9 @@ def test_a_step_has_an_episode_for_each_piece_of_each_process():
         make(trainer=trainer_of(world_size=6)).setup()
 
 
-def test_stages_end_between_whole_meta_batches_and_the_last_one_takes_what_is_left():
+def test_stages_end_between_meta_batches_and_the_last_one_has_the_rest():
     found = list(stages("train.meta_batch=3", "checkpoint_every=2"))  # val.every=4, train.episodes=10
-    assert [(of.start, of.stop, validates) for of, _, validates in found] == [
+    assert [(stage.start, stage.stop, validates) for stage, _, validates in found] == [
         (0, 3, False),
         (3, 6, True),
         (6, 9, False),
@@ -165,7 +165,7 @@ def test_a_batch_brings_its_images_gathered_and_normalised_in_the_default_type(k
 def test_to_iterate_a_loader_again_repeats_no_training_episode_and_to_look_at_one_trains_on_none():
     module = make("train.meta_batch=2")  # train.episodes=10, val.every=4
     loader = module.train_dataloader()
-    epochs = [[tuple(of) for batch in loader for of in batch.share.numbers] for _ in range(4)]
+    epochs = [[tuple(number) for batch in loader for number in batch.share.numbers] for _ in range(4)]
     assert epochs == [[(0, n) for n in range(4)], [(1, n) for n in range(4)], [(2, 0), (2, 1)], []]
     broken_off = module.train_dataloader()
     assert [next(iter(broken_off)).share.start for _ in range(3)] == [0, 2, 4]
@@ -192,7 +192,7 @@ def test_the_images_of_an_evaluation_are_those_of_all_its_episodes_on_every_proc
         make("val.episodes=30", trainer=trainer_of(rank, processes)).val_dataloader()
         for rank, processes in ((0, 1), (0, 2), (1, 2))
     ]
-    used = torch.cat([torch.cat([of.support, of.query]) for of in single(loaders[0])]).unique()
+    used = torch.cat([torch.cat([episode.support, episode.query]) for episode in single(loaders[0])]).unique()
     assert all(torch.equal(loader.positions(), used) for loader in loaders)
     assert [len(loader) for loader in loaders] == [2, 1, 1] == [len(list(loader)) for loader in loaders]
 

@@ -92,7 +92,7 @@ def test_processes_and_pieces_share_a_step_and_their_mean_is_that_of_all_of_it(c
     assert mean == pytest.approx(np.mean(together))
 
 
-def test_one_process_takes_a_step_whole():
+def test_one_process_takes_all_episodes_of_a_step():
     assert list(share_out(range(3, 8))) == [(range(3, 8), 1.0)]
 
 

@@ -33,8 +33,8 @@ def member(name, kind=stat.S_IFREG):
 
 def zip_of(path, *members, contents=b"x", compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "w", compression) as archive:
-        for of in members:
-            archive.writestr(of, contents)
+        for member in members:
+            archive.writestr(member, contents)
     return path
 
 
@@ -161,7 +161,7 @@ def test_a_file_too_large_to_be_an_image_is_named_with_the_limit(tmp_path):
         decode(list_folder(tmp_path)["a.png"], 8, 1)
 
 
-def test_a_folder_that_cannot_be_listed_is_named_rather_than_passed_over(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_named_and_not_skipped(tmp_path, monkeypatch):
     (tmp_path / "n01").mkdir()
     (tmp_path / "n02").mkdir()
     listing = os.scandir

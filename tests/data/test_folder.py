@@ -26,21 +26,23 @@ def fill(place, classes, images=3, size=20):
 
 def split_of(place, **changes):
     source = folder(str(place), **{"size": 16, "channels": 3, "val": 0.2, "test": 0.2, "split_seed": 0} | changes)
-    return {split: [of.name for of in source.classes() if of.split == split] for split in SPLITS}
+    return {
+        split: [image_class.name for image_class in source.classes() if image_class.split == split] for split in SPLITS
+    }
 
 
-def test_classes_are_dealt_out_by_the_seed_alone(tmp_path):
+def test_the_split_of_the_classes_depends_only_on_the_seed(tmp_path):
     names = [f"class {number}" for number in range(10)]
     found = split_of(fill(tmp_path / "a", names))
-    assert {split: len(of) for split, of in found.items()} == {"train": 6, "val": 2, "test": 2}
-    assert sorted(name for of in found.values() for name in of) == names
+    assert {split: len(members) for split, members in found.items()} == {"train": 6, "val": 2, "test": 2}
+    assert sorted(name for members in found.values() for name in members) == names
     assert split_of(fill(tmp_path / "b", reversed(names))) == found
     assert split_of(tmp_path / "a", split_seed=1) != found
 
 
 def test_shares_are_kept_and_every_split_has_two_classes_at_least(tmp_path):
     fill(tmp_path, [f"{number}" for number in range(6)])
-    assert [len(of) for of in split_of(tmp_path, val=0.01).values()] == [2, 2, 2]
+    assert [len(members) for members in split_of(tmp_path, val=0.01).values()] == [2, 2, 2]
     with pytest.raises(FewShotError, match=r"lower dataset\.source\.val=0\.5 and dataset\.source\.test=0\.5"):
         split_of(tmp_path, val=0.5, test=0.5)
 

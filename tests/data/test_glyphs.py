@@ -63,7 +63,7 @@ def test_nothing_is_odd_about_the_images(classes, images):
     audit = Audit()
     for image_class in classes:
         audit.add(image_class.name, image_class.split, images[image_class.name])
-    assert audit.findings(np.concatenate([images[of.name] for of in classes]).__getitem__) == []
+    assert audit.findings(np.concatenate([images[image_class.name] for image_class in classes]).__getitem__) == []
 
 
 def test_it_is_drawn_alike_alone_again_and_with_another_number_of_threads(classes, images):
@@ -102,6 +102,6 @@ def nearest_pixels(classes, images, episodes=300):
     return right / episodes
 
 
-def test_pixels_alone_tell_little(classes, images):
+def test_pixels_alone_carry_little_information(classes, images):
     """What a trained encoder's accuracy is to be compared with; see the README for that."""
     assert 0.4 < nearest_pixels(classes, images) < 0.6

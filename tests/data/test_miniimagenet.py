@@ -98,7 +98,7 @@ def write_caches(folder: Path, protocol: int = 2) -> None:
 def of_python_2(value) -> bytes:
     """The opcodes with which a pickle of Python 2 holds nested dictionaries, lists and arrays of bytes."""
     if isinstance(value, dict):
-        return b"}(" + b"".join(of_python_2(key) + of_python_2(of) for key, of in value.items()) + b"u"
+        return b"}(" + b"".join(of_python_2(key) + of_python_2(item) for key, item in value.items()) + b"u"
     if isinstance(value, list):
         return b"](" + b"".join(map(of_python_2, value)) + b"e"
     if isinstance(value, int):
@@ -122,10 +122,10 @@ def write_python_2_caches(folder: Path) -> None:
 def write_labelled_caches(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val", "test", "train_phase_val", "train_phase_test"):
-        of = cache_of(split if split in SPLITS else "train")
-        labels = [number for number in range(len(of["class_dict"])) for _ in range(COUNT)]
+        cache = cache_of(split if split in SPLITS else "train")
+        labels = [number for number in range(len(cache["class_dict"])) for _ in range(COUNT)]
         name = "train_phase_train" if split == "train" else split
-        contents = pickle.dumps({"data": of["image_data"], "labels": labels})
+        contents = pickle.dumps({"data": cache["image_data"], "labels": labels})
         (folder / f"miniImageNet_category_split_{name}.pickle").write_bytes(contents)
 
 
@@ -189,7 +189,7 @@ def test_arrays_of_a_cache_may_have_any_order_of_bytes_and_axes(tmp_path):
     assert np.array_equal(of_val.load(), images[[3, 1]])
 
 
-def test_what_is_no_image_of_a_class_is_passed_over(tmp_path):
+def test_files_that_are_no_image_of_a_class_are_ignored(tmp_path):
     folder = tmp_path / "miniimagenet"
     write_folders(folder)
     for name in ("n03/notes.txt", "stray.jpg"):
@@ -207,7 +207,7 @@ def test_a_split_without_images_is_named(tmp_path):
         read(tmp_path).classes()
 
 
-def test_an_unpacked_image_goes_before_one_in_a_zip(tmp_path):
+def test_an_unpacked_image_is_preferred_to_one_in_a_zip(tmp_path):
     write_zips(tmp_path / "miniimagenet")
     (tmp_path / "miniimagenet" / "images").mkdir()
     (tmp_path / "miniimagenet" / "images" / "n0300000000.jpg").write_bytes(as_jpeg(np.full((84, 84, 3), 250, np.uint8)))
@@ -314,7 +314,7 @@ def test_photos_that_vanish_after_they_were_listed_are_named(tmp_path):
     listed = source.classes()
     (tmp_path / "miniimagenet" / "images" / "n0400000002.jpg").unlink()
     with pytest.raises(FewShotError, match=r"n0400000002\.jpg: .*No such file"):
-        next(of for of in listed if of.name == "n04").load()
+        next(image_class for image_class in listed if image_class.name == "n04").load()
     with pytest.raises(FewShotError, match=r"cannot read .*n0400000002\.jpg: No such file"):
         open_bank("miniimagenet", source, {}, tmp_path / "cache")
 
@@ -372,7 +372,7 @@ def test_whatever_a_table_holds_it_is_read_or_refused_in_one_line(tables, table)
         assert str(tables) in str(error) and len(str(error).splitlines()) == 1  # noqa: PT017
     else:
         assert of_val and len({c.name for c in of_val}) == len(of_val)
-        assert [of.shape for of in images] == [(c.count, 84, 84, 3) for c in of_val]
+        assert [image.shape for image in images] == [(c.count, 84, 84, 3) for c in of_val]
     assert listing(tables.parent) == before
 
 

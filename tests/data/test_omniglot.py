@@ -107,7 +107,7 @@ def test_drawn_characters_are_the_same_whatever_order_they_are_listed_in(split, 
         assert drawn["test"] == evaluation
 
 
-def test_the_vinyals_split_goes_by_alphabet_whatever_order_they_are_listed_in():
+def test_the_vinyals_split_is_alphabetical_in_whatever_order_files_are_listed():
     # In this order as texts, "A-b/1" stands before "A/1": an alphabet whose name begins another one comes first.
     background, evaluation = ["A/1", "A/2", "A-b/1", "Hebrew/1", "Hebrew/2"], ["B/1", "B/2", "B/3", "C/1", "C/2"]
     drawn = split_characters(background, evaluation, "vinyals")
@@ -120,7 +120,7 @@ def test_the_vinyals_split_goes_by_alphabet_whatever_order_they_are_listed_in():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"split": "mine"}, "split=mine"),
         ({"val_characters": 7}, "val_characters=7 must lie between 1 and 6"),
@@ -130,8 +130,8 @@ def test_the_vinyals_split_goes_by_alphabet_whatever_order_they_are_listed_in():
         ({"split": "vinyals", "val_characters": None}, "split=vinyals is a fixed list"),
     ],
 )
-def test_settings_out_of_range_are_refused(tmp_path, changes, told):
-    with pytest.raises(FewShotError, match=told):
+def test_settings_out_of_range_are_refused(tmp_path, changes, message):
+    with pytest.raises(FewShotError, match=message):
         read(write(tmp_path / "omniglot"), **changes).classes()
 
 
@@ -144,7 +144,7 @@ def test_validation_takes_from_the_training_characters_alone():
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_bank_depends_on_every_file_and_nothing_is_written_beside_them(tmp_path, zipped):
+def test_a_bank_depends_on_every_file_and_nothing_is_written_next_to_them(tmp_path, zipped):
     data_dir = write(tmp_path / "data" / "omniglot", zipped)
     before = listing(data_dir)
     source = read(data_dir)
@@ -194,10 +194,10 @@ def test_a_corrupt_image_is_named_and_no_cache_is_left(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serves the zips from the loopback address as their official home.
+    """Serves the zips from the loopback address instead of their official one.
 
-    ``server.cut`` says how answers break off, and ``server.cut_first`` how many do; 0 for all. The first answer of a
-    download tells no more than whether there is a redirection.
+    ``server.cut`` says how answers are cut off, and ``server.cut_first`` how many of them; 0 for all. A download's
+    first answer only shows whether there is a redirection.
     """
     write(tmp_path / "served" / "omniglot")
     served = tmp_path / "served" / "omniglot"
@@ -254,9 +254,7 @@ def test_a_download_that_breaks_off_is_tried_again(server, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("fault", ["wrong checksum", "half way", "in a chunk", "silence", "no server"])
-def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(
-    server, tmp_path, monkeypatch, capsys, fault
-):
+def test_a_failed_download_is_reported_and_leaves_nothing_behind(server, tmp_path, monkeypatch, capsys, fault):
     if fault == "wrong checksum":
         monkeypatch.setattr(torchvision.datasets.Omniglot, "zips_md5", dict.fromkeys(PARTS, "0" * 32))
     elif fault != "no server":
@@ -264,15 +262,15 @@ def test_a_download_that_fails_is_told_and_leaves_nothing_that_could_be_used(
         monkeypatch.setattr(module, "SILENCE", 0.5)
     else:
         monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", "http://127.0.0.1:9")
-    told = r"cannot be downloaded from http://127\.0\.0\.1.*data_dir=PATH"
-    with pytest.raises(FewShotError, match=told) as caught:
+    message = r"cannot be downloaded from http://127\.0\.0\.1.*data_dir=PATH"
+    with pytest.raises(FewShotError, match=message) as caught:
         read(tmp_path / "data")
     assert "<urlopen" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert capsys.readouterr().out.count("trying again in") == 2
     assert socket.getdefaulttimeout() is None
     assert not (tmp_path / "data").exists()
     (tmp_path / "data").mkdir()  # one that was there stays, and nothing is in it
-    with pytest.raises(FewShotError, match=told):
+    with pytest.raises(FewShotError, match=message):
         read(tmp_path / "data")
     assert list(tmp_path.joinpath("data").iterdir()) == []
 

@@ -93,7 +93,7 @@ def test_of_a_photo_that_is_not_square_the_middle_is_taken(shape):
 def test_letters_become_bright_on_black_whatever_they_were_and_none_is_cut():
     letter = np.full((30, 60), 255, dtype=np.uint8)
     letter[10:20, 2:58] = 0  # a dark stroke from edge to edge
-    dark, bright = (read_photo(file_of(Image.fromarray(of)), 30, 1, ink=True) for of in (letter, 255 - letter))
+    dark, bright = (read_photo(file_of(Image.fromarray(image)), 30, 1, ink=True) for image in (letter, 255 - letter))
     np.testing.assert_allclose(dark.astype(int), bright.astype(int), atol=1)
     assert dark[15, 2:-2].min() > 200 and dark[:8].max() < 40 and dark[-8:].max() < 40
     assert read_photo(file_of(Image.fromarray(letter)), 30, 1)[15].max() < 40  # as it is, without ink

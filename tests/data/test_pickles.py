@@ -212,7 +212,11 @@ PIECES = st.sampled_from([opcode.code.encode("latin1") for opcode in pickletools
         b"U\x06labels",
     ]
 )
-PROGRAMS = st.lists(PIECES | st.binary(max_size=4), max_size=30).map(b"".join).map(lambda of: b"\x80\x02" + of + b".")
+PROGRAMS = (
+    st.lists(PIECES | st.binary(max_size=4), max_size=30)
+    .map(b"".join)
+    .map(lambda program: b"\x80\x02" + program + b".")
+)
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_a_crop_is_a_part_of_the_padded_image_at_every_place(mode):
         (top, left): (padded[:, :, top : top + 6, left : left + 7] == changed).all((1, 2, 3))
         for top, left in itertools.product(range(5), repeat=2)
     }
-    assert torch.stack(list(found.values())).any(0).all() and all(of.any() for of in found.values())
+    assert torch.stack(list(found.values())).any(0).all() and all(place.any() for place in found.values())
 
 
 def test_a_resized_crop_is_torchvisions_of_the_same_part():
@@ -112,7 +112,7 @@ def data_of(cache_dir, *overrides):
 
 def test_training_images_are_changed_by_the_number_of_their_episode_and_no_others(cache_dir):
     data, plain = data_of(cache_dir), data_of(cache_dir, "transform=none")
-    batches, expected = (list(of.train_dataloader()) for of in (data, plain))
+    batches, expected = (list(module.train_dataloader()) for module in (data, plain))
     for batch, other in zip(batches, expected, strict=True):
         changed, before = batch.load(), other.load()
         assert changed.support.shape == before.support.shape and changed.query.shape == before.query.shape
@@ -127,7 +127,7 @@ def test_training_images_are_changed_by_the_number_of_their_episode_and_no_other
     other = next(iter(data_of(cache_dir, "seed=1").train_dataloader())).load()
     assert not torch.equal(other.query, batches[0].load().query)
     for loader in ("val_dataloader", "test_dataloader"):
-        changed, before = (next(iter(getattr(of, loader)())).load() for of in (data, plain))
+        changed, before = (next(iter(getattr(module, loader)())).load() for module in (data, plain))
         assert torch.equal(changed.support, before.support) and torch.equal(changed.query, before.query)
 
 
@@ -158,7 +158,7 @@ def test_what_only_the_images_show_not_to_fit_is_named_too():
 
 
 @pytest.mark.slow
-def test_a_transform_of_ones_own_is_a_function_and_a_file(cli, tmp_path):
+def test_your_own_transform_is_a_function_and_a_file(cli, tmp_path):
     (tmp_path / "mine.py").write_text("def negative(images, most):\n    return most - images\n")
     (tmp_path / "conf" / "transform").mkdir(parents=True)
     (tmp_path / "conf" / "transform" / "negative.yaml").write_text(

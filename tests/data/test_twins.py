@@ -30,7 +30,7 @@ def product():
 def drawing(size=105):
     """Strokes on white."""
     image = Image.new("L", (size, size), 255)
-    points = [tuple(of) for of in RANDOM.integers(10, size - 10, (5, 2)).tolist()]
+    points = [tuple(point) for point in RANDOM.integers(10, size - 10, (5, 2)).tolist()]
     ImageDraw.Draw(image).line(points, fill=0, width=4)
     return image
 
@@ -70,7 +70,7 @@ def pairs(images):
 @pytest.mark.parametrize("copy", [*COPIES, *MIRRORED])
 def test_a_copy_of_a_photo_is_found_and_no_other(make, copy):
     originals = [make() for _ in range(60)]
-    images = [seen(of) for of in [*originals, *map((COPIES | MIRRORED)[copy], originals)]]
+    images = [seen(image) for image in [*originals, *map((COPIES | MIRRORED)[copy], originals)]]
     found = pairs(images)
     assert found <= {(number, number + 60) for number in range(60)} and len(found) >= 57
     known = Known(images[:60])
@@ -81,7 +81,7 @@ def test_a_copy_of_a_photo_is_found_and_no_other(make, copy):
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_copy_of_a_drawing_is_found_and_no_other(copy):
     originals = [drawing() for _ in range(60)]
-    images = [seen(of) for of in [*originals, *(COPIES[copy](of).convert("L") for of in originals)]]
+    images = [seen(image) for image in [*originals, *(COPIES[copy](image).convert("L") for image in originals)]]
     assert {(number, number + 60) for number in range(60)} == pairs(images)
 
 

@@ -203,7 +203,7 @@ def _drawn(where: Path, images: Files, val: float, test: float, seed: int, depth
         test,
         seed,
         found=f"{where} has {len(classes)} folders with images{at_depth}",
-        otherwise=f"; or tell these few apart without training, by {command('predict')} encoder=pretrained "
+        otherwise=f"; or classify them without training: {command('predict')} encoder=pretrained "
         f"method=protonet support={where} query=...",
     )
     return {split: {name: classes[name] for name in names} for split, names in splits.items()}

@@ -1,4 +1,4 @@
-"""Where a data set lies below ``data_dir``: one search for all data sets, which knows what it looked for and found."""
+"""Find data sets in ``data_dir``: one search for all of them, whose messages list what was found."""
 
 import os
 import re
@@ -21,13 +21,13 @@ IMAGES = (".jpg", ".jpeg", ".png")
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that a data set may lie in.
+    """A folder that may contain a data set.
 
     Attributes:
-        path: of the folder; where files lie beside each other in ``data_dir``, that.
-        named: it is named after the data set, or an archive that the user names; what lies elsewhere must show that it
-            belongs to the data set.
-        files: what lies in it, by path; archives are not opened.
+        path: the folder; ``data_dir`` itself if the files are directly in it.
+        named: whether the folder has the name of the data set, or the user chose an archive. In other folders only
+            files that identify the data set count.
+        files: the files in it by path; archives are not opened.
     """
 
     path: Path
@@ -35,14 +35,14 @@ class Place:
     files: Mapping[str, ImageFile]
 
     def archives(self) -> list[str]:
-        """The archives in it, which a data set reads where they lie."""
+        """Return the paths of the archives in the folder."""
         return [name for name in self.files if is_archive(name)]
 
     def opened(self) -> dict[str, ImageFile]:
-        """The same files, those of archives included: each archive stands for a folder of its name.
+        """Return the files including those in archives; each archive is treated as a folder with its name.
 
         Raises:
-            FewShotError: an archive is broken, or not to be trusted.
+            FewShotError: an archive is broken or unsafe.
         """
         tree = {name: file for name, file in self.files.items() if not is_archive(name)}
         for archive in self.archives():
@@ -51,19 +51,19 @@ class Place:
 
 
 def places(data_dir: Path, name: str, first: tuple[str, ...], belongs: Callable[[Path], bool]) -> Iterator[Place]:
-    """The places where a data set may lie, the likeliest first.
+    """Yield the folders that may contain a data set, the most likely first.
 
-    They are the folders in ``data_dir`` that are named after it, ``data_dir`` itself, and its other folders. In what is
-    not named after the data set only what belongs to it is looked at.
+    First come the folders in ``data_dir`` with the name of the data set, then ``data_dir`` itself, then its other
+    folders. In folders without the name, only files and folders that belong to the data set are considered.
 
     Args:
         data_dir: where to search.
-        name: of the data set, small letters only; a folder is named after it that has it in its name.
-        first: names of folders that go before others.
-        belongs: whether a folder or an archive that is not named after the data set may be a part of it.
+        name: name of the data set in lower case; folders match if their names contain it.
+        first: names of folders to search before the others.
+        belongs: whether a folder or an archive without the name may be a part of the data set.
 
     Raises:
-        FewShotError: a folder cannot be listed, or ``data_dir`` is a file and no archive.
+        FewShotError: a folder cannot be listed, or ``data_dir`` is a file that is not an archive.
     """
 
     def after(path: str) -> bool:
@@ -71,7 +71,7 @@ def places(data_dir: Path, name: str, first: tuple[str, ...], belongs: Callable[
 
     if data_dir.is_file():
         if not is_archive(data_dir.name):
-            raise FewShotError(f"data_dir={data_dir} is a file; name the folder that it lies in")
+            raise FewShotError(f"data_dir={data_dir} is a file; choose the folder that contains it")
         yield Place(data_dir.parent, True, {data_dir.name: file_at(data_dir)})
         return
     folders = sorted(
@@ -90,7 +90,7 @@ def places(data_dir: Path, name: str, first: tuple[str, ...], belongs: Callable[
 
 
 def children(folder: Path) -> list[str]:
-    """The names of the folders in a folder, links to folders among them; hidden ones are passed over."""
+    """Return the names of the folders in a folder, including links to folders, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -101,17 +101,17 @@ def children(folder: Path) -> list[str]:
 
 
 def holds(folder: Path) -> str:
-    """What a folder contains, for a message."""
+    """Describe what a folder contains, for a message."""
     if not folder.is_dir():
         return f"there is no folder {folder}"
     return f"{folder} holds {shortened(contents(folder)) or 'nothing'}"
 
 
 def contents(folder: Path) -> list[str]:
-    """The names of the files and folders in a folder, those of folders with a slash; hidden ones are left out.
+    """Return the names of the files and folders in a folder, without hidden ones; those of folders end with a slash.
 
     Raises:
-        FewShotError: it cannot be listed.
+        FewShotError: the folder cannot be listed.
     """
     try:
         with os.scandir(folder) as entries:
@@ -124,15 +124,15 @@ def contents(folder: Path) -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """A name in small letters, without dashes, underscores and the like."""
+    """Return a name in lower case, with letters and digits only."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def splits_named(folders: Sequence[str]) -> dict[str, list[str]]:
-    """Return the folders of each split if they are the splits of a data set; {} if they are something else.
+    """Return the folders of each split if the folders are the splits of a data set; {} otherwise.
 
-    A class may be called "train", too: at least half of the folders are named after a split, in any case, and these
-    are of two splits at least.
+    A class may be called "train", too. So at least two splits must be there, and at least half of the folders must have
+    names of splits, in any case.
     """
     by_split = {split: [name for name in folders if _is_named(name, words)] for split, words in ALIASES.items()}
     found = {split: names for split, names in by_split.items() if names}
@@ -146,9 +146,9 @@ def _is_named(folder: str, aliases: Sequence[str]) -> bool:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder or a file is named after, as a word in its name; None where it is none, or several."""
+    """Return the split that is a word in the name of a folder or a file; None if there is none, or several."""
     words = re.split(r"[^a-z]+", name.lower())
-    if "phase" in words:  # the training classes once more, other images of them
+    if "phase" in words:  # other images of the training classes
         return "train" if words.count("train") == 2 else None
     splits = {split for split, aliases in ALIASES.items() if not set(words).isdisjoint(aliases)}
     return splits.pop() if len(splits) == 1 else None
