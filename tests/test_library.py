@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -164,7 +165,7 @@ def test_a_broken_or_hostile_file_is_rejected(run, examples, tmp_path):
     file = tmp_path / "mine.safetensors"
     fewshot.FewShotClassifier(run("protonet"), hardware="cpu").fit(*examples).save(file)
     tensors = load_file(file)
-    with fewshot.estimator.safe_open(file, framework="pt") as opened:
+    with safe_open(file, framework="pt") as opened:
         content = json.loads(opened.metadata()["fewshot"])
 
     def rejected(message, tensors=tensors, **changes):

@@ -1,6 +1,7 @@
-"""Checkpoint files: written atomically, read without running any code in them."""
+"""Checkpoint files and shared weights: written atomically, read without running any code in them."""
 
 import io
+import json
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -10,11 +11,20 @@ from typing import Any, BinaryIO
 import torch
 from hydra.utils import instantiate
 from lightning_fabric.plugins import TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
+import fewshot
 from fewshot.config import import_target
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, reason
 from fewshot.files import check_file, write_atomically
 from fewshot.trust import read_config
+
+SHARED = ".safetensors"  # ending of files for others, see ``save_weights``
+FORMAT = 1  # version of their content
+WEIGHTS = "weights."  # prefix of the method's tensors in them
+LARGEST = 10**7  # limit for the length of the metadata in them, characters
+NOWHERE = {"data_dir": "", "cache_dir": ""}  # directories are private
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -58,7 +68,7 @@ def load_checkpoint(
             that is not trusted.
     """
     try:
-        checkpoint = read_tensors(path)
+        checkpoint = _shared(path) if path.suffix == SHARED else read_tensors(path)
         config = read_config(checkpoint["hyper_parameters"], path, trust=trust, places=places, own=own)
     except FewShotError:
         raise
@@ -84,6 +94,60 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint["state_dict"], dict) or not all(map(_is_whole, checkpoint["state_dict"].values())):
         raise ValueError("it contains no weights")
     return checkpoint
+
+
+def save_weights(
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    content: Mapping[str, Any],
+    others: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write weights and what describes them to one safetensors file, atomically: no code, and no pickle.
+
+    Args:
+        path: the file.
+        weights: the state dictionary of a method.
+        content: becomes JSON; the configuration of the run is under "config".
+        others: further tensors.
+    """
+    tensors = {f"{WEIGHTS}{name}": value for name, value in weights.items()} | {**(others or {})}
+    whole = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    text = json.dumps({"format": FORMAT, "version": fewshot.__version__, **content})
+    write_atomically(path, save(whole, {"fewshot": text}))
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Read a file written by ``save_weights``; it may be untrusted.
+
+    Returns:
+        The content, with the configuration still unchecked; the weights; and the other tensors.
+
+    Raises:
+        FewShotError: it is not such a file, or of a newer version.
+    """
+    try:
+        check_file(path)
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("fewshot", "")
+            if len(text) > LARGEST:
+                raise ValueError("its metadata are too long")
+            content = json.loads(text)
+            if not isinstance(content, dict) or "format" not in content:
+                raise ValueError("it does not contain a classifier")
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is {content['format']}, but this version reads {FORMAT}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, RecursionError, SafetensorError, ValueError) as error:
+        raise FewShotError(f"{path} is not a saved classifier: {reason(error)}") from error
+    weights = {name.removeprefix(WEIGHTS): value for name, value in tensors.items() if name.startswith(WEIGHTS)}
+    return content, weights, {name: value for name, value in tensors.items() if not name.startswith(WEIGHTS)}
+
+
+def _shared(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(path)
+    content, weights, _ = read_weights(path)
+    return {**content, "state_dict": weights, "hyper_parameters": content.get("config")}
 
 
 def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -1,6 +1,5 @@
 """A few-shot classifier with the scikit-learn interface."""
 
-import json
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -12,28 +11,21 @@ from hydra.utils import get_object
 from numpy.typing import ArrayLike, NDArray
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-import fewshot
+from fewshot.checkpoints import NOWHERE, read_weights, save_weights
 from fewshot.config import compose
 from fewshot.data.bank import has_bright_ink
 from fewshot.data.files import ImageFile, plain, read_file
 from fewshot.data.photos import prepare, read_photo
-from fewshot.errors import FewShotError, reason
-from fewshot.files import check_file, write_atomically
+from fewshot.errors import FewShotError
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.prediction import Pixels, Predictor
 from fewshot.trained import load_trained, restore
 from fewshot.trust import read_config
-
-FORMAT = 1  # format version of files written by ``save``
-WEIGHTS = "weights."  # prefix of the method's tensors in these files
-LARGEST = 10**7  # limit for the length of the metadata in these files, characters
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
@@ -138,13 +130,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self, "classes_")
         if isinstance(self.model, nn.Module):
             raise FewShotError("only a classifier made from a run can be saved: its configuration describes the method")
-        content = {"format": FORMAT, "version": fewshot.__version__, "classes": self.classes_.tolist()}
-        _, config = self._open(places={"data_dir": "", "cache_dir": ""})  # private paths
-        weights = self._predictor.method.state_dict().items()
-        tensors = {f"{WEIGHTS}{name}": value.clone(memory_format=torch.contiguous_format) for name, value in weights}
-        tensors |= {"support": torch.from_numpy(self.support_), "labels": torch.from_numpy(self.labels_)}
-        text = json.dumps({**content, "config": {**config, "run_dir": None}})
-        write_atomically(Path(path), save({name: value.cpu() for name, value in tensors.items()}, {"fewshot": text}))
+        _, config = self._open(places=NOWHERE)
+        examples = {"support": torch.from_numpy(self.support_), "labels": torch.from_numpy(self.labels_)}
+        content = {"classes": self.classes_.tolist(), "config": config}
+        save_weights(Path(path), self._predictor.method.state_dict(), content, examples)
 
     @classmethod
     def load(cls, path: str | PathLike[str], **settings: Any) -> "FewShotClassifier":
@@ -158,7 +147,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             FewShotError: it is not a saved classifier, is broken, or names code that is not trusted.
         """
         loaded = cls(path, **settings)
-        content, tensors = _read(Path(path))
+        content, _, tensors = read_weights(Path(path))
         classes, support, labels = content.get("classes"), tensors.get("support"), tensors.get("labels")
         predictor = loaded._make_predictor()
         shape = (predictor.size, predictor.size, predictor.channels)
@@ -202,12 +191,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if not path.is_file() or path.suffix == ".ckpt":
             trained = load_trained(str(path), trust=self.trust, places=places)
             return trained.method, trained.checkpoint["hyper_parameters"]
-        content, tensors = _read(path)
+        content, weights, _ = read_weights(path)
         try:
             config = read_config(content.get("config"), path, trust=self.trust, places=places)
         except ValueError as error:
             raise FewShotError(f"{path} is broken: {error}; save the classifier again") from error
-        weights = {name.removeprefix(WEIGHTS): value for name, value in tensors.items() if name.startswith(WEIGHTS)}
         return restore(path, config, weights), config
 
 
@@ -227,21 +215,3 @@ def _prepare(image: Any, predictor: Predictor) -> Pixels:
             raise FewShotError(f"an image has no pixels: {list(pixels.shape)}")
         image = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
     return prepare(image, size, channels, ink)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read the metadata and tensors of a file written by ``save``."""
-    try:
-        check_file(path)
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("fewshot", "")
-            if len(text) > LARGEST:
-                raise ValueError("its metadata are too long")
-            content = json.loads(text)
-            if not isinstance(content, dict) or "format" not in content:
-                raise ValueError("it does not contain a classifier")
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']}, but this version reads {FORMAT}")
-            return content, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, RecursionError, SafetensorError, ValueError) as error:
-        raise FewShotError(f"{path} is not a saved classifier: {reason(error)}") from error

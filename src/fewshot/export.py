@@ -1,5 +1,6 @@
 """Export an encoder as ONNX, from pixels to embeddings."""
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterable
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewshot.checkpoints import NOWHERE, SHARED, save_weights
 from fewshot.data.images import normalise
 from fewshot.errors import FewShotError
 from fewshot.files import write_atomically
 from fewshot.methods.base import MetricMethod
 from fewshot.text import say
-from fewshot.trained import load_trained
+from fewshot.trained import Trained, load_trained
 
 TOLERANCE = 1e-3  # allowed difference, relative to the largest embedding value: float32 sums differ in their order
 BATCHES = (1, 5)  # batch sizes of the check
@@ -42,10 +44,13 @@ class Embedder(nn.Module):
 
 
 def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None = None) -> float:
-    """Write the encoder of a checkpoint as ONNX, checked against PyTorch on random images.
+    """Write the encoder of a checkpoint as ONNX, checked against PyTorch on random images; or its weights.
 
     The input ``pixels`` is uint8 ``[images, size, size, channels]``, with any number of images; the output
     ``embeddings`` is float32 ``[images, features]``.
+
+    If the file ends in .safetensors, it contains the weights of the method, its configuration, and digests of the
+    classes it was trained on: what others need to use it like a checkpoint, except to resume. No code is in it.
 
     Args:
         checkpoint: see ``load_trained``.
@@ -53,7 +58,7 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
         trust: see ``load_trained``.
 
     Returns:
-        The largest difference from PyTorch in the check, as a share of the largest value.
+        The largest difference from PyTorch in the check, as a share of the largest value; 0 for weights.
 
     Raises:
         FewShotError: the checkpoint is broken; its method changes the encoder for every support set; the packages of
@@ -61,6 +66,10 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
     """
     if checkpoint is None:
         raise FewShotError("no checkpoint is given; specify the directory of a run with checkpoint=RUN_DIR")
+    path = Path(out).expanduser()
+    if path.suffix == SHARED:
+        _share(load_trained(checkpoint, trust=trust, places=NOWHERE), path)
+        return 0.0
     trained = load_trained(checkpoint, trust=trust)
     if not isinstance(trained.method, MetricMethod):
         raise FewShotError(
@@ -77,13 +86,20 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
             f"ONNX Runtime differs from PyTorch by {difference:.2g} of the largest value, more than {TOLERANCE:g}, so "
             "nothing was written; try different versions of onnxruntime and torch"
         )
-    path = Path(out).expanduser()
     write_atomically(path, content)
     say(
         f"{path}: pixels, uint8 [images, {size}, {size}, {channels}], to embeddings, float32 [images, features]; "
         f"differs from PyTorch by {difference:.1g} of the largest value"
     )
     return difference
+
+
+def _share(trained: Trained, path: Path) -> None:
+    checkpoint = trained.checkpoint
+    content = {"config": checkpoint["hyper_parameters"], "data": checkpoint.get("data")}
+    save_weights(path, trained.method.state_dict(), {key: value for key, value in content.items() if value is not None})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    say(f"{path}: weights and configuration, {path.stat().st_size:,} bytes, SHA-256 {digest}")
 
 
 def _to_onnx(embedder: Embedder, shape: tuple[int, ...]) -> bytes:
