@@ -257,6 +257,35 @@ def test_readme_is_short_and_links_to_every_guide():
     assert "    make train " in text and "    make test " in text
 
 
+# What strangers ask, the link in the README that leads to the answer, and what is there.
+QUESTIONS = {
+    "How do I train on my own photos?": ("data.md#your-own-images", "dataset=folder data_dir=PATH"),
+    "How do I classify photos without training?": ("predict.md", "encoder=pretrained method=protonet"),
+    "Where do I put miniImageNet?": ("data.md", "Put the files into `data_dir`"),
+    "How do I resume?": ("resuming.md", "fewshot train resume="),
+    "How do I sweep over shots?": ("sweeps.md", "shot=1,5"),
+    "How do I read the results in pandas?": ("sweeps.md#read-the-results-in-pandas", "results.csv"),
+    "How do I use several GPUs?": ("distributed.md", "hardware=ddp"),
+    "How do I add an encoder?": ("extending.md#an-encoder", "encoder"),
+    "How do I add a data set?": ("extending.md#a-data-set", "dataset"),
+    "How do I test a trained network at 20-way 5-shot?": ("predict.md#evaluate", "fewshot evaluate checkpoint="),
+    "How do I reproduce a number of the paper?": ("reproduce.md", "experiment="),
+    "What does a run leave?": ("train.md#what-a-run-leaves", "results.json"),
+    "How do I look at the curves?": ("train.md#dashboards-and-loggers", "make dashboard"),
+    "The loss is NaN, or the disk was full; what now?": ("robustness.md", "NaN"),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_stranger_finds_the_answer_one_click_from_the_readme(question):
+    target, answer = QUESTIONS[question]
+    assert f"(notebooks/guides/{target})" in README.read_text()
+    page, _, anchor = target.partition("#")
+    sections = re.split(r"^(?=#+ )", (ROOT / "notebooks" / "guides" / page).read_text(), flags=re.MULTILINE)
+    title = anchor.replace("-", "[ -]")
+    assert any(answer in section for section in sections if re.match(rf"#+ {title}", section, re.IGNORECASE))
+
+
 def test_extras_exist():
     extras = [extra for extras in re.findall(r"\.\[([\w,]+)\]", TEXT) for extra in extras.split(",")]
     text = (ROOT / "pyproject.toml").read_text()

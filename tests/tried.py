@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,7 @@ GUIDE = ROOT / "notebooks" / "guides" / "layouts.md"
 LONGEST = 170  # characters of an outcome
 
 
+@cache
 def outcomes(script: str, version: Path) -> dict[str, str]:
     """Run a script with a version of the package; returns each line's outcome by what comes before it."""
     env = os.environ | {"PYTHONPATH": str(version / "src"), "COLUMNS": "200"}
