@@ -121,6 +121,7 @@ def small(name: str, arguments: list[str], stand_ins: Path, tmp_path: Path) -> l
         r"=(examples|pictures|images\.npz)$": rf"={stand_ins}/\1",
         r"out=\w+\.onnx": f"out={tmp_path / 'encoder.onnx'}",
         r"out=weights": f"out={tmp_path / 'weights'}",
+        r"=notebooks/": f"={ROOT}/notebooks/",
         r"=lite0\.pth$": f"={stand_ins / 'lite0.pth'}",
     }
     smaller = []
@@ -168,7 +169,7 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
             continue
         name, arguments = program(tokens)
         arguments = small(name, arguments, stand_ins, tmp_path)
-        if re.search("dataset=(omniglot|miniimagenet)|experiment=(omniglot|miniimagenet)|matching_distance", part):
+        if re.search("(dataset|experiment)=(omniglot|miniimagenet)|reproduction/omniglot|matching_distance", part):
             arguments.append(f"data_dir={request.getfixturevalue('real_data')}")
         if any(re.search(pattern, part) for pattern in ELSEWHERE):
             compose_unresolved(*[item for item in arguments if not re.match(r"-|\+?hydra|seed=0,1", item)], name=name)
