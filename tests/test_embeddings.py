@@ -1,14 +1,21 @@
 """Embeddings, each computed once."""
 
+import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from fewshot import embeddings
-from fewshot.embeddings import EmbeddingTable, embed
+from fewshot.config import compose
+from fewshot.embeddings import EmbeddingCache, EmbeddingTable, embed
+from fewshot.evaluation import evaluate
+from fewshot.methods import base
 
 IMAGES = torch.randn(200, 3, 4, 4)
+IMAGES_AT = torch.arange(0, 60, 3)
 
 
 def strategy(rank=0, processes=1):
@@ -44,3 +51,91 @@ def test_processes_share_out_the_images_to_embed(monkeypatch, processes):
     batches.clear()
     assert torch.equal(sum(embedded(rank, processes) for rank in range(processes)), whole)
     assert sorted(batches) == sorted(pieces + [8] * max(0, processes - len(pieces)))
+
+
+class TestCache:
+    @pytest.fixture
+    def counted(self):
+        """Count how often the embeddings of some images are computed."""
+
+        def call(cache, module, positions=IMAGES_AT):
+            def compute():
+                call.computed += 1
+                return module(IMAGES[positions])
+
+            before = call.computed
+            found = cache(module, positions, compute)
+            assert torch.equal(found, module(IMAGES[positions]))
+            return call.computed - before
+
+        call.computed = 0
+        return call
+
+    def test_embeddings_are_computed_once_for_equal_weights_images_and_settings(self, counted, tmp_path):
+        module = Scaled()
+        cache = EmbeddingCache(tmp_path / "new", {"precision": "32-true"})
+        assert [counted(cache, module) for _ in range(3)] == [1, 0, 0]
+        assert counted(EmbeddingCache(tmp_path / "new", {"precision": "32-true"}), Scaled()) == 0
+        assert counted(cache, module, IMAGES_AT[:4]) == 1
+        assert counted(EmbeddingCache(tmp_path / "new", {"precision": "64-true"}), module) == 1
+        for name in ("factor", "mean"):  # a parameter, and a buffer that checkpoints leave out
+            changed = Scaled()
+            getattr(changed, name).data += 1
+            assert counted(cache, changed) == 1
+
+    def test_changed_code_is_noticed(self, counted, tmp_path, monkeypatch):
+        cache, source = EmbeddingCache(tmp_path / "cache", None), tmp_path / "encoder.py"
+        monkeypatch.setattr(embeddings.inspect, "getsourcefile", lambda _: str(source))
+        source.write_text("first")
+        assert [counted(cache, Scaled()) for _ in range(2)] == [1, 0]
+        source.write_text("second")
+        assert counted(cache, Scaled()) == 1
+
+    def test_a_broken_file_is_replaced_and_a_folder_that_cannot_be_written_is_no_error(self, counted, tmp_path):
+        cache = EmbeddingCache(tmp_path / "cache", None)
+        counted(cache, Scaled())
+        (file,) = (tmp_path / "cache").iterdir()
+        file.write_bytes(b"broken")
+        assert [counted(cache, Scaled()) for _ in range(2)] == [1, 0]
+        (tmp_path / "file").write_text("")
+        assert [counted(EmbeddingCache(tmp_path / "file", None), Scaled()) for _ in range(2)] == [1, 1]
+
+    def test_the_embeddings_used_last_are_kept(self, counted, tmp_path, monkeypatch):
+        cache, sizes = EmbeddingCache(tmp_path, None), range(3, 7)
+        for size in sizes:
+            counted(cache, Scaled(), IMAGES_AT[:size])
+        for number, file in enumerate(sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_size)):
+            os.utime(file, (number, number))
+        counted(cache, Scaled(), IMAGES_AT[:3])  # the oldest is used again
+        monkeypatch.setattr(embeddings, "KEPT", 3 * max(file.stat().st_size for file in tmp_path.iterdir()))
+        counted(cache, Scaled(), IMAGES_AT[:7])
+        assert [counted(cache, Scaled(), IMAGES_AT[:size]) for size in (7, 3, 6)] == [0, 0, 0]
+        assert len(list(tmp_path.iterdir())) == 3
+
+    def test_an_evaluation_of_the_same_weights_embeds_nothing(self, run, cache_dir, tmp_path, monkeypatch):
+        def evaluated(*overrides):
+            out = tmp_path / str(len(list(tmp_path.iterdir())))
+            base = [f"checkpoint={run('protonet')}", f"cache_dir={tmp_path / 'cache'}", f"out={out}", "hardware=cpu"]
+            return evaluate(compose(*base, "episodes=20", *overrides, name="evaluate"))
+
+        shutil.copytree(cache_dir, tmp_path / "cache")
+        first = evaluated(), evaluated("method=simpleshot")
+        monkeypatch.setattr(base, "embed", forbidden)
+        assert (evaluated(), evaluated("method=simpleshot")) == first
+        assert 0 < evaluated("method=nearest_neighbour", "shot=2", "concentration=2") < 1
+        with pytest.raises(NotImplementedError):
+            evaluated("split=val")
+
+
+def forbidden(*_):
+    raise NotImplementedError
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("mean", torch.zeros(4), persistent=False)
+
+    def forward(self, images):
+        return (self.factor * images - self.mean).flatten(1).detach()

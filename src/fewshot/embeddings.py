@@ -1,15 +1,26 @@
 """Embed each image once: in validation and test, an embedding depends on nothing but its image."""
 
+import contextlib
+import hashlib
+import inspect
+import json
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning.strategies import Strategy
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
 
 from fewshot.data.episodes import Gather
+from fewshot.errors import FewShotError
+from fewshot.files import write_atomically
 from fewshot.hardware import send
 
 EMBEDDED_TOGETHER = 256  # images
+KEPT = 4 * 2**30  # bytes of embeddings that a cache keeps at most, those used last
 Encoder = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to [images, ...]
 
 
@@ -67,3 +78,48 @@ def embed(encoder: Encoder, images: Gather, positions: torch.Tensor, strategy: S
     for target, values in zip(embeddings.split(EMBEDDED_TOGETHER)[rank::processes], own, strict=False):
         target.copy_(values)
     return strategy.reduce(embeddings, reduce_op="sum")
+
+
+class EmbeddingCache:
+    """Embeddings on the disk, for the next evaluation of the same weights on the same images.
+
+    Args:
+        folder: safe to empty at any time.
+        described: what decides an embedding apart from the weights and the images' positions; becomes JSON.
+    """
+
+    def __init__(self, folder: Path, described: Any) -> None:
+        self.folder, self._described = folder, json.dumps(described, sort_keys=True, default=str)
+
+    def __call__(self, module: nn.Module, positions: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the embeddings, computed only if they are not in the cache.
+
+        Args:
+            module: what embeds; its weights and its source files are part of the key.
+            positions: the embedded images, int64 ``[images]``.
+            compute: computes the embeddings ``[images, ...]``.
+        """
+        key = hashlib.sha256(self._described.encode())
+        for file in sorted({inspect.getsourcefile(type(part)) or "" for part in module.modules()} - {""}):
+            key.update(Path(file).read_bytes())  # somebody may be working on an encoder
+        for name, tensor in [("positions", positions), *module.named_parameters(), *module.named_buffers()]:
+            key.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+            key.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        path = self.folder / f"{key.hexdigest()}.safetensors"
+        with contextlib.suppress(OSError, SafetensorError, KeyError):
+            found = load_file(path)["embeddings"].to(positions.device)
+            path.touch()
+            return found
+        computed = compute()
+        with contextlib.suppress(FewShotError, OSError):  # a cache is not worth an error
+            write_atomically(path, save({"embeddings": computed.contiguous().cpu()}))
+            self._remove_oldest()
+        return computed
+
+    def _remove_oldest(self) -> None:
+        files = [(file.stat().st_mtime_ns, file) for file in self.folder.glob("*.safetensors")]
+        kept = 0
+        for _, file in sorted(files, reverse=True):
+            kept += file.stat().st_size
+            if kept > KEPT:
+                file.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,9 +19,11 @@ from fewshot.data.contents import contents_of, differences, known_to
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, check_task
 from fewshot.directories import last_checkpoint
+from fewshot.embeddings import EmbeddingCache
 from fewshot.errors import FewShotError, shortened
 from fewshot.files import output_directory
-from fewshot.hardware import check_hardware, keep_freed_memory, report_out_of_memory
+from fewshot.hardware import check_hardware, keep_freed_memory, machine, report_out_of_memory
+from fewshot.methods.base import MetricMethod
 from fewshot.metrics import Estimate, count_right, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
 from fewshot.results import write_episodes
@@ -205,6 +208,16 @@ def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None =
             f"hardware.devices={config.hardware.devices}: evaluation uses one device; set hardware.devices=1"
         )
     trainer.loggers = []
+    if isinstance(trained.method, MetricMethod):
+        described = {
+            "encoder": OmegaConf.to_container(config.method.encoder),
+            "data": {key: config.dataset[key] for key in ("size", "channels", "normalise")},
+            "images": data.bank.images_sha256,
+            "precision": str(trainer.precision),
+            "machine": machine(trainer.strategy.root_device),
+            "torch": torch.__version__,
+        }
+        trained.method.embedding_cache = EmbeddingCache(Path(config.cache_dir).expanduser() / "embeddings", described)
     trainer.test(trained.method, data, verbose=False)
     return Evaluation(data, kept.answers, trained.method.estimates["test"], trainer)
 

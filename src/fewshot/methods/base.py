@@ -14,7 +14,7 @@ from fewshot import optimization
 from fewshot.data.episodes import EmbeddedEpisode, Episode, MetaBatch
 from fewshot.data.loaders import EvaluationLoader
 from fewshot.distances import Distance, l2
-from fewshot.embeddings import EMBEDDED_TOGETHER, EmbeddingTable, LabelledEmbeddings, embed
+from fewshot.embeddings import EMBEDDED_TOGETHER, EmbeddingCache, EmbeddingTable, LabelledEmbeddings, embed
 from fewshot.errors import FewShotError
 from fewshot.metrics import EpisodeAccuracy, Estimate, credit
 from fewshot.optimization import MakeOptimizer, MakeSchedule
@@ -134,11 +134,15 @@ class MetricMethod(FewShotMethod):
     Args:
         encoder: see ``FewShotMethod``.
         distance: between embeddings, see ``fewshot.distances``.
+
+    Attributes:
+        embedding_cache: keeps embeddings for later evaluations; None: nothing is kept.
     """
 
     def __init__(self, encoder: nn.Module, distance: Distance = l2) -> None:
         super().__init__(encoder)
         self.distance = distance
+        self.embedding_cache: EmbeddingCache | None = None
         self._embeddings: EmbeddingTable | None = None  # embeddings of the current validation or test
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -228,16 +232,23 @@ class MetricMethod(FewShotMethod):
             for buffer in self.encoder.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
+        def embed_at(positions: torch.Tensor) -> torch.Tensor:
+            compute = partial(embed, self.embed_images, images, positions, strategy)
+            if self.embedding_cache is None:
+                return compute()
+            by_encoder = type(self).embed_images is MetricMethod.embed_images
+            return self.embedding_cache(self.encoder if by_encoder else self, positions, compute)
+
         def embed_split(split: str) -> LabelledEmbeddings:
             if not len(loader.dataset.bank.classes(split)):
                 raise FewShotError(f"the data set has no {split} classes, whose embeddings {type(self).__name__} needs")
             positions, labels = loader.dataset.bank.labelled(split)
-            return LabelledEmbeddings(embed(self.embed_images, images, positions, strategy), labels.to(self.device))
+            return LabelledEmbeddings(embed_at(positions), labels.to(self.device))
 
         with self.trainer.precision_plugin.forward_context():
             self.before_evaluation(embed_split)
             positions = loader.positions()
-            embeddings = embed(self.embed_images, images, positions, strategy)
+            embeddings = embed_at(positions)
         self._embeddings = EmbeddingTable(positions.to(self.device), embeddings, len(loader.dataset.bank.images))
 
     def evaluate(self, meta_batch: MetaBatch) -> torch.Tensor:
