@@ -122,7 +122,7 @@ class TestCache:
         first = evaluated(), evaluated("method=simpleshot")
         monkeypatch.setattr(base, "embed", forbidden)
         assert (evaluated(), evaluated("method=simpleshot")) == first
-        assert 0 < evaluated("method=nearest_neighbour", "shot=2", "concentration=2") < 1
+        assert 0 < evaluated("method=nearest_neighbour") < 1
         with pytest.raises(NotImplementedError):
             evaluated("split=val")
 
