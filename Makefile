@@ -32,8 +32,9 @@ gpu: $(VENV)/installed-dev  ## use a GPU for 15 minutes: test suite, benchmark, 
 
 # Resumes when called again after an interruption; a failed cell does not stop the others.
 reproduce: $(VENV)/installed  ## train and test every Omniglot cell of the articles' tables, an hour each at most
-	$(VENV)/bin/python src/train.py -m '+experiment/omniglot=glob(*)' budget=cpu resume=auto \
-	    hydra.sweep.dir=outputs/reproduce 'hydra.sweep.subdir=$${choices.experiment}/$${seed}'; status=$$?; \
+	$(VENV)/bin/python src/train.py -m '+experiment/omniglot=glob(*)' way=5,20 shot=1,5 budget=cpu \
+	    resume=auto hydra.sweep.dir=outputs/reproduce \
+	    'hydra.sweep.subdir=$${choices.experiment}_$${way}way_$${shot}shot/$${seed}'; status=$$?; \
 	    $(VENV)/bin/python src/report.py outputs/reproduce && exit $$status
 
 report: $(VENV)/installed  ## compare the committed results with published ones, in notebooks/guides/reproduce.md

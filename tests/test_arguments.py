@@ -37,6 +37,14 @@ def test_what_cannot_be_composed_is_explained(monkeypatch, arguments):
     assert re.search(COMPOSED[arguments] or "^$", found), found
 
 
+def test_suggestions_know_the_primary_configuration_of_the_user(monkeypatch, tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ncallbacks: {colour: red}\n")
+    typed = ["train.py", "--config-dir", str(tmp_path), "--config-name", "mine", "callbacks.color=blue", "wya=5"]
+    monkeypatch.setattr(sys, "argv", typed)
+    colour, way = command_line._wrong_overrides()
+    assert "did you mean callbacks.colour?" in colour and "did you mean way?" in way
+
+
 def test_options_go_before_overrides_and_keep_their_order():
     typed = ["way=5", "-m", "shot=1,2", "--config-dir", "mine", "seed=1"]
     assert prepare(typed) == ["-m", "--config-dir", "mine", "way=5", "shot=1,2", "seed=1"]

@@ -1,5 +1,6 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -24,7 +25,8 @@ def test_composing_does_not_change_the_configuration_of_another_program(tmp_path
 @pytest.mark.parametrize("group", ["dataset", "method", "distance", "encoder", "optimizer", "schedule", "hardware"])
 def test_every_option_of_every_group_passes_its_own_check(group):
     for option in (CONF / group).glob("*.yaml"):
-        check(compose("run_dir=x", f"{group}={option.stem}"))
+        named = ["dataset.source.name=MNIST"] if option.stem == "torchvision" else []
+        check(compose("run_dir=x", f"{group}={option.stem}", *named))
 
 
 @pytest.mark.parametrize(
@@ -32,15 +34,54 @@ def test_every_option_of_every_group_passes_its_own_check(group):
     [
         ("encoder.filters=null", "encoder.filters=None must be a whole number"),
         ("+encoder.depth=3", "encoder.depth is not a setting of Conv4"),
+        ("+encoder.filtres=3", "encoder.filtres is not a setting of Conv4 (did you mean filters?)"),
+        ("seed=4294967296", "seed=4294967296 must be below 2**32"),
         ("+dataset.source.colour=red", "dataset.source.colour is not a setting of glyphs"),
         ("+hardware.speed=9", "hardware.speed is not a setting of Trainer"),
         ("hardware.devices=[0,1.5]", "hardware.devices=[0, 1.5] must be"),
+        ("dataset=torchvision", "dataset.source.name must be set: dataset.source.name=VALUE"),
         ("dataset.channels=2", "dataset.channels=2 must be 1 or 3"),
     ],
 )
 def test_wrong_types_are_named(override, message):
     with pytest.raises(FewShotError) as caught:
         check(compose("run_dir=x", override))
+    assert message in str(caught.value)
+
+
+class Untyped:
+    """A user's class without type hints."""
+
+    def __init__(self, size, colour="red"):
+        self.size, self.colour = size, colour
+
+
+class Open:
+    """A user's class that passes keyword arguments on, as timm's models do."""
+
+    def __init__(self, sizes: Sequence[int], file: Path | None = None, pair: tuple[int, int] = (1, 2), **others):
+        self.sizes, self.file, self.pair, self.others = sizes, file, pair, others
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "message"),
+    [
+        (Untyped, {"size": "any", "colour": 3}, None),
+        (Untyped, {"size": 3, "color": "red"}, "node.color is not a setting of Untyped (did you mean colour?)"),
+        (Open, {"sizes": [1, 2], "file": "a/b", "pair": [3, 4], "more": "red"}, None),
+        (Open, {"sizes": [1, "b"]}, "node.sizes=[1, 'b'] must be"),
+        (Open, {"sizes": [1], "pair": [3, 4, 5]}, "node.pair=[3, 4, 5] must be"),
+        (dict, {"any": 3}, None),  # written in C, without a signature
+    ],
+)
+def test_a_constructors_type_hints_decide(target, settings, message):
+    name = f"{target.__module__}.{target.__name__}"
+    node = OmegaConf.create({"_target_": name, **settings})
+    if message is None:
+        check_types("node", node)
+        return
+    with pytest.raises(FewShotError) as caught:
+        check_types("node", node)
     assert message in str(caught.value)
 
 

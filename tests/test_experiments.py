@@ -1,30 +1,38 @@
-import re
 from functools import cache
 
 import pytest
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
-from fewshot.config import CONF, check, compose
+from fewshot.config import CONF, check, compose, current_names
+from fewshot.errors import FewShotError
 
-CELLS = sorted(
-    f"{dataset}/{path.stem}"
-    for dataset in ("omniglot", "miniimagenet")
-    for path in (CONF / "experiment" / dataset).glob("*way_*.yaml")
-)
+TABLES = {"omniglot": (5, 20), "miniimagenet": (5,)}
+CELLS = [
+    f"{dataset}/{path.stem}_{way}way_{shot}shot"
+    for dataset, ways in TABLES.items()
+    for path in sorted((CONF / "experiment" / dataset).glob("*.yaml"))
+    if path.stem != "classifier"  # in no table
+    for way in ways
+    for shot in (1, 5)
+]
 
 
 @cache
 def compose_cell(cell: str, *overrides: str) -> DictConfig:
+    """Compose by the name that the cell had in earlier versions."""
     return compose(f"experiment={cell}", "run_dir=x", *overrides)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_cell_matches_its_name_at_both_budgets(cell):
-    dataset, method, way, shot = re.fullmatch(r"(\w+)/(\w+?)_(\d+)way_(\d)shot", cell).groups()
-    for budget, config in {"paper": compose_cell(cell), "cpu": compose_cell(cell, "budget=cpu")}.items():
+    experiment, way, shot = cell.rsplit("_", 2)
+    dataset, method = experiment.split("/")
+    for budget in ("paper", "cpu"):
+        config = compose_cell(cell, f"budget={budget}")
         check(config)
-        assert (config.choices.experiment, config.choices.budget) == (cell, budget)
+        assert (config.choices.experiment, config.choices.budget) == (experiment, budget)
         assert config.choices.dataset == dataset
         assert method.startswith(config.choices.method)
         if config.choices.method == "maml":
@@ -34,7 +42,7 @@ def test_every_cell_matches_its_name_at_both_budgets(cell):
             assert method == f"{config.choices.method}_{config.choices.distance}"
         else:
             assert config.choices.distance == "l2"
-        assert (config.way, config.shot, config.query) == (int(way), int(shot), 15)
+        assert (f"{config.way}way", f"{config.shot}shot", config.query) == (way, shot, 15)
         assert config.test.episodes >= 1000
         assert config.optimizer.lr > 0
         assert config.val.every <= config.train.episodes / 2
@@ -91,12 +99,63 @@ def test_the_report_lists_every_cell_with_its_reference_accuracies():
             for source in {"published", "others", "article"}.intersection(row):
                 accuracies = row[source].accuracy
                 assert len(accuracies) == len(table.cells) and all(20 < accuracy < 100 for accuracy in accuracies)
-    assert sorted(listed) == CELLS
+    assert sorted(listed) == sorted(CELLS)
 
 
 def test_the_command_line_overrides_an_experiment():
     config = compose_cell("omniglot/maml_2nd_5way_1shot", "budget=cpu", "train.episodes=7", "dataset=glyphs")
     assert (config.train.episodes, config.choices.dataset) == (7, "glyphs")
+
+
+def test_what_depends_on_the_task_follows_it_unless_the_command_line_sets_it():
+    def settings(*overrides: str) -> tuple[int, ...]:
+        config = compose("experiment=omniglot/maml_2nd", "run_dir=x", *overrides)
+        return config.train.way, config.train.meta_batch, config.method.inner_steps, config.val.every
+
+    assert settings() == (5, 32, 1, 25600)
+    assert settings("way=20", "shot=5") == (20, 4, 5, 3200)
+    assert settings("way=20", "shot=5", "budget=cpu") == (20, 4, 1, 1600)
+    assert settings("way=20", "budget=cpu", "train.way=5", "train.meta_batch=3") == (5, 3, 1, 4000)
+
+
+def test_a_task_that_an_experiment_has_no_settings_for_is_refused():
+    with pytest.raises(
+        InterpolationResolutionError, match=r"maml_1st has a value for 5way, 20way, .*not for way=10 shot"
+    ):
+        compose("experiment=omniglot/maml_1st", "way=10", "run_dir=x")
+    assert compose("experiment=omniglot/protonet", "way=10", "run_dir=x").train.way == 60
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["seed=1", "experiment=omniglot/a_20way_5shot"], None),
+        (["+experiment/omniglot=protonet_20way_5shot"], ["way=20", "shot=5", "+experiment/omniglot=protonet"]),
+        (["experiment=omniglot/protonet_20way_5shot", "shot=1"], ["way=20", "experiment=omniglot/protonet", "shot=1"]),
+        (
+            ["-m", "experiment=omniglot/protonet_5way_1shot,omniglot/protonet_20way_1shot"],
+            ["-m", "way=5,20", "shot=1", "experiment=omniglot/protonet"],
+        ),
+        (["name=omniglot/protonet_20way_5shot"], None),
+    ],
+)
+def test_names_with_a_task_are_replaced(typed, meant):
+    assert current_names(typed) == (meant or typed)
+
+
+def test_a_sweep_over_some_of_the_cells_has_no_other_name():
+    with pytest.raises(FewShotError, match=r"sweep over tasks with -m experiment=omniglot/protonet way=5,20 shot=1,5$"):
+        current_names(["experiment=omniglot/protonet_5way_1shot,omniglot/protonet_20way_5shot"])
+
+
+def test_an_experiment_of_the_users_own_keeps_its_name(tmp_path):
+    own = tmp_path / "experiment/omniglot/protonet_20way_5shot.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\nseed: 9\n")
+    typed = ["--config-dir", str(tmp_path), "experiment=omniglot/protonet_20way_5shot"]
+    assert current_names(typed) == typed
+    config = compose("experiment=omniglot/protonet_20way_5shot", "run_dir=x", places=[str(tmp_path)])
+    assert (config.seed, config.way) == (9, 5)
 
 
 def test_an_unknown_budget_is_rejected():
@@ -105,9 +164,7 @@ def test_an_unknown_budget_is_rejected():
 
 
 def test_an_experiment_has_a_name_however_it_is_chosen():
-    assert compose("+experiment/omniglot=protonet_5way_1shot", "run_dir=x").choices.experiment == (
-        "omniglot/protonet_5way_1shot"
-    )
+    assert compose("+experiment/omniglot=protonet", "run_dir=x").choices.experiment == "omniglot/protonet"
     assert compose("+experiment/matching_distance=l2", "run_dir=x").choices.experiment == "matching_distance/l2"
     plain = compose("run_dir=x").choices
     assert plain.experiment is None and plain.budget is None

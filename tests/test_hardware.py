@@ -262,7 +262,7 @@ def test_results_and_checkpoints_record_the_precision_that_auto_chose(no_gpu, tm
 @pytest.mark.parametrize("name", ["protonet", "matching", "matching_fce", "maml"])
 def test_the_small_budget_uses_bfloat16_only_where_it_is_fast(name):
     experiment = "maml_2nd" if name == "maml" else name if name == "protonet" else f"{name}_l2"
-    config = compose(f"experiment=miniimagenet/{experiment}_5way_1shot", "budget=cpu", "run_dir=unused")
+    config = compose(f"experiment=miniimagenet/{experiment}", "budget=cpu", "run_dir=unused")
     assert config.hardware.precision == "auto"
 
 

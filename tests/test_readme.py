@@ -71,7 +71,10 @@ ELSEWHERE = {
     r"fewshot demo": "serves until stopped; see tests/test_demo.py",
 }
 SUBPROCESS = r"launcher=joblib|hardware=ddp_cpu"  # child processes run the main program's file
-SLOW = r"matching_distance|method=protonet,matching,maml|launcher=joblib|hardware=ddp_cpu|miniimagenet|source\.split"
+SLOW = (
+    r"matching_distance|experiment/omniglot|method=protonet,matching,maml|launcher=joblib|hardware=ddp_cpu|miniimagenet"
+    r"|source\.split"
+)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
             continue
         name, arguments = program(tokens)
         arguments = small(name, arguments, stand_ins, tmp_path)
-        if re.search("(dataset|experiment)=(omniglot|miniimagenet)|reproduction/omniglot|matching_distance", part):
+        if re.search("(dataset=|experiment[=/]|reproduction/)(omniglot|miniimagenet|matching)", part):
             arguments.append(f"data_dir={request.getfixturevalue('real_data')}")
         if any(re.search(pattern, part) for pattern in ELSEWHERE):
             compose_unresolved(*[item for item in arguments if not re.match(r"-|\+?hydra|seed=0,1", item)], name=name)

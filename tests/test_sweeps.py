@@ -136,6 +136,13 @@ def test_direction_minimize_is_rejected(tmp_path):
         Sweep().on_multirun_start(config)
 
 
+def test_a_glob_that_matches_nothing_is_rejected(tmp_path):
+    typed = ["way=5", "+experiment/omniglot=glob(protonet_5way_*)"]
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "overrides": {"task": typed}}})
+    with pytest.raises(SystemExit, match=r"glob\(protonet_5way_\*\) matches none of maml_1st, .*protonet$"):
+        Sweep().on_multirun_start(config)
+
+
 def test_a_failure_that_cannot_be_recorded_is_raised(tmp_path, monkeypatch):
     config = OmegaConf.create(
         {"mode": "MULTIRUN", "runtime": {"output_dir": str(tmp_path / "none")}, "overrides": {"task": ["way=1"]}}

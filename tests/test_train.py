@@ -172,12 +172,15 @@ def test_the_study_of_distances_runs_and_is_drawn(cli, tmp_path):
 
 
 def test_the_cells_of_a_sweep_are_reported(cli, tmp_path):
-    cells, subdir = "+experiment/omniglot=glob(protonet_5way_*)", "hydra.sweep.subdir=${choices.experiment}/${seed}"
-    done = cli("-m", cells, "budget=cpu", *TINY, "val.every=6", f"hydra.sweep.dir={tmp_path}", subdir, "dataset=glyphs")
+    cells = ["+experiment/omniglot=glob(proto*)", "shot=1,5"]
+    subdir = "hydra.sweep.subdir=${choices.experiment}_${way}way_${shot}shot/${seed}"
+    done = cli(
+        "-m", *cells, "budget=cpu", *TINY, "val.every=6", f"hydra.sweep.dir={tmp_path}", subdir, "dataset=glyphs"
+    )
     assert done.returncode == 0, done.stderr
     for shot in (1, 5):
         results = results_of(tmp_path / "omniglot" / f"protonet_5way_{shot}shot" / "0")
-        assert (results["experiment"], results["budget"]) == (f"omniglot/protonet_5way_{shot}shot", "cpu")
+        assert (results["experiment"], results["budget"]) == ("omniglot/protonet", "cpu")
         assert (results["shot"], results["machine"]["threads"]) == (shot, torch.get_num_threads())
     assert [result["shot"] for result in read_results(str(tmp_path))] == [1, 5]
 

@@ -1,6 +1,5 @@
 """Shared by all entry points: one-line errors that say what to do, and help that shows each key with its comment."""
 
-import difflib
 import errno
 import os
 import re
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,20 @@ from omegaconf.errors import OmegaConfBaseException
 from fewshot import __version__
 from fewshot.arguments import prepare
 from fewshot.commands import COMMANDS
-from fewshot.config import CHECKOUT, CONF, RENAMED, compose_unresolved, is_group, options, search_path, source_at
-from fewshot.errors import Interrupted, mistake
+from fewshot.config import (
+    CHECKOUT,
+    CONF,
+    RENAMED,
+    compose_unresolved,
+    current_names,
+    is_group,
+    option_values,
+    options,
+    places_in,
+    search_path,
+    source_at,
+)
+from fewshot.errors import Interrupted, mistake, nearest
 from fewshot.paths import make_absolute
 from fewshot.processes import PATIENCE, rank
 from fewshot.sweeps import FAILURE, Sweep, failures
@@ -42,6 +52,7 @@ LEADING = {"report": "runs", "compare": "runs"}  # commands whose first argument
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # requested by the user
 # What Hydra and OmegaConf add to messages for authors of configuration files.
 ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
+RESOLVING = "FewShotError raised while resolving interpolation: "
 # The extra that installs each Hydra plugin.
 PLUGINS = {
     **{"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray"},
@@ -86,7 +97,7 @@ def main() -> None:
     elif name in {"-sc", "--shell-completion"}:
         run("train", sys.argv)  # the script that Hydra prints is the same for all
     else:
-        _exit(f"{name} is not a command{_nearest(name, COMMANDS)}; choose one of {', '.join(COMMANDS)}", 1)
+        _exit(f"{name} is not a command{nearest(name, COMMANDS)}; choose one of {', '.join(COMMANDS)}", 1)
 
 
 def _usage() -> Iterator[str]:
@@ -119,7 +130,7 @@ def run(name: str, arguments: list[str] | None = None) -> None:
     typed, sys.argv = sys.argv, sys.argv if arguments is None else arguments
     if name in LEADING:
         name_leading(LEADING[name], sys.argv)
-    sys.argv[1:] = _guard(lambda: prepare(sys.argv[1:]))
+    sys.argv[1:] = _guard(lambda: current_names(prepare(sys.argv[1:])))
     if {"--help", "-h"} & set(sys.argv):
         # Hydra's list of groups takes a second, and our help prints its own.
         Hydra.format_config_groups = lambda *_: ""  # type: ignore[method-assign]
@@ -250,13 +261,14 @@ def _explain(error: BaseException) -> str | None:
 
 
 def _plain(*errors: BaseException) -> str:
-    lines = [line.strip() for error in errors for line in str(error).splitlines()]
+    lines = [line.strip().removeprefix(RESOLVING) for error in errors for line in str(error).splitlines()]
     return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(ASIDES)))
 
 
 def _wrong_overrides() -> Iterator[str]:
     """Yield what is wrong with each override of the command line, with the nearest existing name."""
-    name, places = _program(), list(_added_sources(sys.argv[1:]))
+    name = next(option_values(sys.argv[1:], "--config-name", "-cn"), _program())
+    places = list(places_in(sys.argv[1:]))
     missing = [place for place in places if not source_at(place).available()]
     if missing:
         yield f"--config-dir or hydra.searchpath names {', '.join(missing)}, which does not exist"
@@ -303,7 +315,7 @@ def _wrong_choices(groups: Iterable[Override], chosen: list[str], name: str, pla
                 message = _plain(error)
                 if available:  # Hydra's list leaves out those in folders
                     message = re.sub(r"Available options in .*", f"Choose one of {_listed(available, option)}", message)
-                yield message + (plugin or _nearest(option, available))
+                yield message + (plugin or nearest(option, available))
                 break
         else:
             chosen.append(_first(override))
@@ -316,7 +328,10 @@ def _wrong_keys(
     name: str,
     places: Sequence[str],
 ) -> Iterator[str]:
-    composed = compose_unresolved(*chosen, name=name, places=places)
+    try:
+        composed = compose_unresolved(*chosen, name=name, places=places)
+    except (HydraException, OmegaConfBaseException):  # a configuration file is wrong, not an override
+        return
     names = list(_keys(composed))
     for override in keys:
         key, tried = override.key_or_group, _first(override)
@@ -340,10 +355,10 @@ def _wrong_keys(
                 several = tried.partition("=")[2].strip("[]")
                 yield f"{tried} is a list, and {key} takes one value; to run one job for each: -m {key}={several}"
             elif key.startswith("hydra.") and key not in names and override.type == OverrideType.CHANGE:
-                near = _nearest(key, names)
+                near = nearest(key, names)
                 yield f"{key} is not in Hydra's configuration{near}; to add it anyway, type +{override.input_line}"
             else:
-                yield _plain(error) + ("" if key in names else _nearest(key, names))
+                yield _plain(error) + ("" if key in names else nearest(key, names))
 
 
 def _has(key: str, choice: str, name: str, places: Sequence[str]) -> bool:
@@ -352,26 +367,9 @@ def _has(key: str, choice: str, name: str, places: Sequence[str]) -> bool:
     return False
 
 
-def _added_sources(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the sources that a command line adds to the search path, even if it cannot be composed."""
-    for argument, following in pairwise([*arguments, ""]):
-        if argument in ("--config-dir", "-cd"):
-            yield following
-        elif argument.startswith("--config-dir="):
-            yield argument.partition("=")[2]
-        elif argument.startswith("hydra.searchpath="):
-            value = OverridesParser.create().parse_override(argument).value()
-            yield from map(str, value if isinstance(value, list) else [value])
-
-
 def _program() -> str:
     """Return the name of the command and its configuration; a sweep's job may run in a process that is not ours."""
     return str(HydraConfig.get().job.config_name) if HydraConfig.initialized() else _command
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _listed(available: Sequence[str], option: str) -> str:

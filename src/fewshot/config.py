@@ -1,19 +1,28 @@
 """The configuration: types, ranges, and how to compose it without the command line."""
 
+import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra import version
+from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigSource
@@ -21,7 +30,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 
-from fewshot.errors import FewShotError, mistake, reason
+from fewshot.errors import FewShotError, mistake, nearest, reason
 from fewshot.paths import run_directory
 
 PACKAGE = Path(__file__).parent
@@ -130,6 +139,8 @@ RENAMED = {
     "method.halve_every": "schedule.step_size, of schedule=halving, in training steps",
     "method.on_nan": "train.on_nan",
 }
+# Until version 0.2, each task had an experiment of its own: omniglot/protonet_20way_1shot.
+OF_ONE_TASK = re.compile(r"((?:\w+/)?\w+)_(\d+)way_(\d+)shot")
 ONE_OF = {
     "train.on_nan": ("stop", "skip"),
     "train.also_on": (None, "val"),
@@ -151,6 +162,9 @@ def check(config: DictConfig) -> None:
     missing += ["encoder"] if "encoder" not in missing and "_target_" not in config.encoder else []
     if missing:
         raise FewShotError(f"the configuration has no {', '.join(missing)}; leave out the override that removes it")
+    unset = sorted(OmegaConf.missing_keys(config))
+    if unset:
+        raise FewShotError(f"{' and '.join(unset)} must be set: {unset[0]}=VALUE")
     config = with_classes(config)
     wrong = [
         line for key, node in _targets(config) for line in _wrong_types(key, node, import_target(key, node._target_))
@@ -256,19 +270,21 @@ def _targets(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConf
 
 
 def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[..., Any]) -> Iterator[str]:
-    function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-    parameters = signature(function).parameters
-    open_ended = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
-    try:
-        hints = get_type_hints(function)
-    except NameError:  # its module imports a type for type checkers alone
-        hints = {}
+    parameters: Mapping[str, Parameter] = {}
+    hints: Mapping[str, Any] = {}
+    with suppress(
+        AttributeError, NameError, TypeError, ValueError
+    ):  # written in C, or names types for type checkers alone
+        parameters = signature(target).parameters
+        hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
+    open_ended = not parameters or any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in settings.items():
         if str(key).startswith("_") or OmegaConf.is_dict(value) or (prefix, key) == ("encoder", "init"):
             continue
         if key not in parameters:
             if not open_ended:
-                yield f"{prefix}.{key} is not a setting of {target.__name__}"
+                name = getattr(target, "__name__", target)
+                yield f"{prefix}.{key} is not a setting of {name}{nearest(str(key), parameters)}"
         elif key in hints and not _fits(value, hints[key]):
             yield f"{prefix}.{key}={value} must be {_or(_in_words(hints[key]))}"
 
@@ -278,15 +294,19 @@ def _or(choices: Iterable[Any]) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is list:
-        return OmegaConf.is_list(value) and all(_fits(item, *get_args(hint)) for item in value)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
+    """Whether a value of a YAML file is of a type. It is compared as JSON, which has the same types."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # noqa: PLC0415
+    from pydantic.errors import PydanticUserError  # noqa: PLC0415
+
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    try:
+        expected: Any = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        expected.validate_json(json.dumps(plain, ensure_ascii=False).encode(errors="replace"), strict=True)
+    except ValidationError:
+        return False
+    except PydanticUserError:  # a type it does not know
+        return True
+    return True
 
 
 def _in_words(hint: Any) -> Iterator[str]:
@@ -374,6 +394,23 @@ def search_path(*places: str) -> list[ConfigSource]:
     return list({source.full_path(): source for source in sources if source.available()}.values())
 
 
+def places_in(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the sources that a command line adds to the search path, even if it cannot be composed."""
+    yield from option_values(arguments, "--config-dir", "-cd")
+    for argument in arguments:
+        if argument.startswith("hydra.searchpath="):
+            value = OverridesParser.create().parse_override(argument).value()
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+def option_values(arguments: Sequence[str], *names: str) -> Iterator[str]:
+    """Yield the values of an option on a command line: ``--name VALUE`` or ``--name=VALUE``."""
+    for argument, following in pairwise([*arguments, ""]):
+        name, separator, value = argument.partition("=")
+        if name in names:
+            yield value if separator else following
+
+
 def source_at(name: str) -> ConfigSource:
     """Return a source of configuration files: a directory, or ``pkg://PACKAGE``; it need not exist.
 
@@ -400,6 +437,41 @@ def options(source: ConfigSource, group: str, below: str = "") -> Iterator[str]:
 def is_group(name: str, *places: str) -> bool:
     """Whether a configuration group has this name; ``places`` as for ``search_path``."""
     return any(source.is_group(name) for source in search_path(*places))
+
+
+def current_names(arguments: Sequence[str]) -> list[str]:
+    """Replace the experiments of one task that earlier versions had; the task is now ``way`` and ``shot``.
+
+    Args:
+        arguments: of a command line; ``experiment=omniglot/protonet_20way_1shot`` becomes ``way=20``, ``shot=1`` and
+            ``experiment=omniglot/protonet``, unless the user's configuration has one of that name.
+
+    Raises:
+        FewShotError: a sweep over such experiments cannot be replaced by one over their tasks.
+    """
+    current: list[str] = []
+    typed = {argument.partition("=")[0] for argument in arguments}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        group, names = key.lstrip("+"), value.split(",")
+        tasks = [match.groups() for match in map(OF_ONE_TASK.fullmatch, names) if match]
+        if (
+            group.partition("/")[0] != "experiment"
+            or len(tasks) < len(names)
+            or not all((CONF / group / f"{option}.yaml").is_file() for option, _, _ in tasks)
+            or any(place.is_config(f"{group}/{name}") for name in names for place in search_path(*places_in(arguments)))
+        ):
+            current.append(argument)
+            continue
+        columns = [list(dict.fromkeys(column)) for column in zip(*tasks, strict=True)]
+        options, ways, shots = map(",".join, columns)
+        if len(set(tasks)) != prod(map(len, columns)):
+            raise FewShotError(
+                f"{argument} has no other name; sweep over tasks with -m {key}={options} way={ways} shot={shots}"
+            )
+        current += [f"{name}={value}" for name, value in (("way", ways), ("shot", shots)) if name not in typed]
+        current.append(f"{key}={options}")
+    return current
 
 
 def compose(*overrides: str, name: str = "train", places: Sequence[str] = ()) -> DictConfig:
@@ -464,16 +536,16 @@ def _as_value(value: Any) -> str:
 
 def compose_unresolved(*overrides: str, name: str = "train", places: Sequence[str] = ()) -> DictConfig:
     """Compose without resolving interpolations, including Hydra's own node; ``places`` as for ``search_path``."""
-    if places:
-        quoted = (QuotedString(place, Quote.single).with_quotes() for place in places)
-        overrides = (f"hydra.searchpath=[{','.join(quoted)}]", *overrides)
-    outer, GlobalHydra.instance().hydra = (
-        GlobalHydra.instance().hydra,
-        None,
-    )  # a program may use Hydra itself
+    sources = create_config_search_path(str(CONF))
+    for place in places:
+        source = source_at(place)
+        sources.prepend("command-line", f"{source.scheme()}://{source.path}", anchor="schema")
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a program may use Hydra itself
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose(name, list(overrides), return_hydra_config=True)
+        version.setbase("1.3")
+        Hydra.create_main_hydra2("fewshot", sources)
+        arguments = [*(f"--config-dir={place}" for place in places), *overrides]
+        return hydra.compose(name, current_names(arguments)[len(places) :], return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -508,6 +580,21 @@ def _experiment() -> str | None:
     return None
 
 
+def _by(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """Return a setting of an experiment that depends on the budget or the task: the last value whose conditions hold.
+
+    ``${by:{5way:1,20way:5,cpu 20way:3}}`` is 5 in 20-way, and 3 if the budget is cpu as well.
+    """
+    holding = {str(_root_.choices.budget), f"{_root_.way}way", f"{_root_.shot}shot"}
+    fitting = [value for conditions, value in values.items() if holding.issuperset(str(conditions).split())]
+    if not fitting:
+        raise FewShotError(
+            f"experiment={_root_.choices.experiment} has a value for {', '.join(map(str, values))}, not for "
+            f"way={_root_.way} shot={_root_.shot} budget={_root_.choices.budget}; set it yourself"
+        )
+    return fitting[-1]
+
+
 def _output_subdir(resume: str | None, output_dir: str) -> str | None:
     """Return where Hydra records how a run was started; None keeps the record of an existing run."""
     from fewshot.directories import is_taken  # noqa: PLC0415
@@ -519,8 +606,7 @@ ConfigStore.instance().store("train_schema", TrainConfig)
 OmegaConf.register_new_resolver("fewshot_name", lambda *, _root_: run_name(_root_), replace=True)
 OmegaConf.register_new_resolver("fewshot_steps", training_steps, replace=True)
 OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
-# What a key of an experiment is at each budget: ${by_budget:{paper:1000,cpu:10}}.
-OmegaConf.register_new_resolver("by_budget", lambda values, *, _root_: values[_root_.choices.budget], replace=True)
+OmegaConf.register_new_resolver("by", _by, replace=True)
 OmegaConf.register_new_resolver("fewshot_root", lambda path: str(ROOT / path), replace=True)
 OmegaConf.register_new_resolver(
     "fewshot_run_dir", lambda resume, new: new if resume in (None, "auto") else run_directory(resume), replace=True

@@ -1,6 +1,7 @@
 """Errors that users see."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from textwrap import shorten
 
 from fewshot.text import for_terminal
@@ -27,6 +28,12 @@ def shortened(items: Sequence[str], most: int = 5) -> str:
     """Shorten a list for a message: the first few items, and how many more there are."""
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + rest
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return ``(did you mean ...?)`` with the most similar of the names, for a message; empty if none is similar."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def mistake(error: BaseException | None) -> FewShotError | None:

@@ -44,6 +44,7 @@ DECISIVE = [
 ]
 NOTHING = (None, "none")  # an empty group, or a group that an earlier version did not have
 MAY_DIFFER = {
+    "choices.experiment",  # a name; its settings count
     *("train.episodes", "train.steps", "train.on_nan"),
     *("method.task_batching", "method.vmap_tasks", "method.recompute"),
     *("method.encoder.file", "method.encoder.load"),  # the weights are in the checkpoint

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from fewshot.config import SWEPT
+from fewshot.config import SWEPT, options, search_path
 from fewshot.files import write_atomically
 from fewshot.results import Result, best_validation, find_results, is_evaluation
 from fewshot.style import COLOURS, STYLE
@@ -38,12 +39,17 @@ class Sweep(Callback):
     again: ClassVar[str] = ""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Delete the failure notes of a sweep that is resumed; reject direction=minimize."""
+        """Delete the failure notes of a resumed sweep; reject direction=minimize and globs that match nothing."""
         if str(OmegaConf.select(config, "hydra.sweeper.direction")).endswith("minimize"):
             raise SystemExit(
                 "error: hydra.sweeper.direction=minimize searches for the lowest validation accuracy; choose "
                 "hydra/sweeper=search, or hydra.sweeper.direction=maximize"
             )
+        for override in _overrides(config):
+            group, chosen = override.key_or_group, override.value()
+            available = [name for source in search_path() for name in options(source, group) if "/" not in name]
+            if isinstance(chosen, Glob) and not chosen.filter(available):
+                raise SystemExit(f"error: {override.input_line} matches none of {', '.join(available)}")
         os.environ[SWEPT] = ",".join(_swept(config))
         Sweep.folder = Path(config.hydra.sweep.dir).absolute()
         Sweep.again = f"hydra.sweep.dir={config.hydra.sweep.dir}" + (" resume=auto" if "resume" in config else "")
@@ -62,9 +68,12 @@ class Sweep(Callback):
 
 def _swept(config: DictConfig) -> list[str]:
     """Return the keys that a sweep varies."""
-    overrides = OverridesParser.create().parse_overrides(list(OmegaConf.select(config, "hydra.overrides.task") or []))
     searched = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    return [*(override.key_or_group for override in overrides if override.is_sweep_override()), *map(str, searched)]
+    return [*(line.key_or_group for line in _overrides(config) if line.is_sweep_override()), *map(str, searched)]
+
+
+def _overrides(config: DictConfig) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(OmegaConf.select(config, "hydra.overrides.task") or []))
 
 
 def failures(folder: Path) -> list[str]:
