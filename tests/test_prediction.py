@@ -1,6 +1,7 @@
 """Images of one's own, from folders to answers."""
 
 import csv
+import os
 import re
 import shutil
 from datetime import datetime
@@ -144,6 +145,14 @@ def test_broken_files_are_named_and_the_others_are_read(run, folders, capsys):
     assert len(table(folders)) == 14 and "3 files were left out" in message.out
     listed = (folders / "out" / "left_out.txt").read_text().splitlines()
     assert [f"left out: {line}" for line in listed] == message.err.splitlines()
+
+
+@pytest.mark.parametrize("pattern", ["pipe.png", "*.png"])
+def test_a_pipe_is_left_out_and_not_waited_for(run, folders, capsys, pattern):
+    os.mkfifo(folders / "pipe.png")
+    with pytest.raises(FewShotError, match="there is no query left to classify"):
+        predict(configure(folders, f"checkpoint={run('protonet')}", f"query='{folders / pattern}'"))
+    assert "pipe.png" in (err := capsys.readouterr().err) and "not a regular file" in err
 
 
 def test_many_files_that_are_left_out_are_summed_up_and_listed_in_a_file(run, folders, capsys):

@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from matplotlib.text import Text
 from rich.console import Console
 
+from fewshot.report import _short
 from fewshot.text import FORMULA, for_csv, for_figure, for_html, for_markdown, for_terminal, make_table, say
 
 SIGNS = "\\`*_{}[]<>()#+-.!|~$&=@'\"/:;% \t\n\r\x1b\x07\x9b\u202e\ud800é漢"
@@ -179,6 +180,15 @@ def test_a_program_continues_when_its_terminal_is_closed(tmp_path):
 
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n", "a\x1b[31mb", "\u202ea b", "x" * 100, "a\tb " * 50])
+def test_labels_in_the_figures_of_the_report_are_printable_lines(text):
+    for lines in (1, 2):
+        labels = _short(text, 16, lines)
+        assert 1 <= len(labels) <= lines and all(len(label) <= 16 and label.isprintable() for label in labels)
+
+
 PRINTING = ("print", "Console", "Table", "track", "writer", "DictWriter", "escape")
 
 

@@ -18,7 +18,7 @@ from omegaconf.basecontainer import BaseContainer
 import fewshot.trust
 from conftest import FUZZ, FUZZ_TESTS, nothing_touched
 from fewshot.callbacks import _move
-from fewshot.checkpoints import load_checkpoint, without_initial_weights
+from fewshot.checkpoints import load_checkpoint, save_weights, without_initial_weights
 from fewshot.cli import _explain
 from fewshot.config import check, compose
 from fewshot.errors import FewShotError
@@ -224,6 +224,11 @@ def test_text_is_never_read_as_a_mapping(good, read, text, path):
         (("test", "episodes"), 10**12, "its test.episodes is 1000000000000"),
         (("dataset", "channels"), 2, "its dataset.channels is 2"),
         (("method", "encoder", "filters"), 10**6, "encoder.0.0.weight is [4, 1, 3, 3], and must be [1000000, 1, 3, 3]"),
+        (("dataset", "source", "size"), 60_000, "its dataset.source.size is not its dataset.size, 28"),
+        (("method", "steps"), 10**9, "its method.steps is 1000000000, more than 10,000"),
+        (("method", "distance"), "{_target_: test_trust.fire}", "its method.distance is '{_target_: test_trust.fire}'"),
+        (("method", "distance"), None, "its method.distance is None, which has no _target_"),
+        (("method", "encoder"), ["text"], "its method.encoder is ['text'], which has no _target_"),
         (("seed",), 2**70, "a number of more than 64 bits"),
         (("way",), {1.5: 2}, "a key that is not a string"),
         (("way",), b"x", "a bytes, which is not plain data"),
@@ -305,6 +310,60 @@ def test_what_takes_more_memory_than_disk_is_refused(good, tmp_path):
             small.writestr(entry.filename, whole.read(entry))
     with pytest.raises(FewShotError, match="it is compressed"):
         load_checkpoint(tmp_path / "small.ckpt")
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        "text",
+        {"\x1b]0;name": {}},
+        {"Record": "text"},
+        *({"Record": {key: "text"}} for key in ("seconds", "validations", "precisions", "encoder_init")),
+        {"Record": {"validations": [{"trained_episodes": 1, "accuracy": 0.5, "ci95": torch.zeros(2)}]}},
+        {"Record": {"validations": [{"trained_episodes": 1, "accuracy": float("nan")}]}},
+        {"Record": {"precisions": [torch.zeros(2)]}},
+    ],
+    ids=str,
+)
+def test_a_record_that_no_training_saves_is_refused(good, tmp_path, callbacks):
+    torch.save({**good, "callbacks": callbacks}, tmp_path / "x.ckpt")
+    with pytest.raises(FewShotError, match=r"x\.ckpt is broken, .*: its (callbacks|Record)"):
+        load_checkpoint(tmp_path / "x.ckpt")
+    if "tensor(" not in str(callbacks):
+        content = {"config": good["hyper_parameters"], "callbacks": callbacks}
+        save_weights(tmp_path / "x.safetensors", good["state_dict"], content)
+        with pytest.raises(FewShotError, match=r"x\.safetensors is broken, .*: its (callbacks|Record)"):
+            load_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: tensor.to(torch.complex64),
+        lambda tensor: tensor.to(torch.float8_e5m2),
+        lambda tensor: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
+        lambda tensor: tensor.to_sparse(),
+    ],
+)
+def test_weights_are_real_numbers(good, tmp_path, convert):
+    weights = {name: convert(tensor) for name, tensor in good["state_dict"].items()}
+    torch.save({**good, "state_dict": weights}, tmp_path / "x.ckpt")
+    with pytest.raises(FewShotError, match="it contains no weights"):
+        load_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("key", ["callbacks", "loops", "optimizer_states", "lr_schedulers", "unknown"])
+def test_containers_that_grow_when_they_are_copied_are_refused(good, tmp_path, key):
+    bomb: list[Any] = ["x"]
+    for _ in range(40):
+        bomb = [bomb, bomb]
+    endless: list[Any] = []
+    endless.append(endless)
+    for content in (bomb, endless):
+        torch.save({**good, key: {"x": content}}, tmp_path / "x.ckpt")
+        with pytest.raises(FewShotError, match=r"x\.ckpt is broken, .*: its containers are nested too deeply, or too"):
+            load_checkpoint(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/stdin", "fifo"])

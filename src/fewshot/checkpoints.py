@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,11 @@ FORMAT = 1  # version of their content
 WEIGHTS = "weights."  # prefix of the method's tensors in them
 LARGEST = 10**7  # limit for the length of the metadata in them, characters
 NOWHERE = {"data_dir": "", "cache_dir": ""}  # directories are private
+MOST_VALUES = 1_000_000  # containers and values of a checkpoint; ours have some thousands
+DEEPEST = 64  # containers within containers
+# Types of weights: complex, quantized or 8-bit numbers cannot be checked to be finite.
+NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+NUMBERS |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -91,9 +97,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict):
         raise TypeError(f"it contains a {type(checkpoint).__name__}")
-    if not isinstance(checkpoint["state_dict"], dict) or not all(map(_is_whole, checkpoint["state_dict"].values())):
-        raise ValueError("it contains no weights")
-    return checkpoint
+    return _checked(checkpoint)
 
 
 def save_weights(
@@ -147,7 +151,7 @@ def _shared(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(path)
     content, weights, _ = read_weights(path)
-    return {**content, "state_dict": weights, "hyper_parameters": content.get("config")}
+    return _checked({**content, "state_dict": weights, "hyper_parameters": content.get("config")})
 
 
 def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
@@ -198,10 +202,68 @@ def _check_archive(file: BinaryIO) -> None:
     file.seek(0)
 
 
+def _checked(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(checkpoint["state_dict"], dict) or not all(map(_is_whole, checkpoint["state_dict"].values())):
+        raise ValueError("it contains no weights")
+    _check_containers(checkpoint)
+    _check_record(checkpoint)
+    return checkpoint
+
+
+def _check_containers(checkpoint: dict[str, Any]) -> None:
+    """Reject containers that contain each other so often that copying them would never end."""
+    waiting: list[tuple[Any, int]] = [(checkpoint, 0)]
+    for _ in range(MOST_VALUES):
+        if not waiting:
+            return
+        value, depth = waiting.pop()
+        if depth > DEEPEST:
+            break
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+        waiting += [(one, depth + 1) for one in inner]
+    raise ValueError("its containers are nested too deeply, or too many")
+
+
+def _check_record(checkpoint: Mapping[str, Any]) -> None:
+    """Reject a record of the training that is not what ``fewshot.callbacks.Record`` saves."""
+    callbacks = checkpoint.get("callbacks", {})
+    if not isinstance(callbacks, dict) or not all(type(name) is str and name.isprintable() for name in callbacks):
+        raise ValueError("its callbacks are not a mapping with names")
+    record = callbacks.get("Record", {})
+    if not isinstance(record, dict):
+        raise ValueError("its Record is not a mapping")
+    validations, precisions, initial = (record.get(key) for key in ("validations", "precisions", "encoder_init"))
+    if not (
+        _is_number(record.get("seconds", 0))
+        and isinstance([] if validations is None else validations, list)
+        and all(_is_validation(validation) for validation in validations or ())
+        and isinstance([] if precisions is None else precisions, list)
+        and all(type(precision) is str for precision in precisions or ())
+        and isinstance({} if initial is None else initial, dict)
+        and all(type(value) is str for entry in (initial or {}).items() for value in entry)
+    ):
+        raise ValueError("its Record has a value that no training saves")
+
+
+def _is_validation(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(type(key) is str and _is_number(number) for key, number in value.items())
+        and type(value.get("trained_episodes")) is int
+        and 0 <= value.get("accuracy", -1) <= 1
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _is_whole(value: Any) -> bool:
     """Whether the file contains every number of a tensor; with a stride of 0, one number could stand for a million."""
     return (
         isinstance(value, torch.Tensor)
+        and value.device.type == "cpu"
+        and value.dtype in NUMBERS
         and value.layout == torch.strided
         and value.untyped_storage().nbytes() >= value.nbytes
     )

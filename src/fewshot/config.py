@@ -188,11 +188,11 @@ def check(config: DictConfig) -> None:
     if not wrong_type:
         wrong += [f"{key}={values[key]} must be below 2**32" for key in ("seed",) if values[key] >= 2**32]  # for NumPy
         positive = [key for key in ABOVE_ZERO if values[key] is not None]
-        wrong += [f"{key}={values[key]} must be positive" for key in positive if not values[key] > 0]
+        wrong += [f"{key}={values[key]} must be positive" for key in positive if not _is_positive(values[key])]
         wrong += [
             f"{key}={values[key]} must be at most {MOST_RATE:g}: larger steps leave the range of the weights"
             for key in positive
-            if values[key] > MOST_RATE
+            if _is_positive(values[key]) and values[key] > MOST_RATE
         ]
         wrong += [
             f"{key}={values[key]} must be {_or(allowed)}"
@@ -307,6 +307,10 @@ def _fits(value: Any, hint: Any) -> bool:
     except PydanticUserError:  # a type it does not know
         return True
     return True
+
+
+def _is_positive(value: Any) -> bool:
+    return _fits(value, float) and value > 0
 
 
 def _in_words(hint: Any) -> Iterator[str]:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from fewshot.data.bank import has_bright_ink
-from fewshot.data.files import ImageFile, list_folder
+from fewshot.data.files import ImageFile, file_at, list_folder
 from fewshot.data.folder import by_class
 from fewshot.data.images import normalise
 from fewshot.data.locate import splits_named
@@ -269,7 +269,7 @@ def _find_queries(place: str | None) -> list[ImageFile]:
         found = list(list_folder(path).values())
     else:
         paths = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-        found = [ImageFile(str(path), path.read_bytes) for path in paths if not path.is_dir()]
+        found = [file_at(path) for path in paths if not path.is_dir()]
     if not found:
         raise FewShotError(f"there is nothing to classify in query={place}; name a folder, a file or a pattern")
     return found

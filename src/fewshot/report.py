@@ -23,7 +23,7 @@ from matplotlib.transforms import ScaledTranslation
 from fewshot.errors import FewShotError
 from fewshot.results import Result, by_settings, is_evaluation, read_results, run_config, seed_of, settings, split_of
 from fewshot.style import COLOURS, DPI, LINES, MARKERS, STYLE, WIDTH
-from fewshot.text import for_csv, for_markdown
+from fewshot.text import for_csv, for_markdown, for_terminal
 
 OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
 # Overrides that do not affect accuracy or are shown in other columns; all others are listed after the budget.
@@ -604,8 +604,8 @@ def _without_math(legend: Legend) -> None:
 
 
 def _short(text: str, width: int, lines: int) -> list[str]:
-    """Wrap a string into at most ``lines`` lines."""
-    parts = wrap(text, width)
+    """Wrap a string into at most ``lines`` lines; unprintable characters are escaped."""
+    parts = wrap(for_terminal(text), width) or [""]
     return parts if len(parts) <= lines else [*parts[: lines - 1], f"{parts[lines - 1][: width - 1]}…"]
 
 

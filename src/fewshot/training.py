@@ -382,6 +382,31 @@ def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
                 raise ValueError(f"the optimizer's {name} of parameter {number} has another shape")
     if len(checkpoint["lr_schedulers"]) != (method.make_schedule is not None):
         raise ValueError("the learning-rate schedule is different")
+    fresh = method.configure_optimizers()
+    if not _alike(optimizer["param_groups"], fresh["optimizer"].state_dict()["param_groups"]):
+        raise ValueError("the optimizer's settings are different")
+    for state in checkpoint["lr_schedulers"]:
+        schedule = fresh["lr_scheduler"]["scheduler"]
+        if not _alike(state, schedule.state_dict()) or any(
+            callable(getattr(type(schedule), str(key), None)) for key in state
+        ):
+            raise ValueError("the learning-rate schedule is different")
+    trained = checkpoint["EpisodeDataModule"]["trained"]
+    if type(trained) is not int or trained < 0:
+        raise ValueError(f"its number of training episodes is {trained}")
+
+
+def _alike(saved: Any, fresh: Any) -> bool:
+    """Whether a saved state has the kinds of values of a fresh one; PyTorch would take anything, and fail at a step."""
+    if saved is None or fresh is None:
+        return True
+    if isinstance(fresh, dict):
+        return isinstance(saved, dict) and all(_alike(saved[key], fresh[key]) for key in saved.keys() & fresh.keys())
+    if isinstance(fresh, list | tuple):
+        return isinstance(saved, list | tuple) and len(saved) == len(fresh) and all(map(_alike, saved, fresh))
+    if isinstance(fresh, int | float):
+        return isinstance(saved, int | float)
+    return type(saved) is type(fresh)
 
 
 def _choices_on_resume(config: DictConfig) -> str:

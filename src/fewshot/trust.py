@@ -30,6 +30,7 @@ LARGEST = {
     "method.inner_steps": 1000,
     "method.test_inner_steps": 1000,
     "method.unrolling_steps": 1000,
+    "method.steps": 10_000,
     "transform.padding": 1024,
     "transform.crop.padding": 1024,
 }
@@ -226,6 +227,9 @@ def _check_targets(
         strange = {str(key) for key in node if _is_hydras(key)} - (HYDRA_KEYS if ours is None else ours.keys())
         if strange:
             raise ValueError(f"its {slot} has the key {min(strange)}")
+        for key, value in (ours or {}).items():
+            if key in node and _is_group(value) and not (isinstance(node[key], dict) and "_target_" in node[key]):
+                raise ValueError(f"its {slot}.{key} is {node[key]!r}, which has no _target_")
         directories = {key: value for key, value in (ours or {}).items() if key in node and _names_directory(value)}
         node |= {key: _insert_directories(value, places) for key, value in directories.items()}
     stray = next(_stray_keys(config), None)
@@ -237,6 +241,11 @@ def directory_keys(source: Mapping[str, Any]) -> set[str]:
     """Return the keys of a ``dataset.source`` that say where its files are, not which files they are."""
     known = KnownTargets().find("dataset.source", str(source.get("_target_"))) or {}
     return {*DIRECTORIES, *(str(key) for key, value in known.items() if _names_directory(value))}
+
+
+def _is_group(value: Any) -> bool:
+    """Whether a configuration file has a group in this place, such as ``${distance}``."""
+    return isinstance(value, str) and value.startswith("${") and value[2:-1] in GROUPS
 
 
 def _names_directory(value: Any) -> bool:
@@ -281,6 +290,8 @@ def _check_values(config: Mapping[str, Any]) -> None:
     size = _select(config, "dataset.size")
     if type(size) is not int or size < 1:
         raise ValueError(f"its dataset.size is {size}")
+    if _select(config, "dataset.source.size") not in (None, size):  # of the images in memory and on disk
+        raise ValueError(f"its dataset.source.size is not its dataset.size, {size}")
     for key, choices in ONE_OF.items():
         value = _select(config, key)
         if key.startswith("dataset.") and value not in choices:
