@@ -9,7 +9,6 @@ trains a tiny network, runs each command, and prints the first line of its error
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+import programs
 
 TINY = [
     *(
@@ -162,12 +163,10 @@ def main() -> None:
     source = next(Path(path) for path in sys.path if (Path(path) / "train.py").is_file())
 
     def call(program: str, arguments: list[str], cwd: Path, env: dict[str, str]) -> str | None:
-        done = subprocess.run(
-            [sys.executable, source / f"{program}.py", *arguments], cwd=cwd, env=env, capture_output=True, text=True
-        )
+        done = programs.call(source / f"{program}.py", arguments, cwd, env, timeout=300)
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error")]
-        return None if done.returncode == 0 else [*errors, *lines[-1:]][0]
+        return None if done.returncode == 0 else [*errors, *lines[-1:], "no message"][0]
 
     with tempfile.TemporaryDirectory() as folder:
         for line, outcome in run_all(call, Path(folder)):

@@ -56,24 +56,25 @@ TINY = [
 SMALLER = {
     "seed=0,1": "seed=0",
     "seed=0,1,2": "seed=0",
+    "shot=1,5": "shot=1",  # tests/test_sweeps.py has all of them
+    "way=5,20": "way=5",
+    "dataset.source.split=vinyals,lake,random": "dataset.source.split=vinyals",  # a bank for each takes long
     "hydra.sweeper.n_trials=30": "hydra.sweeper.n_trials=2",
-    "hydra.launcher.n_jobs=4": "hydra.launcher.n_jobs=2",
     "episodes=2000": "episodes=2",
     "episodes=10000": "episodes=2",
 }
 # Commands of which only the configuration is composed.
 ELSEWHERE = {
     r"torchrun|srun|hardware=ddp( |$)": "needs several machines or GPUs; tests/test_distributed.py has two processes",
-    r"launcher=(submitit|ray)": "needs a cluster",
+    r"launcher=(submitit|ray|joblib)": "needs a cluster, or processes that import everything; see tests/test_sweeps.py",
     r"figure=(maml_graph|time_profile)": "takes minutes; see tests/figures",
     r"device=cuda": "needs a GPU; see tests/benchmarks",
     r"dataset=torchvision": "is downloaded; see tests/data/test_torchvision.py",
     r"fewshot demo": "serves until stopped; see tests/test_demo.py",
 }
-SUBPROCESS = r"launcher=joblib|hardware=ddp_cpu"  # child processes run the main program's file
+SUBPROCESS = r"hardware=ddp_cpu"  # child processes run the main program's file
 SLOW = (
-    r"matching_distance|experiment/omniglot|method=protonet,matching,maml|launcher=joblib|hardware=ddp_cpu|miniimagenet"
-    r"|source\.split"
+    r"matching_distance|experiment/omniglot|method=protonet,matching,maml|hardware=ddp_cpu|miniimagenet|source\.split"
 )
 
 

@@ -180,6 +180,7 @@ def test_every_method_sweeps_over_shot_and_way(cli, tmp_path):
     assert Image.open(tmp_path / "sweep.png").width > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "setting"), [("joblib", "hydra.launcher.n_jobs=2"), ("ray", "+hydra.launcher.ray.init.num_cpus=2")]
 )

@@ -41,9 +41,12 @@ def table(title: str, script: str, before: Path, only: str = "") -> str:
     now = {name: outcome for name, outcome in outcomes(script, ROOT).items() if name.startswith(only)}
     then = outcomes(script, before)
     rows = [
-        f"| {cell(name.removeprefix(only))} | {cell(then[name])} | {cell(outcome)} |" for name, outcome in now.items()
+        f"| {cell(name.removeprefix(only))} | {cell(then.get(name, 'not tried'))} | {cell(outcome)} |"
+        for name, outcome in now.items()
     ]
-    good = [sum(re.match("read|accepted|done$", side[name]) is not None for name in now) for side in (then, now)]
+    good = [
+        sum(re.match("read|accepted|done$", side.get(name, "")) is not None for name in now) for side in (then, now)
+    ]
     counts = f"{title}: {len(now)} tried, {good[0]} worked before, {good[1]} now; each other error names what to change"
     return "\n".join([f"### {counts}", "", "| tried | before | now |", "| --- | --- | --- |", *rows, ""])
 
