@@ -21,17 +21,8 @@ from PIL import Image
 import programs
 
 TINY = [
-    *(
-        "dataset=folder",
-        "dataset.size=28",
-        "train.episodes=2",
-        "train.query=1",
-        "query=1",
-        "val.every=2",
-        "way=2",
-        "train.way=2",
-    ),
-    *("val.episodes=2", "test.episodes=2", "hardware=cpu", "pictures=false", "logger=none", "encoder.filters=8"),
+    *("dataset=folder", "dataset.size=28", "train.episodes=2", "train.way=2", "train.query=1", "way=2", "query=1"),
+    *("val.every=2", "val.episodes=2", "test.episodes=2", "encoder.filters=8", "hardware=cpu", "pictures=false"),
 ]
 SMALL = ["hardware=cpu", "episodes=2"]
 ODD = "my (photos) [1], 鸟=#"

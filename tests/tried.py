@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "notebooks" / "guides" / "layouts.md"
-LONGEST = 170  # characters of an outcome
+LONGEST = 130  # characters of an outcome
 
 
 @cache
@@ -47,14 +47,15 @@ def table(title: str, script: str, before: Path, only: str = "") -> str:
     good = [
         sum(re.match("read|accepted|done$", side.get(name, "")) is not None for name in now) for side in (then, now)
     ]
-    counts = f"{title}: {len(now)} tried, {good[0]} worked before, {good[1]} now; each other error names what to change"
-    return "\n".join([f"### {counts}", "", "| tried | before | now |", "| --- | --- | --- |", *rows, ""])
+    tried = sum(name in then for name in now)
+    counts = f"{good[0]} of {tried} worked before, {good[1]} of {len(now)} work now; other messages say what to change."
+    return "\n".join([f"## {title}", "", counts, "", "| tried | before | now |", "| --- | --- | --- |", *rows, ""])
 
 
 def main() -> None:
     """Rewrite everything below the introduction of the guide."""
     before = Path(sys.argv[1]).resolve()
-    introduction = GUIDE.read_text().partition("\n### ")[0]
+    introduction = GUIDE.read_text().partition("\n## ")[0]
     sections = [
         *(table(name, "layouts.py", before, f"{name}\t") for name in ("miniImageNet", "Omniglot", "folder")),
         table("Paths", "path_lines.py", before),
