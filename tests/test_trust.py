@@ -18,9 +18,9 @@ from omegaconf.basecontainer import BaseContainer
 import fewshot.trust
 from conftest import FUZZ, FUZZ_TESTS, nothing_touched
 from fewshot.callbacks import _move
-from fewshot.checkpoints import load_checkpoint, save_weights, without_initial_weights
+from fewshot.checkpoints import load_checkpoint, save_weights
 from fewshot.cli import _explain
-from fewshot.config import check, compose
+from fewshot.config import check, compose, without_initial_weights
 from fewshot.errors import FewShotError
 from fewshot.evaluation import _task
 from fewshot.files import write_atomically

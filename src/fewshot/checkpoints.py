@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 import fewshot
-from fewshot.config import import_target
 from fewshot.errors import FewShotError, reason
 from fewshot.files import check_file, write_atomically
 from fewshot.trust import read_config
@@ -179,16 +178,6 @@ def check_weights(method: Mapping[Any, Any], state: Mapping[str, torch.Tensor]) 
     if differing is not None:
         sizes = [list(side[differing]) if differing in side else "missing" for side in (actual, expected)]
         raise ValueError(f"{differing} is {sizes[0]}, and must be {sizes[1]}")
-
-
-def without_initial_weights(method: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the configuration of a method without initial weights of its encoder: a checkpoint provides them."""
-    encoder = method.get("encoder")
-    if not isinstance(encoder, Mapping) or "_target_" not in encoder:
-        return {**method}
-    encoder = {key: value for key, value in encoder.items() if key != "init"}
-    settings = getattr(import_target("method.encoder", encoder["_target_"]), "WITHOUT_WEIGHTS", {})
-    return {**method, "encoder": {**encoder, **settings}}
 
 
 def _check_archive(file: BinaryIO) -> None:

@@ -30,13 +30,10 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 
+from fewshot.directories import is_taken
 from fewshot.errors import FewShotError, mistake, nearest, reason
-from fewshot.paths import run_directory
+from fewshot.paths import CHECKOUT, CONF, ROOT, run_directory
 
-PACKAGE = Path(__file__).parent
-CHECKOUT = (PACKAGE.parents[1] / "conf" / "train.yaml").is_file()  # else installed, with conf inside the package
-ROOT = PACKAGE.parents[1] if CHECKOUT else Path.cwd()  # the parent of outputs and data
-CONF = (ROOT if CHECKOUT else PACKAGE) / "conf"
 FOR_TRAINING = ("optimizer", "schedule", "train")  # a method chosen for another command may set these
 SWEPT = "FEWSHOT_SWEPT"  # environment variable: the keys that a sweep varies, for its jobs
 
@@ -328,8 +325,6 @@ def _in_words(hint: Any) -> Iterator[str]:
 def _refused(config: DictConfig) -> Iterator[str]:
     import torch  # noqa: PLC0415
 
-    from fewshot.checkpoints import without_initial_weights  # noqa: PLC0415
-
     refused = False
     encoder = without_initial_weights({"encoder": OmegaConf.to_container(config.encoder)})["encoder"]
     method = without_initial_weights(OmegaConf.to_container(config.method))  # type: ignore[arg-type]
@@ -354,6 +349,16 @@ def _refused(config: DictConfig) -> Iterator[str]:
             except (TypeError, ValueError) as error:  # PyTorch's own checks
                 yield f"{part}={config.choices[part]}: {reason(error)}"
                 return
+
+
+def without_initial_weights(method: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the configuration of a method without initial weights of its encoder: a checkpoint provides them."""
+    encoder = method.get("encoder")
+    if not isinstance(encoder, Mapping) or "_target_" not in encoder:
+        return {**method}
+    encoder = {key: value for key, value in encoder.items() if key != "init"}
+    settings = getattr(import_target("method.encoder", encoder["_target_"]), "WITHOUT_WEIGHTS", {})
+    return {**method, "encoder": {**encoder, **settings}}
 
 
 def command(name: str) -> str:
@@ -601,8 +606,6 @@ def _by(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
 
 def _output_subdir(resume: str | None, output_dir: str) -> str | None:
     """Return where Hydra records how a run was started; None keeps the record of an existing run."""
-    from fewshot.directories import is_taken  # noqa: PLC0415
-
     return None if resume not in (None, "auto") or is_taken(Path(output_dir)) else ".hydra"
 
 

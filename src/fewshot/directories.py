@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fewshot.config import ROOT
 from fewshot.errors import FewShotError
+from fewshot.paths import ROOT
 from fewshot.processes import rank
 
 

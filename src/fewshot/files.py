@@ -11,8 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from fewshot.config import ROOT
 from fewshot.errors import FewShotError
+from fewshot.paths import ROOT
 
 MOST_BYTES = 64 * 2**20  # of a JSON or YAML file
 

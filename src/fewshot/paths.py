@@ -7,6 +7,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+PACKAGE = Path(__file__).parent
+CHECKOUT = (PACKAGE.parents[1] / "conf" / "train.yaml").is_file()  # else installed, with conf inside the package
+ROOT = PACKAGE.parents[1] if CHECKOUT else Path.cwd()  # the parent of outputs and data
+CONF = (ROOT if CHECKOUT else PACKAGE) / "conf"
 # Keys that hold a path or a list of paths, in any of the commands.
 PATHS = (
     *("data_dir", "cache_dir", "resume", "checkpoint", "against", "support", "query", "out", "readme"),

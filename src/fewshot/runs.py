@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
-from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors, shapes, without_initial_weights
-from fewshot.config import is_group, run_name, training_steps
+from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors, shapes
+from fewshot.config import is_group, run_name, training_steps, without_initial_weights
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, differences, read_contents, read_names
 from fewshot.directories import best_checkpoint, has_run, last_checkpoint, results_file

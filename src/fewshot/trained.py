@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 from torch import nn
 
-from fewshot.checkpoints import check_weights, load_checkpoint, without_initial_weights
-from fewshot.config import as_overrides, compose, import_target, search_path
+from fewshot.checkpoints import check_weights, load_checkpoint
+from fewshot.config import as_overrides, compose, import_target, search_path, without_initial_weights
 from fewshot.directories import checkpoint_at
 from fewshot.encoders.adaptable import BatchStatisticsNorm2d
 from fewshot.errors import FewShotError, mistake, reason

@@ -23,8 +23,19 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.callbacks import FiniteGradients, Interruption, Record
-from fewshot.checkpoints import AtomicCheckpoints, shapes, without_initial_weights
-from fewshot.config import CHECKOUT, ROOT, as_overrides, check, command, compose, resolve, trains_on, with_classes
+from fewshot.checkpoints import AtomicCheckpoints, shapes
+from fewshot.config import (
+    CHECKOUT,
+    ROOT,
+    as_overrides,
+    check,
+    command,
+    compose,
+    resolve,
+    trains_on,
+    with_classes,
+    without_initial_weights,
+)
 from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule

@@ -7,8 +7,7 @@ import torch
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 
-from fewshot.checkpoints import without_initial_weights
-from fewshot.config import check, compose
+from fewshot.config import check, compose, without_initial_weights
 from fewshot.encoders import feature_maps
 from fewshot.encoders.timm import TimmEncoder
 from fewshot.errors import FewShotError
