@@ -7,6 +7,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from fewshot.config import CONF, check, compose, current_names
 from fewshot.errors import FewShotError
+from fewshot.training import train
 
 TABLES = {"omniglot": (5, 20), "miniimagenet": (5,)}
 CELLS = [
@@ -168,3 +169,15 @@ def test_an_experiment_has_a_name_however_it_is_chosen():
     assert compose("+experiment/matching_distance=l2", "run_dir=x").choices.experiment == "matching_distance/l2"
     plain = compose("run_dir=x").choices
     assert plain.experiment is None and plain.budget is None
+
+
+@pytest.mark.parametrize("name", ["protonet", "matching"])
+def test_training_from_a_classifier_needs_its_run(name, tmp_path, real_data, cache_dir):
+    config = compose(
+        f"experiment=miniimagenet/pretrained/{name}", f"data_dir={real_data}", f"run_dir={tmp_path / 'run'}"
+    )
+    check(config)
+    assert (config.choices.method, config.choices.distance, config.train.way) == (name, "scaled_cosine", 5)
+    config.cache_dir = str(cache_dir)
+    with pytest.raises(FewShotError, match="there is no checkpoint .*RUN_DIR; name the directory of a run"):
+        train(config)
