@@ -179,5 +179,5 @@ def test_training_from_a_classifier_needs_its_run(name, tmp_path, real_data, cac
     check(config)
     assert (config.choices.method, config.choices.distance, config.train.way) == (name, "scaled_cosine", 5)
     config.cache_dir = str(cache_dir)
-    with pytest.raises(FewShotError, match="there is no checkpoint .*RUN_DIR; name the directory of a run"):
+    with pytest.raises(FewShotError, match=r"there is no checkpoint .*RUN_DIR; name the directory of a run"):
         train(config)
