@@ -138,7 +138,7 @@ def test_names_mean_nothing_in_another_data_set(source, configure):
 
 def test_user_supplied_encoders_need_no_changes(source, configure):
     """``encoder.init`` works for all encoders and is passed to none of them."""
-    config = configure(f"encoder.init={source}", "encoder._target_=test_initial.own")
+    config = configure(f"encoder.init={source}", "encoder._target_=test_initial.own", "~encoder.pool")
     with pytest.raises(FewShotError, match="it is a Conv4, and must be a Linear"):
         train(config)
 

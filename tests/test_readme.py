@@ -69,6 +69,7 @@ ELSEWHERE = {
     r"launcher=(submitit|ray|joblib)": "needs a cluster, or processes that import everything; see tests/test_sweeps.py",
     r"figure=(maml_graph|time_profile)": "takes minutes; see tests/figures",
     r"device=cuda": "needs a GPU; see tests/benchmarks",
+    r"miniimagenet/(pretrained|classifier/0)": "embeds all of miniImageNet; see tests/test_experiments.py",
     r"dataset=torchvision": "is downloaded; see tests/data/test_torchvision.py",
     r"fewshot demo": "serves until stopped; see tests/test_demo.py",
 }

@@ -204,6 +204,7 @@ def test_all_output_passes_through_the_functions_of_text():
         ("prediction.py", "track"),  # a constant
         ("prediction.py", "csv.writer"),  # each row passes through for_csv
         ("report.py", "csv.DictWriter"),
+        ("sweeps.py", "csv.DictWriter"),  # each value passes through for_csv
         ("loggers.py", "csv.DictWriter"),  # the rows of a table that it read
     }
     src = ROOT / "src"

@@ -166,6 +166,7 @@ def check(config: DictConfig) -> None:
     wrong = [
         line for key, node in _targets(config) for line in _wrong_types(key, node, import_target(key, node._target_))
     ]
+    wrong += _shadowed(config.choices)
     if not isinstance(config.encoder.get("init"), str | None):
         wrong.append(f"encoder.init={config.encoder.init} must be the directory of a run, a checkpoint, or null")
     hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
@@ -183,7 +184,8 @@ def check(config: DictConfig) -> None:
         if values[key] < least if whole else not key.startswith("schedule."):  # some schedules have other keys
             wrong.append(f"{key}={values[key]} must be at least {least}")
     if not wrong_type:
-        wrong += [f"{key}={values[key]} must be below 2**32" for key in ("seed",) if values[key] >= 2**32]  # for NumPy
+        if _fits(values["seed"], int) and values["seed"] >= 2**32:  # NumPy's limit
+            wrong.append(f"seed={values['seed']} must be below 2**32")
         positive = [key for key in ABOVE_ZERO if values[key] is not None]
         wrong += [f"{key}={values[key]} must be positive" for key in positive if not _is_positive(values[key])]
         wrong += [
@@ -401,6 +403,14 @@ def search_path(*places: str) -> list[ConfigSource]:
     sources = [source_at(f"{source.schema}://{source.path}") for source in in_use]
     sources += [source_at(place) for place in (*places, str(CONF))]
     return list({source.full_path(): source for source in sources if source.available()}.values())
+
+
+def _shadowed(choices: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each choice that several sources offer, since Hydra reads the first one without a word."""
+    for group, option in choices.items():
+        offered = [source.full_path() for source in search_path() if source.is_config(f"{group}/{option}")]
+        if len(offered) > 1:
+            yield f"{group}={option} is in {' and in '.join(offered)}, and only the first is read; rename yours"
 
 
 def places_in(arguments: Sequence[str]) -> Iterator[str]:

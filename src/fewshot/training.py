@@ -367,7 +367,7 @@ def _check_search(config: DictConfig) -> None:
     Raises:
         FewShotError: names the key.
     """
-    search = HydraConfig.initialized() and HydraConfig.get().sweeper.get("direction") is not None
+    search = HydraConfig.initialized() and HydraConfig.get().sweeper.get("n_trials") is not None
     if search and config.train.also_on is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise FewShotError(
             f"train.also_on={config.train.also_on} leaves no validation accuracy to search by; search first, and train "

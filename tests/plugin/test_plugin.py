@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 CONF = HERE / "someones" / "conf"
-CHOSEN = ["dataset=stripes", "encoder=rows", "optimizer=signs", "logger=lines", "method=r2d2"]
+CHOSEN = ["dataset=stripes", "encoder=rows", "optimizer=signs", "logger=lines", "method=ridge"]
 TINY = [
     *("hardware=cpu", "way=2", "query=2", "train.episodes=2", "val.episodes=2", "test.episodes=2", "pictures=false"),
     *("train.way=2", "train.query=2", "log_every=1"),
@@ -38,7 +39,7 @@ def test_it_trains_with_all_of_its_parts(run):
         "stripes",
         "rows",
         "signs",
-        "r2d2",
+        "ridge",
     ]
     assert "test/accuracy" in (run / "log.txt").read_text()
 
@@ -57,10 +58,10 @@ def test_it_resumes(run, call, tmp_path):
 def test_a_sweep_finds_it_on_the_search_path(call, tmp_path):
     others = [choice for choice in CHOSEN if not choice.startswith("method")]
     search = ["hydra.searchpath=[pkg://someones.conf]", f"hydra.sweep.dir={tmp_path}"]
-    done = call("-m", *search, *others, *TINY, "method=relation,centred")
+    done = call("-m", *search, *others, *TINY, "method=pairs,centred")
     assert done.returncode == 0, done.stderr
     methods = [json.loads((tmp_path / job / "results.json").read_text())["method"] for job in "01"]
-    assert methods == ["relation", "centred"]
+    assert methods == ["pairs", "centred"]
 
 
 @pytest.mark.slow
@@ -95,12 +96,20 @@ def test_export(run, call, tmp_path):
     assert done.returncode == 0 and (tmp_path / "rows.onnx").exists(), done.stderr
 
 
+def test_an_option_that_the_package_has_as_well_is_not_shadowed_silently(call, tmp_path):
+    (tmp_path / "method").mkdir()
+    shutil.copy(Path(CONF) / "method" / "ridge.yaml", tmp_path / "method" / "r2d2.yaml")
+    done = call("--config-dir", str(tmp_path), "method=r2d2", *TINY)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert re.search(r"method=r2d2 is in .*conf and in .*, and only the first is read; rename yours", done.stderr)
+
+
 def test_help_and_suggestions_know_its_options(call):
-    shown = call("--config-dir", CONF, "method=r2d2", "--help").stdout
+    shown = call("--config-dir", CONF, "method=ridge", "--help").stdout
     listed = next(line for line in shown.splitlines() if line.startswith("# method=")).removeprefix("# method=")
-    assert {"protonet", "r2d2", "relation", "centred"} <= set(listed.split("|"))
+    assert {"protonet", "r2d2", "ridge", "pairs", "centred"} <= set(listed.split("|"))
     assert "penalty: 1.0  # of the weights' squares" in shown
-    done = call("--config-dir", CONF, "method=relatoin", "encoder=rows")
-    assert done.returncode == 1 and "did you mean relation?" in done.stderr
-    done = call("--config-dir", CONF, "method=r2d2", "method.penalti=2")
+    done = call("--config-dir", CONF, "method=piars", "encoder=rows")
+    assert done.returncode == 1 and "did you mean pairs?" in done.stderr
+    done = call("--config-dir", CONF, "method=ridge", "method.penalti=2")
     assert done.returncode == 1 and "did you mean method.penalty?" in done.stderr
