@@ -100,7 +100,8 @@ def test_the_report_lists_every_cell_with_its_reference_accuracies():
             for source in {"published", "others", "article"}.intersection(row):
                 accuracies = row[source].accuracy
                 assert len(accuracies) == len(table.cells) and all(20 < accuracy < 100 for accuracy in accuracies)
-    assert sorted(listed) == sorted(CELLS)
+    ours = [f"miniimagenet/{row}_5way_{shot}shot" for row in ("classifier", "protonet_pretrained") for shot in (1, 5)]
+    assert sorted(listed) == sorted(CELLS + ours)
 
 
 def test_the_command_line_overrides_an_experiment():
