@@ -91,6 +91,13 @@ class TestCache:
         source.write_text("second")
         assert counted(cache, Scaled()) == 1
 
+    def test_nothing_is_kept_of_code_that_is_in_no_file(self, counted, tmp_path, monkeypatch):
+        def built_in(_):
+            raise TypeError("built-in class")
+
+        monkeypatch.setattr(embeddings.inspect, "getsourcefile", built_in)
+        assert [counted(EmbeddingCache(tmp_path, None), Scaled()) for _ in range(2)] == [1, 1]
+
     def test_a_broken_file_is_replaced_and_a_folder_that_cannot_be_written_is_no_error(self, counted, tmp_path):
         cache = EmbeddingCache(tmp_path / "cache", None)
         counted(cache, Scaled())

@@ -407,8 +407,9 @@ def search_path(*places: str) -> list[ConfigSource]:
 
 def _shadowed(choices: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each choice that several sources offer, since Hydra reads the first one without a word."""
+    sources = search_path()
     for group, option in choices.items():
-        offered = [source.full_path() for source in search_path() if source.is_config(f"{group}/{option}")]
+        offered = [source.full_path() for source in sources if source.is_config(f"{group}/{option}")]
         if len(offered) > 1:
             yield f"{group}={option} is in {' and in '.join(offered)}, and only the first is read; rename yours"
 

@@ -92,7 +92,7 @@ class EmbeddingCache:
         self.folder, self._described = folder, json.dumps(described, sort_keys=True, default=str)
 
     def __call__(self, module: nn.Module, positions: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return the embeddings, computed only if they are not in the cache.
+        """Return the embeddings, computed only if they are not in the cache; those from the cache are on the CPU.
 
         Args:
             module: what embeds; its weights and its source files are part of the key.
@@ -100,14 +100,18 @@ class EmbeddingCache:
             compute: computes the embeddings ``[images, ...]``.
         """
         key = hashlib.sha256(self._described.encode())
-        for file in sorted({inspect.getsourcefile(type(part)) or "" for part in module.modules()} - {""}):
-            key.update(Path(file).read_bytes())  # somebody may be working on an encoder
+        try:  # somebody may be working on an encoder
+            sources = {inspect.getsourcefile(type(part)) or "" for part in module.modules()}
+            for file in sorted(sources):
+                key.update(Path(file).read_bytes())
+        except (OSError, TypeError):  # its code is in no file, as in a notebook, so a change would not be noticed
+            return compute()
         for name, tensor in [("positions", positions), *module.named_parameters(), *module.named_buffers()]:
             key.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
             key.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         path = self.folder / f"{key.hexdigest()}.safetensors"
         with contextlib.suppress(OSError, SafetensorError, KeyError):
-            found = load_file(path)["embeddings"].to(positions.device)
+            found = load_file(path)["embeddings"]
             path.touch()
             return found
         computed = compute()

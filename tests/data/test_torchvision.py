@@ -139,7 +139,7 @@ def test_damage_is_named(cifar, textures):
     with (cifar / "cifar-100-python" / "train").open("ab") as file:
         file.write(b"more")
     with pytest.raises(FewShotError, match=r"CIFAR100 is not whole in .*: .*corrupted.*; remove .*cifar-100-python to"):
-        torchvision(str(cifar), "CIFAR100", 32, 3)
+        torchvision(str(cifar), "CIFAR100", 32, 3).classes()
     (textures / "dtd" / "dtd" / "images" / "kind3" / "kind3_0.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     classes = {one.name: one for one in torchvision(str(textures), "DTD", 16, 3).classes()}
     assert classes["kind2"].load().shape == (4, 16, 16, 3)

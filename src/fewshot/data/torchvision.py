@@ -76,7 +76,8 @@ def torchvision(
         raise FewShotError("dataset.source.val and dataset.source.test must both list classes, or both be shares")
     folder, parts = DATA_SETS[name]
     root = Path(data_dir).expanduser()
-    _open(root, name, folder, parts, download)
+    if not (root / folder).is_dir():
+        _open(root, name, folder, parts, download)
     files = sorted(path for path in (root / folder).rglob("*") if path.is_file())
 
     def classes() -> list[ImageClass]:

@@ -237,7 +237,7 @@ class MetricMethod(FewShotMethod):
             if self.embedding_cache is None:
                 return compute()
             by_encoder = type(self).embed_images is MetricMethod.embed_images
-            return self.embedding_cache(self.encoder if by_encoder else self, positions, compute)
+            return self.embedding_cache(self.encoder if by_encoder else self, positions, compute).to(self.device)
 
         def embed_split(split: str) -> LabelledEmbeddings:
             if not len(loader.dataset.bank.classes(split)):

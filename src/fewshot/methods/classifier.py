@@ -14,6 +14,7 @@ from fewshot.data.classes import ClassBatch
 from fewshot.distances import Distance, cosine
 from fewshot.errors import FewShotError
 from fewshot.methods.protonet import PrototypicalNetwork
+from fewshot.methods.training_free import check_positive, check_share
 
 
 class Baseline(PrototypicalNetwork):
@@ -49,10 +50,8 @@ class Baseline(PrototypicalNetwork):
             raise FewShotError(f"method.classes={classes} must be at least 1")
         if head not in ("linear", "cosine"):
             raise FewShotError(f"method.head={head} must be linear or cosine")
-        if not scale > 0:
-            raise FewShotError(f"method.scale={scale} must be positive")
-        if not 0 <= label_smoothing < 1:
-            raise FewShotError(f"method.label_smoothing={label_smoothing} must be at least 0 and below 1")
+        check_positive(scale=scale)
+        check_share(label_smoothing=label_smoothing)
         self.scale, self.label_smoothing, self.by_cosine = scale, label_smoothing, head == "cosine"
         self.head = nn.Linear(int(encoder.features), classes, bias=not self.by_cosine)  # type: ignore[arg-type]
 

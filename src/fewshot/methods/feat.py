@@ -8,6 +8,7 @@ from fewshot.data.episodes import EmbeddedEpisode, MetaBatch
 from fewshot.distances import Distance
 from fewshot.errors import FewShotError
 from fewshot.methods.protonet import PrototypicalNetwork, prototypes
+from fewshot.methods.training_free import check_share
 
 
 class FEAT(PrototypicalNetwork):
@@ -30,8 +31,7 @@ class FEAT(PrototypicalNetwork):
         super().__init__(encoder, distance)
         if not balance >= 0:
             raise FewShotError(f"method.balance={balance} must be at least 0")
-        if not 0 <= dropout < 1:
-            raise FewShotError(f"method.dropout={dropout} must be at least 0 and below 1")
+        check_share(dropout=dropout)
         features = int(encoder.features)  # type: ignore[arg-type]
         self.balance = balance
         self.attention = nn.MultiheadAttention(features, num_heads=1, batch_first=True)

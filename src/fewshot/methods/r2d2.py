@@ -5,9 +5,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from fewshot.data.episodes import EmbeddedEpisode
-from fewshot.errors import FewShotError
 from fewshot.methods.base import MetricMethod
-from fewshot.methods.training_free import check_positive
+from fewshot.methods.training_free import check_positive, check_share
 
 
 class R2D2(MetricMethod):
@@ -37,8 +36,7 @@ class R2D2(MetricMethod):
     ) -> None:
         super().__init__(encoder)
         check_positive(penalty=penalty, scale=scale)
-        if not 0 <= label_smoothing < 1:
-            raise FewShotError(f"method.label_smoothing={label_smoothing} must be at least 0 and below 1")
+        check_share(label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
         self.log_penalty = nn.Parameter(torch.tensor(penalty).log(), requires_grad=learn_penalty)
         self.scale, self.shift = nn.Parameter(torch.tensor(float(scale))), nn.Parameter(torch.zeros(()))

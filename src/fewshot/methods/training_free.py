@@ -149,6 +149,17 @@ def check_positive(**settings: float) -> None:
             raise FewShotError(f"method.{name}={value} must be positive")
 
 
+def check_share(**settings: float) -> None:
+    """Reject settings of a method that must be at least 0 and below 1.
+
+    Raises:
+        FewShotError: names the key.
+    """
+    for name, value in settings.items():
+        if not 0 <= value < 1:
+            raise FewShotError(f"method.{name}={value} must be at least 0 and below 1")
+
+
 def check_steps(**settings: int) -> None:
     """Reject numbers of steps below 1.
 
