@@ -158,6 +158,11 @@ class Line:
         return task if chosen and task != self.task else ""
 
     @property
+    def has_curve(self) -> bool:
+        """Whether the validations of a run are on the task of the test; those of an evaluation at another task are not."""
+        return any(len(run["validations"]) > 1 for run in self.runs) and not self.chosen_at
+
+    @property
     def precision(self) -> str:
         """Precision of training and test."""
         return str(settings(self.runs[0]).get("precision", ""))
@@ -365,9 +370,15 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 
 def draw_curves(lines: Sequence[Line], path: Path) -> None:
-    """Draw the training curves, one panel per cell with runs, for all its settings."""
-    ran = [line for line in lines if line.runs]
-    cells = list(dict.fromkeys(line.cell for line in ran))
+    """Draw the training curves: one panel per cell with a curve, for all its settings."""
+    cells = list(dict.fromkeys(line.cell for line in lines if line.has_curve))
+    if not cells:
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(WIDTH, 1))
+            figure.text(0.5, 0.5, "no training curves: the runs have no validations", ha="center", va="center")
+            figure.savefig(path, dpi=DPI)
+        return
+    ran = [line for line in lines if line.runs and line.cell in cells]
     columns = min(3, len(cells))
     entries = [
         line.total + len(line.references) for cell in cells for line in ran if line.cell == cell and line.number == 1
@@ -571,12 +582,13 @@ def _draw_curves(axes: Axes, lines: Sequence[Line]) -> None:
         # The numbers of colours and line styles have no common factor, so every combination is used.
         colour, style = COLOURS[position % len(COLOURS)], LINES[position % len(LINES)]
         marker = MARKERS[position % len(MARKERS)]
-        label = f"{line.number}, {_name(line.split)}" if line.split else str(line.number)
+        number = f" ({line.number})" if line.total > 1 else ""  # as in the table
+        label = f"ours{number}, {_name(line.split)}"
         for run in line.runs:
             trained = [point["trained_episodes"] for point in run["validations"]]
             accuracies = [100 * point["accuracy"] for point in run["validations"]]
             chosen = trained[accuracies.index(max(accuracies))] if trained else line.train["episodes"]
-            if not line.chosen_at:
+            if line.has_curve:
                 axes.plot(trained, accuracies, style, color=colour, linewidth=1.2)
             axes.errorbar(chosen, 100 * run["accuracy"], 100 * run["ci95"], fmt=marker, color=colour, capsize=2)
         axes.plot([], [], style, marker=marker, color=colour, label=label)
@@ -584,7 +596,7 @@ def _draw_curves(axes: Axes, lines: Sequence[Line]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    title = [*_short(cell.method, 40, 2), *_short(f"{cell.dataset}, {cell.task}", 40, 2)]
+    title = [*_short(cell.method, 36, 2), *_short(f"{cell.dataset}, {cell.task}", 36, 2)]
     axes.set_title("\n".join(title), fontsize="medium", parse_math=False)
     figure = axes.get_figure(root=True)
     assert figure is not None
