@@ -44,8 +44,8 @@ def test_without_a_terminal_settings_progress_and_results_are_plain_lines(tmp_pa
         r"encoder  conv4, 1,\d+ parameters",
         r"device   .*, precision 32-true",
         r"seed     0",
-        r"training: 1/6 episodes  \d:\d\d left  loss [\d.]+  acc [\d.]+%",
-        r"validating: 4/6 episodes  \d:\d\d left  loss [\d.]+  acc [\d.]+%  best [\d.]+%",
+        r"training: 1/6 episodes  \d:\d\d left  loss [\d.]+ +acc +[\d.]+%",
+        r"validating: 4/6 episodes  \d:\d\d left  loss [\d.]+ +acc +[\d.]+%  best [\d.]+%",
         r"episode 2: validation accuracy .*",
         r"Trained in 0:\d\d; the best weights are from episode [246]\.",
     ):

@@ -209,8 +209,9 @@ def _metrics(trainer: pl.Trainer) -> str:
     values = trainer.callback_metrics
     record = next((callback for callback in trainer.callbacks if isinstance(callback, Record)), None)  # type: ignore[attr-defined]
     best = max((point["accuracy"] for point in record.validations), default=None) if record is not None else None
-    shown = [f"loss {values['train/loss']:.3g}"] if "train/loss" in values else []
-    shown += [f"acc {values['train/accuracy']:.1%}"] if "train/accuracy" in values else []
+    # Of constant width, so that the bar beside them keeps its length.
+    shown = [f"loss {values['train/loss']:<6.3g}"] if "train/loss" in values else []
+    shown += [f"acc {values['train/accuracy']:>6.1%}"] if "train/accuracy" in values else []
     shown += [f"best {best:.1%}"] if best is not None else []
     return "  ".join(shown)
 
