@@ -315,7 +315,7 @@ def test_a_mistake_is_reported_in_one_line(run, folders, overrides, message):
 
 
 def test_a_support_set_without_folders_is_explained(run, folders):
-    with pytest.raises(FewShotError, match="contains 0 folders with files, and at least two classes are needed"):
+    with pytest.raises(FewShotError, match="has 0 folders with files, and at least two classes are needed"):
         predict(configure(folders, f"checkpoint={run('protonet')}", f"support={folders / 'query' / 'letter 1'}"))
 
 

@@ -26,7 +26,7 @@ from fewshot.data.files import ImageFile, file_at, list_folder
 from fewshot.data.folder import by_class
 from fewshot.data.images import normalise
 from fewshot.data.locate import splits_named
-from fewshot.data.photos import read_photo
+from fewshot.data.photos import CROPS, read_photo
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
 from fewshot.errors import FewShotError
 from fewshot.files import atomic_writer, output_directory
@@ -66,15 +66,21 @@ class Predictor:
         dataset: ``size``, ``channels`` and ``normalise`` of the images that its encoder takes.
         ink: it was trained on bright letters on black, see ``read_photo``.
         hardware: the group of that name; one device is used.
+        crop: what becomes of images that are not square, see ``fewshot.data.photos.prepare``.
 
     Raises:
-        FewShotError: ``hardware`` requests more than one device.
+        FewShotError: ``hardware`` requests more than one device, or ``crop`` is unknown.
     """
 
-    def __init__(self, method: FewShotMethod, dataset: DictConfig, ink: bool, hardware: DictConfig) -> None:
+    def __init__(
+        self, method: FewShotMethod, dataset: DictConfig, ink: bool, hardware: DictConfig, crop: str = "auto"
+    ) -> None:
+        if crop not in CROPS:
+            raise FewShotError(f"crop={crop} is unknown: choose {', '.join(CROPS)}")
         if hardware.devices not in (1, "auto"):
             raise FewShotError(f"hardware.devices={hardware.devices}: predictions are made on one, hardware.devices=1")
         self.size, self.channels, self.kind, self.ink = dataset.size, dataset.channels, dataset.normalise, ink
+        self.crop = ("pad" if ink else "center") if crop == "auto" else crop
         check_hardware(hardware)
         precision: Any = precision_of(hardware)
         self._fabric = Fabric(accelerator=hardware.accelerator, devices=1, precision=precision)
@@ -85,7 +91,7 @@ class Predictor:
 
     def read(self, file: ImageFile) -> Pixels:
         """Read an image as the network sees it: uint8 ``[size, size, channels]``; see ``read_photo``."""
-        return read_photo(file, self.size, self.channels, self.ink)
+        return read_photo(file, self.size, self.channels, self.ink, self.crop, reduced=True)
 
     def learn(self, support: Mapping[str, Sequence[Pixels]]) -> Callable[[Sequence[Pixels]], torch.Tensor]:
         """Learn classes from examples.
@@ -138,9 +144,9 @@ def make_predictor(config: DictConfig) -> Predictor:
     if config.checkpoint is not None:
         trained = with_chosen_method(load_trained(config.checkpoint, trust=config.trust), config.overrides)
         ink = has_bright_ink(get_object(trained.config.dataset.source._target_))
-        return Predictor(trained.method, trained.config.dataset, ink, config.hardware)
+        return Predictor(trained.method, trained.config.dataset, ink, config.hardware, config.crop)
     method = make_untrained(config.method, "this method or its encoder")
-    return Predictor(method, config.dataset, ink=False, hardware=config.hardware)
+    return Predictor(method, config.dataset, ink=False, hardware=config.hardware, crop=config.crop)
 
 
 def predict(config: DictConfig) -> None:
@@ -213,15 +219,16 @@ def predict(config: DictConfig) -> None:
         say(f"{len(left_out):,} files were left out; {out / 'left_out.txt'} lists them with the reasons")
     say(written)
     if drawn:
-        say(contact_sheet(drawn, out / "predictions.png"))
+        say(contact_sheet(drawn, out / "predictions.png", predictor.crop))
 
 
-def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, columns: int = 6) -> Path:
+def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, crop: str, columns: int = 6) -> Path:
     """Draw queries as the network saw them, each with its answer and probability.
 
     Args:
         drawn: predictions, each with its pixels, uint8 ``[size, size, channels]``.
         path: of the picture.
+        crop: what became of images that were not square; it is named.
         columns: at most so many queries side by side.
 
     Returns:
@@ -230,6 +237,7 @@ def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, column
     columns, rows = min(columns, len(drawn)), math.ceil(len(drawn) / columns)
     with mpl.rc_context({"font.size": 8}):
         figure = Figure(figsize=(1.6 * columns, 1.9 * rows), layout="constrained")
+        figure.suptitle(f"crop={crop}", fontsize=8)
         for axes in figure.subplots(rows, columns, squeeze=False).flat:
             axes.set_axis_off()
         for axes, (prediction, pixels) in zip(figure.axes, drawn, strict=False):
@@ -253,10 +261,14 @@ def _find_support(place: str | None) -> dict[str, list[ImageFile]]:
             f"{place} contains the splits of a data set, {', '.join(names)}, instead of one folder per class; name one "
             f"of them: support={Path(place) / names[-1]}"
         )
+    empty = [path for path in sorted(Path(place).expanduser().iterdir()) if path.is_dir() and path.name not in classes]
+    empty = [path for path in empty if not path.name.startswith(".")]
+    if empty:
+        raise FewShotError(f"class {empty[0].name} has no image in {empty[0]}; add one, or remove the folder")
     if len(classes) < 2:
         raise FewShotError(
-            f"{place} contains {len(classes)} folders with files, and at least two classes are needed: put the images "
-            "of each class into a folder with its name"
+            f"{place} has {len(classes)} folder{'s' * (len(classes) != 1)} with files, and at least two classes are "
+            "needed: put the images of each class into a folder with its name"
         )
     return classes
 

@@ -1,10 +1,11 @@
 """Images as people have them."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError, features
 
 from fewshot.data.files import ImageFile
 from fewshot.data.images import decode
@@ -103,6 +104,97 @@ def test_a_square_drawing_is_read_as_omniglot_reads_it():
     random = np.random.default_rng(0)
     drawing = file_of(Image.fromarray(np.where(random.random((105, 105)) < 0.1, 0, 255).astype(np.uint8)))
     np.testing.assert_array_equal(read_photo(drawing, 28, 1, ink=True), 255 - decode(drawing, 28, 1))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_pad_and_squash_keep_the_whole_panorama(orientation):
+    panorama = Image.new("RGB", (80, 20), RED)
+    panorama.paste(GREEN, (20, 0, 60, 20))
+    panorama.paste(BLUE, (60, 0, 80, 20))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = panorama.transpose(Image.Transpose.ROTATE_90) if orientation == 6 else panorama
+    center, pad, squash = (
+        read_photo(file_of(stored, exif=exif), 40, 3, crop=crop).astype(int) for crop in ("center", "pad", "squash")
+    )
+    assert (np.abs(center - GREEN) < 2).all()
+    assert np.abs(squash[:, [2, 20, 37]] - [RED, GREEN, BLUE]).max() < 3
+    assert np.abs(pad[20, [2, 20, 37]] - [RED, GREEN, BLUE]).max() < 3
+    assert len(np.unique(pad[:14].reshape(-1, 3), axis=0)) == 1  # one colour above
+    np.testing.assert_array_equal(read_photo(file_of(stored, exif=exif), 40, 3), center)
+
+
+@pytest.mark.parametrize(("ink", "crop"), [(False, "center"), (True, "pad"), (False, "squash")])
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)])
+def test_a_strip_is_named(shape, ink, crop):
+    with pytest.raises(FewShotError, match=rf"it is a strip of {shape[0]:,}x{shape[1]:,} pixels, .*; replace or rem"):
+        read_photo(file_of(Image.new("L", shape)), 28, 1, ink, crop)
+
+
+def test_a_long_drawing_is_padded_at_the_size_of_the_result(monkeypatch):
+    wide = file_of(Image.new("L", (8_000, 400), 255))
+    made, new = [], Image.new
+    monkeypatch.setattr(Image, "new", lambda mode, size, *colour: made.append(size) or new(mode, size, *colour))
+    assert read_photo(wide, 64, 1, ink=True).shape == (64, 64, 1)
+    assert max(made) == (64, 64)  # not 8,000 x 8,000
+
+
+@pytest.mark.parametrize("kind", ["heif", "avif"])
+def test_photos_of_phones_are_read_and_turned_upright(kind):
+    pytest.importorskip("pillow_heif", reason="no pillow-heif: pip install -e '.[photos]'")
+    if kind == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    file = file_of(PHOTO.transpose(Image.Transpose.ROTATE_90), kind, exif=exif.tobytes(), quality=100)
+    assert np.abs(np.array(corners(read_photo(file, 16, 3))) - [RED, GREEN, BLUE, GREY]).max() <= 12
+    with pytest.raises(FewShotError, match=r"cannot read the image x\.heic: "):
+        read_photo(ImageFile("x.heic", lambda: file.read()[:300]), 16, 3)
+
+
+@pytest.mark.parametrize(("brand", "fix"), [(b"heic", r"\.\[photos\]"), (b"avif", r"pillow>=11\.3")])
+def test_without_a_decoder_for_photos_of_phones_the_error_names_the_package(brand, fix, monkeypatch):
+    def unknown(*_):
+        raise UnidentifiedImageError
+
+    monkeypatch.setattr(Image, "open", unknown)
+    content = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1"
+    with pytest.raises(FewShotError, match=rf"x\.heic: nothing installed reads {brand.decode().upper()}; pip .*{fix}"):
+        read_photo(ImageFile("x.heic", lambda: content), 16, 3)
+
+
+def test_colours_of_sixteen_bits_and_of_print_are_read():
+    deep = np.zeros((2, 2, 3), np.uint16)
+    deep[0, 1], deep[1, 0] = (65_535, 32_768, 0), (0, 0, 65_535)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    chunks = [(b"IHDR", (2).to_bytes(4) * 2 + b"\x10\x02\0\0\0"), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4) for kind, data in chunks
+    )
+    pixels = read_photo(ImageFile("deep.png", lambda: content), 2, 3)
+    assert pixels.tolist() == [[[0, 0, 0], [255, 128, 0]], [[0, 0, 255], [0, 0, 0]]]
+    printed = file_of(PHOTO.convert("CMYK"), "jpeg", quality=100)
+    assert np.abs(np.array(corners(read_photo(printed, 16, 3))) - [RED, GREEN, BLUE, GREY]).max() < 12
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_of_an_animation_or_many_pages_the_first_is_read(kind):
+    others = [Image.new("RGB", PHOTO.size, colour) for colour in ("black", "white")]
+    options = {"lossless": True} if kind == "webp" else {}
+    pixels = read_photo(file_of(PHOTO, kind, save_all=True, append_images=others, **options), 16, 3)
+    assert np.abs(np.array(corners(pixels)) - [RED, GREEN, BLUE, GREY]).max() <= 6
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("ink", [False, True])
+def test_a_jpeg_decoded_at_reduced_size_is_nearly_the_same(mode, ink):
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (16, 20, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 8
+    photo = file_of(coarse.resize((800, 640), Image.Resampling.BICUBIC).convert(mode), "jpeg", quality=95, exif=exif)
+    full, fast = (read_photo(photo, 28, 3, ink, reduced=reduced).astype(int) for reduced in (False, True))
+    assert 0 < np.abs(full - fast).mean() < 1.5
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])

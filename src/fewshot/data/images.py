@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -14,7 +14,19 @@ from fewshot.data.files import ImageFile
 from fewshot.errors import FewShotError
 from fewshot.hardware import send
 
+with suppress(ImportError):  # the extra "photos"
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 MODES = {1: "L", 3: "RGB"}
+# By the brand in the first bytes of a file: the format, and what reads it.
+BRANDS = {
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), ("HEIC", "pip install -e '.[photos]'")
+    ),
+    **dict.fromkeys((b"avif", b"avis"), ("AVIF", "pip install 'pillow>=11.3'")),
+}
 # Pillow warns of images with up to twice its limit of pixels, which ``opened`` refuses. (Turning the warning into an
 # error for a while is not safe in threads.)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -31,8 +43,10 @@ def opened(file: ImageFile) -> Iterator[Image.Image]:
         FewShotError: the file cannot be read, is not an image or a broken one, or has more pixels than Pillow allows;
             or an operation on the image fails.
     """
+    content = b""
     try:
-        with Image.open(io.BytesIO(file.read())) as image:
+        content = file.read()
+        with Image.open(io.BytesIO(content)) as image:
             if image.format == "EPS":
                 raise ValueError("PostScript is a program and is not run")
             pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
@@ -42,8 +56,13 @@ def opened(file: ImageFile) -> Iterator[Image.Image]:
     except FewShotError:
         raise
     except Exception as error:  # decoders raise many types
-        reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise FewShotError(f"cannot read the image {file.name}: {reason}; replace or remove it") from error
+        reason, fix = str(error), "replace or remove it"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image in a known format"
+            if content[4:8] == b"ftyp" and content[8:12] in BRANDS:
+                format_, fix = BRANDS[content[8:12]]
+                reason = f"nothing installed reads {format_}"
+        raise FewShotError(f"cannot read the image {file.name}: {reason}; {fix}") from error
 
 
 def decode(file: ImageFile, size: int, channels: int) -> NDArray[np.uint8]:
