@@ -1,13 +1,12 @@
 """Classify your own images, given a folder of examples for each class."""
 
 import csv
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import has_magic
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from fewshot.data.files import ImageFile, file_at, list_folder
 from fewshot.data.folder import by_class
 from fewshot.data.images import normalise
 from fewshot.data.locate import splits_named
-from fewshot.data.photos import CROPS, read_photo
+from fewshot.data.photos import CROPS, Photo, read_ahead, read_photo
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
 from fewshot.errors import FewShotError
 from fewshot.files import atomic_writer, output_directory
@@ -183,10 +182,10 @@ def predict(config: DictConfig) -> None:
         table = csv.writer(file)
         table.writerow(["file", "label", "probability", "runner-up"])
         # A transductive method answers all queries together.
-        size = len(queries) if predictor.method.transductive else config.batch
-        batches = np.array_split(np.arange(len(queries)), math.ceil(len(queries) / size))
-        for batch in track(batches, description="classifying", transient=True):
-            readable = dict(_read_queries([queries[number] for number in batch], predictor.read, known, left_out))
+        count = 1 if predictor.method.transductive else math.ceil(len(queries) / config.batch)
+        reading = read_ahead(queries, predictor.read)
+        for batch in track(np.array_split(np.arange(len(queries)), count), description="classifying", transient=True):
+            readable = dict(_read_queries(islice(reading, len(batch)), known, left_out))
             if not readable:
                 continue
             logits = classify(list(readable.values()))
@@ -328,21 +327,22 @@ def _read_support(
     known: dict[bytes, ImageFile] = {}
     read_files: list[ImageFile] = []
     class_of: dict[bytes, str] = {}
-    for name, files in examples.items():
-        support[name] = []
-        for file in files:
-            try:
-                digest, pixels = _read(file, read)
-            except FewShotError as error:
-                _leave_out(error, left_out)
-                continue
-            if class_of.setdefault(digest, name) != name:
-                say(f"warning: {file.name} is the same image as {known[digest].name} of a different class", error=True)
-            known.setdefault(digest, file)
-            support[name].append(pixels)
-            read_files.append(file)
-        if not support[name]:
-            raise FewShotError(f"class {name} has no readable image in {Path(files[0].name).parent}; add one")
+    labelled = [(name, file) for name, files in examples.items() for file in files]
+    reading = read_ahead((file for _, file in labelled), read)
+    for (name, file), (_, photo) in zip(labelled, reading, strict=True):
+        support.setdefault(name, [])
+        if isinstance(photo, FewShotError):
+            _leave_out(photo, left_out)
+            continue
+        if class_of.setdefault(photo.digest, name) != name:
+            again = known[photo.digest].name
+            say(f"warning: {file.name} is the same image as {again} of a different class", error=True)
+        known.setdefault(photo.digest, file)
+        support[name].append(photo.pixels)
+        read_files.append(file)
+    for name, images in support.items():
+        if not images:
+            raise FewShotError(f"class {name} has no readable image in {Path(examples[name][0].name).parent}; add one")
     _warn_of_twins(support, read_files)
     return support, known, read_files
 
@@ -359,31 +359,15 @@ def _warn_of_twins(support: Mapping[str, Sequence[Pixels]], files: Sequence[Imag
 
 
 def _read_queries(
-    files: Sequence[ImageFile],
-    read: Callable[[ImageFile], Pixels],
-    known: Mapping[bytes, ImageFile],
-    left_out: list[str],
+    reading: Iterable[tuple[ImageFile, Photo | FewShotError]], known: Mapping[bytes, ImageFile], left_out: list[str]
 ) -> Iterator[tuple[str, Pixels]]:
-    for file in files:
-        try:
-            digest, pixels = _read(file, read)
-            if digest in known:
-                raise FewShotError(f"{file.name} is in the support set, as {known[digest].name}")
-        except FewShotError as error:
-            _leave_out(error, left_out)
+    for file, photo in reading:
+        if isinstance(photo, FewShotError):
+            _leave_out(photo, left_out)
+        elif photo.digest in known:
+            _leave_out(FewShotError(f"{file.name} is in the support set, as {known[photo.digest].name}"), left_out)
         else:
-            yield file.name, pixels
-
-
-def _read(file: ImageFile, read: Callable[[ImageFile], Pixels]) -> tuple[bytes, Pixels]:
-    contents: list[bytes] = []  # read only once, where errors are reported
-
-    def once() -> bytes:
-        contents.append(file.read())
-        return contents[0]
-
-    pixels = read(ImageFile(file.name, once))
-    return hashlib.sha256(contents[0]).digest(), pixels
+            yield file.name, photo.pixels
 
 
 def _answers(names: Mapping[str, Pixels], logits: torch.Tensor, classes: Sequence[str]) -> Iterator[Prediction]:

@@ -1,7 +1,10 @@
 """Images as people have them."""
 
+import hashlib
 import io
+import threading
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from PIL import Image, UnidentifiedImageError, features
 
 from fewshot.data.files import ImageFile
 from fewshot.data.images import decode
-from fewshot.data.photos import read_photo
+from fewshot.data.photos import read_ahead, read_photo
 from fewshot.errors import FewShotError
 
 ORIENTATION = 0x0112  # of EXIF
@@ -215,3 +218,41 @@ def test_a_file_that_cannot_be_read_or_is_cut_short_or_too_large_is_named(monkey
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(FewShotError, match=message):
             read_photo(file_of(PHOTO), 8, 3)
+
+
+def test_images_are_read_ahead_in_order_and_on_several_threads():
+    started, blocked = [], threading.Event()
+
+    def read(file):
+        started.append((file.name, threading.get_ident()))
+        if file.name == "0":
+            assert blocked.wait(60)  # the others are read meanwhile
+        if file.name == "3":
+            raise FewShotError("3 is broken")
+        return np.full((1, 1, 1), int(file.read()), np.uint8)
+
+    def contents(number):
+        if number == 2 and not blocked.is_set():
+            blocked.set()
+        return str(number).encode()
+
+    files = [ImageFile(str(number), partial(contents, number)) for number in range(20)]
+    reading = read_ahead(files, read, ahead=5)
+    file, photo = next(reading)
+    assert (file, photo.digest) == (files[0], hashlib.sha256(b"0").digest())
+    assert len({thread for _, thread in started}) > 1
+    rest = list(reading)
+    assert [file for file, _ in rest] == files[1:]
+    assert str(rest[2][1]) == "3 is broken"
+    assert [int(photo.pixels.item()) for _, photo in rest if not isinstance(photo, FewShotError)] == [
+        number for number in range(1, 20) if number != 3
+    ]
+
+
+def test_what_is_not_taken_is_not_read():
+    read = []
+    files = [ImageFile(str(number), lambda: b"") for number in range(1000)]
+    reading = read_ahead(files, lambda file: read.append(file.read()) or np.zeros((1, 1, 1), np.uint8), ahead=10)
+    next(reading)
+    reading.close()
+    assert 1 <= len(read) <= 11

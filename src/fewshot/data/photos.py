@@ -1,14 +1,75 @@
 """User-supplied images: from any camera, scanner or drawing program, of any shape."""
 
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fewshot.data.files import ImageFile
 from fewshot.data.images import MODES, opened, to_pixels
+from fewshot.errors import FewShotError
 
 CROPS = ("auto", "center", "pad", "squash")
+MOST_THREADS = 8  # each may decode an image of 90 million pixels
 LONGEST = 32  # times the shorter side: of a longer strip, no crop shows anything
+
+
+class Photo(NamedTuple):
+    """An image that was read.
+
+    Attributes:
+        digest: SHA-256 of the bytes of its file.
+        pixels: uint8 ``[size, size, channels]``.
+    """
+
+    digest: bytes
+    pixels: NDArray[np.uint8]
+
+
+def read_ahead(
+    files: Iterable[ImageFile], read: Callable[[ImageFile], NDArray[np.uint8]], ahead: int = 256
+) -> Iterator[tuple[ImageFile, Photo | FewShotError]]:
+    """Read images on all cores, while the caller works on earlier ones: decoders do not hold Python's lock.
+
+    Args:
+        files: the images.
+        read: reads one.
+        ahead: at most so many images are read before they are taken.
+
+    Yields:
+        Each file, in order, with its image or the reason why it cannot be read.
+    """
+
+    def read_one(file: ImageFile) -> Photo | FewShotError:
+        contents: list[bytes] = []  # read only once, where errors are reported
+
+        def once() -> bytes:
+            contents.append(file.read())
+            return contents[0]
+
+        try:
+            pixels = read(ImageFile(file.name, once))
+        except FewShotError as error:
+            return error
+        return Photo(hashlib.sha256(contents[0]).digest(), pixels)
+
+    pool = ThreadPoolExecutor(min(MOST_THREADS, max(2, os.cpu_count() or 1)))
+    try:
+        coming = ((file, pool.submit(read_one, file)) for file in files)
+        waiting = deque(islice(coming, ahead))
+        while waiting:
+            file, reading = waiting.popleft()
+            waiting.extend(islice(coming, 1))
+            yield file, reading.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_photo(
