@@ -178,7 +178,7 @@ def _serve(pipe: Connection, entrant: Entrant, scratch: str) -> None:
     try:
         if entrant.keep_memory:
             keep_freed_memory()
-        before = _peak_memory()
+        before = peak_memory()
         built = entrant.build(**entrant.settings)
         if isinstance(built, tuple):
             work, stay = built
@@ -199,7 +199,7 @@ def _answer(pipe: Connection, work: Work, before: int) -> None:
             request = pipe.recv()
             if request == "peak":
                 on_gpu = torch.cuda.is_initialized()
-                pipe.send((request, torch.cuda.max_memory_allocated() if on_gpu else _peak_memory() - before))
+                pipe.send((request, torch.cuda.max_memory_allocated() if on_gpu else peak_memory() - before))
             elif request == "busy":
                 pipe.send((request, busy_seconds(work) if torch.cuda.is_initialized() else None))
             else:
@@ -217,7 +217,7 @@ def _fail(pipe: Connection, error: Exception) -> None:
     pipe.send(("error", repr(error)))
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Return the peak memory of this process, in bytes."""
     try:  # more exact than getrusage, which starts at the parent's memory
         status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
