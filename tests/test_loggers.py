@@ -3,6 +3,7 @@
 import csv
 import json
 import sqlite3
+import time
 
 import pytest
 import pytorch_lightning as pl
@@ -178,10 +179,16 @@ def logged_by_wandb(folder):
     """The tags and the configuration in an offline log."""
     messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     (path,) = folder.glob("*.wandb")
+
+    def read():
+        return [messages.Record.FromString(content) for content in leveldb_records(path.read_bytes()[7:], 7)]
+
+    records, until = read(), time.monotonic() + 60
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < until:
+        time.sleep(0.1)  # another process writes the log, and may be late
+        records = read()
     tags, settings = set(), {}
-    for content in leveldb_records(path.read_bytes()[7:], 7):
-        record = messages.Record()
-        record.ParseFromString(content)
+    for record in records:
         tags |= {(item.nested_key or [item.key])[0] for item in record.history.item}
         for part in (record.run.config, record.config):
             settings |= {item.key: json.loads(item.value_json) for item in part.update}
