@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conftest import layout_faults
-from fewshot.compare import COLUMNS, as_html, as_markdown, collect, compare, draw
+from fewshot.compare import COLUMNS, as_html, as_markdown, collect, compare, draw, draw_times
 from fewshot.config import compose
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate
@@ -66,16 +66,16 @@ def test_runs_of_a_task_are_compared_with_the_first_on_equal_episodes(tmp_path):
 def test_nothing_is_compared_on_different_or_unknown_episodes(tmp_path):
     write_run(tmp_path / "0")
     write_run(tmp_path / "1", data=DATA | {"images_sha256": "e"})
-    write_run(tmp_path / "2", right=np.full(41, 50.0))
+    write_run(tmp_path / "2", query=14, right=np.full(40, 50.0), accuracy=50 / 70)
     write_run(tmp_path / "3", config={"train": {"episodes": 10}, "eval_seed": 1})
     write_run(tmp_path / "4", left_out_classes=["a"])
     (write_run(tmp_path / "5") / "episodes.csv").unlink()
     write_run(tmp_path / "6", concentration=2.0)
-    (task,) = collect(read_runs(str(tmp_path)))
-    assert not any(task.differences)
-    assert task.notes == [
-        "Run 2, 3, 4, 5, 7: no difference from run 1, because the test episodes differ (images, query, concentration, "
-        "eval_seed or number of episodes).",
+    balanced, unbalanced = collect(read_runs(str(tmp_path)))
+    assert not any(balanced.differences) and unbalanced.title == "omniglot (vinyals), 5-way 1-shot, unbalanced (2)"
+    assert balanced.notes == [
+        "Run 2, 3, 4, 5: no difference from run 1, because the test episodes differ (images, query, concentration "
+        "or eval_seed).",
         "Run 6: no difference from run 1, because the run has no valid episodes.csv; fewshot evaluate "
         "checkpoint=RUN_DIR writes one.",
     ]
@@ -85,6 +85,46 @@ def test_nothing_is_compared_on_different_or_unknown_episodes(tmp_path):
     assert not layout_faults(draw([task]))
     with pytest.raises(FewShotError, match=r"reference=.*elsewhere is not the directory of any of these runs"):
         collect(read_runs(str(tmp_path)), tmp_path / "elsewhere")
+
+
+def test_runs_with_different_numbers_of_episodes_are_compared_on_the_first_ones(tmp_path):
+    right = np.arange(40.0)
+    write_run(tmp_path / "0", right=right)
+    write_run(tmp_path / "1", right=right[:30] + 1)
+    (task,) = collect(read_runs(str(tmp_path)))
+    assert task.differences[1] == paired_difference(right[:30] + 1, right[:30], 75)
+    assert task.notes == ["Run 2: the difference is that on the first 30 episodes, which run 1 has in common."]
+
+
+def write_evaluation(folder, method, kind=0, **fields):
+    """Write the result of an evaluation of an encoder without training."""
+    known = {"transductive": kind > 0, "assumes_balance": kind > 1, "checkpoint": "encoder=timm", "split": "test"}
+    known |= {"weights": "untrained", "train_seconds": None, "validations": [], "test_seconds_per_episode": 0.001}
+    return write_run(folder, method=method, **known | fields)
+
+
+def test_evaluations_are_compared_with_their_kind_and_time(tmp_path, capsys):
+    for way in (5, 20):
+        write_evaluation(tmp_path / f"{way}" / "0", "protonet", way=way)
+        write_evaluation(tmp_path / f"{way}" / "1", "bd_cspn", 1, way=way, test_seconds_per_episode=0.01234)
+        write_evaluation(tmp_path / f"{way}" / "2", "tim", 2, way=way, concentration=2.0 if way == 20 else None)
+    write_run(tmp_path / "trained")
+    with pytest.raises(FewShotError, match="none of the 6 results"):
+        read_runs([str(tmp_path / "5"), str(tmp_path / "20")])
+    _, text, _, times = compare(str(tmp_path), None, str(tmp_path / "out"))
+    markdown = text.read_text()
+    columns = "| method | kind | episodes | 20-way 1-shot | 20-way 1-shot, unbalanced (2) | 5-way 1-shot |"
+    assert f"**omniglot (vinyals): accuracy, %**\n\n{columns}\n" in markdown
+    assert "| tim conv4" not in markdown and times.name == "time.png" and "(time.png)" in markdown
+    assert "| tim | transductive, assumes balance | 40 |  | 16.67 ± 1.00 | 66.67 ± 1.00 |" in markdown
+    assert "| bd_cspn | transductive | 40 | 12.34 |  | 12.34 |" in markdown
+    assert "12.34" in capsys.readouterr().out
+    tasks = collect(read_runs(str(tmp_path), evaluations=True))
+    kinds = {(row["method"], row["kind"]) for row in cells(tasks[2])}
+    assert ("tim", "transductive, assumes balance") in kinds and ("protonet", "inductive") in kinds
+    (figure,) = draw_times(tasks)
+    assert not layout_faults(figure)
+    assert draw_times(collect(read_runs(str(tmp_path / "trained")))) == []
 
 
 @pytest.mark.parametrize(
@@ -109,11 +149,12 @@ def test_episodes_that_do_not_fit_their_results_are_skipped(tmp_path, capsys, co
 
 def test_untrusted_text_is_shown_as_text(tmp_path, capsys):
     hostile = {"method": HOSTILE, "distance": HOSTILE, "dataset": HOSTILE, "data": DATA | {"split": HOSTILE}}
+    hostile |= {"trained_on": HOSTILE, "transductive": True, "test_seconds_per_episode": 0.001}
     for number in range(2):
         write_run(tmp_path / "runs" / f"[b]{number}", **hostile, overrides=[f"encoder.{HOSTILE}={number}{HOSTILE}"])
-    page, text, _ = compare(str(tmp_path / "runs"), None, str(tmp_path / "out"))
+    page, text, *_ = compare(str(tmp_path / "runs"), None, str(tmp_path / "out"))
     html, markdown = page.read_text(), text.read_text()
-    assert "<script" not in html and "http://b.c" in html and html.count("<img") == 1
+    assert "<script" not in html and "http://b.c" in html and html.count("<img") == 2
     assert "<script" not in markdown and r"\[a\]" in markdown
     row = next(line for line in markdown.splitlines() if line.startswith("| 1 |"))
     assert len(re.findall(r"(?<!\\)\|", row)) == len(COLUMNS) + 1

@@ -1,6 +1,7 @@
 """A checkpoint tested again."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -166,12 +167,68 @@ def test_another_method_on_the_encoder_of_a_checkpoint(run, evaluate, tmp_path):
     assert evaluate(run("protonet"), "method=matching")["accuracy"] == own["accuracy"]
 
 
+@pytest.fixture
+def letters(tmp_path):
+    """Twelve classes of images in folders, three of them to test."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3), ("test", 3)):
+        for label in range(count):
+            for number in range(5):
+                path = tmp_path / "letters" / split / f"{split}{label}" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(random.integers(0, 256, (30, 40), dtype=np.uint8)).save(path)
+    return tmp_path / "letters"
+
+
+def test_a_checkpoint_is_tested_on_another_data_set(run, evaluate, letters, tmp_path, capsys):
+    data = ["dataset=folder", f"data_dir={letters}"]
+    tested = evaluate(run("protonet"), *data, "way=3", "episodes=3")
+    assert (tested["dataset"], tested["trained_on"]) == ("folder", "glyphs")
+    assert tested["config"]["dataset"]["source"]["channels"] == tested["config"]["dataset"]["channels"] == 1
+    assert tested["config"]["dataset"]["size"] == 28 and tested["run_config"]["choices"]["dataset"] == "glyphs"
+    assert tested["data"]["classes"]["test"] == 3 and not tested["left_out_classes"]
+    with pytest.raises(FewShotError, match="none of the 1 results"):
+        read_results([str(tmp_path / "out")])
+    assert "an evaluation on other data than those of the training, glyphs" in capsys.readouterr().err
+    # Another split of its own data set: classes that it was trained on are left out.
+    again = evaluate(run("protonet", "dataset.source.samples=9", "seed=3"), "dataset=glyphs", "episodes=3")
+    assert not again["left_out_classes"] and again["trained_on"] == "glyphs"
+    both = evaluate(run("protonet"), f"against={run('matching_fce')}", *data, "way=3", "episodes=3")
+    assert both["against"]["episodes"] == 3
+
+
+def test_classes_of_another_data_set_that_were_trained_on_are_left_out(evaluate, letters, cache_dir, tmp_path):
+    (letters / "test" / "test9").mkdir()
+    for path in (letters / "train" / "train0").iterdir():  # the same images under another name
+        (letters / "test" / "test9" / path.name).write_bytes(path.read_bytes())
+    data = ["dataset=folder", "dataset.channels=1", "dataset.size=28", f"data_dir={letters}", "query=3", "way=3"]
+    shutil.copytree(letters, tmp_path / "first" / "letters")
+    shutil.rmtree(tmp_path / "first" / "letters" / "test" / "test9")
+    first = [
+        *data[:3],
+        f"data_dir={tmp_path / 'first' / 'letters'}",
+        *data[4:],
+        "train.way=3",
+        f"cache_dir={cache_dir}",
+    ]
+    little = ["train.episodes=2", "val.episodes=2", "test.episodes=2", f"run_dir={tmp_path / 'run'}"]
+    train(compose(*first, *little, "train.query=3"))
+    tested = evaluate(tmp_path / "run", "dataset=folder", f"data_dir={letters}", "episodes=3")
+    assert tested["left_out_classes"] == ["test9"]
+
+
 @pytest.mark.parametrize(
     ("method", "overrides", "message"),
     [
         ("protonet", ["encoder=resnet12"], "encoder=resnet12: a checkpoint decides the dataset and the encoder"),
         ("protonet", ["encoder.filters=3"], "a checkpoint decides"),
-        ("protonet", ["dataset.size=9"], "a checkpoint decides"),
+        ("protonet", ["dataset.size=9"], "to test on another one: dataset=cifar_fs"),
+        ("protonet", ["dataset=folder", "dataset.size=9"], r"was trained with dataset\.size=28, and keeps it"),
+        (
+            "protonet",
+            ["dataset=miniimagenet"],
+            "dataset=miniimagenet: its images have 3 channels, and the encoder takes 1",
+        ),
         ("protonet", ["distance=cosine"], "distance=cosine: name the method"),
         ("protonet", ["method=maml"], "method=maml has weights that nobody has trained: train it with encoder.init"),
         ("protonet", ["method=matching_fce"], "method=matching_fce has weights that nobody has trained"),

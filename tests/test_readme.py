@@ -72,10 +72,13 @@ ELSEWHERE = {
     r"miniimagenet/(pretrained|classifier/0)": "embeds all of miniImageNet; see tests/test_experiments.py",
     r"dataset=torchvision": "is downloaded; see tests/data/test_torchvision.py",
     r"fewshot demo": "serves until stopped; see tests/test_demo.py",
+    r"study=classifiers": "takes an hour; see tests/test_sweeps.py",
+    r"dataset=(cifar_fs|fc100)": "is downloaded; see tests/data/test_torchvision.py",
 }
 SUBPROCESS = r"hardware=ddp_cpu"  # child processes run the main program's file
 SLOW = (
     r"matching_distance|experiment/omniglot|method=protonet,matching,maml|hardware=ddp_cpu|miniimagenet|source\.split"
+    r"|dataset=omniglot,glyphs"
 )
 
 
@@ -150,6 +153,8 @@ def small(name: str, arguments: list[str], stand_ins: Path, tmp_path: Path) -> l
             smaller.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
         elif "-m" not in smaller and not keys & {"hydra.run.dir", "resume"}:
             smaller.append(f"hydra.run.dir={tmp_path / 'run'}")
+    elif "-m" in smaller:
+        smaller.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
     elif name != "demo" and "out" not in keys:
         smaller.append(f"out={tmp_path / 'out'}")
     return smaller

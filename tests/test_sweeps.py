@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fewshot import cli as command_line
-from fewshot.config import CONF, ROOT, SWEPT, compose, compose_unresolved
+from fewshot.config import CONF, ROOT, SWEPT, compose, compose_unresolved, trains_on
 from fewshot.sweeps import FAILURE, Sweep, as_csv, draw, failures, read_jobs, tabulate
 from fewshot.text import say
 
@@ -143,6 +143,28 @@ def test_a_glob_that_matches_nothing_is_rejected(tmp_path):
         Sweep().on_multirun_start(config)
 
 
+def test_jobs_that_would_write_over_each_other_are_rejected(tmp_path):
+    typed = ["way=5,20", f"out={tmp_path / 'out'}"]
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "overrides": {"task": typed}}})
+    with pytest.raises(SystemExit, match=r"every job of the sweep would write there; leave it out"):
+        Sweep().on_multirun_start(config)
+
+
+def test_evaluations_sweep_into_one_directory(cli, run, tmp_path):
+    """Of a checkpoint on another data set, and of an encoder without one."""
+    sweep, one = tmp_path / "sweep", ["query=3", "episodes=4", "way=4", "method=simpleshot,tim"]
+    done = cli("-m", f"checkpoint={run('protonet')}", *one, f"hydra.sweep.dir={sweep}", script="evaluate.py")
+    assert done.returncode == 0, done.stderr
+    frame = pandas.read_csv(sweep / "results.csv")
+    assert list(frame.method) == ["simpleshot", "tim"] and (frame.test_seconds_per_episode > 0).all()
+    assert list(frame.transductive) == list(frame.assumes_balance) == [False, True]
+    assert {path.name for path in (sweep / "1").iterdir()} == {"results.json", "episodes.csv", "confusion.png"}
+    assert (sweep / "sweep.png").exists()
+    bare = ["encoder=pretrained", "encoder.weights=null", "dataset.size=32", *one]
+    done = cli("-m", *bare, f"hydra.sweep.dir={tmp_path / 'bare'}", script="evaluate.py")
+    assert done.returncode == 0 and len(read_jobs(tmp_path / "bare")) == 2, done.stderr
+
+
 def test_a_failure_that_cannot_be_recorded_is_raised(tmp_path, monkeypatch):
     config = OmegaConf.create(
         {"mode": "MULTIRUN", "runtime": {"output_dir": str(tmp_path / "none")}, "overrides": {"task": ["way=1"]}}
@@ -244,3 +266,12 @@ def test_an_interrupted_sweep_is_resumed(cli, cache_dir, tmp_path):
     done = cli(*sweep)
     assert done.returncode == 0, done.stderr
     assert len(read_jobs(tmp_path)) == 2
+
+
+def test_the_study_of_classifiers_has_all_of_them():
+    study = compose_unresolved("study=classifiers", name="evaluate").hydra.sweeper.params
+    methods = study.method.split(",")
+    untrained = [path.stem for path in (CONF / "method").glob("*.yaml") if "Needs no training" in path.read_text()]
+    assert sorted(methods) == sorted(["protonet", *untrained]) and len(methods) == len(set(methods))
+    for method in methods:
+        assert trains_on(compose(f"method={method}")) == ("episodes" if method == "protonet" else "nothing")

@@ -190,6 +190,26 @@ class Answers(pl.Callback):
         self._largest.append(largest(outputs))
 
 
+class TestTime(pl.Callback):
+    """Measures how long a method takes to solve test episodes, without the time to draw them.
+
+    On a CPU it is the processor time of all threads, which does not depend on what else the machine is doing; on an
+    accelerator, the time that passes.
+
+    Attributes:
+        seconds: in total.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self._since = 0.0
+
+    def on_test_batch_start(self, trainer: pl.Trainer, method: pl.LightningModule, *_: Any) -> None:  # noqa: ARG002, D102
+        self._since = _clock(method.device)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, method: pl.LightningModule, *_: Any) -> None:  # noqa: ARG002, D102
+        self.seconds += _clock(method.device) - self._since
+
+
 class FiniteGradients(pl.Callback):
     """Stops the run at a gradient that is not finite, or skips the step.
 
@@ -279,6 +299,13 @@ class FiniteGradients(pl.Callback):
             f"{_rates(trainer.lightning_module)} in a new run, or skip such steps with "
             f"resume={trainer.default_root_dir} train.on_nan=skip"
         )
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.get_device_module(device).synchronize()
+    return time.monotonic()
 
 
 def _rates(method: pl.LightningModule) -> str:

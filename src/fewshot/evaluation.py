@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from fewshot.callbacks import Answers
+from fewshot.callbacks import Answers, TestTime
 from fewshot.config import FOR_TRAINING, TrainConfig, check
 from fewshot.data.bank import SPLITS, ImageBank, ImageClass
 from fewshot.data.contents import contents_of, differences, known_to
@@ -35,6 +35,7 @@ from fewshot.trained import (
     Trained,
     choices_of,
     load_trained,
+    with_chosen_data,
     with_chosen_method,
     without_training,
 )
@@ -94,12 +95,14 @@ class Evaluation:
         answers: for each episode, the classes with the largest logit of each query, bool ``[queries, way]``.
         estimate: the accuracy.
         trainer: the trainer that ran the test.
+        seconds: how long the method took in total, see ``TestTime``.
     """
 
     data: OneSplit
     answers: dict[EpisodeNumber, NDArray[np.bool_]]
     estimate: Estimate
     trainer: pl.Trainer
+    seconds: float
 
     @property
     def right(self) -> NDArray[np.float64]:
@@ -143,7 +146,7 @@ def evaluate(config: DictConfig) -> float:
         raise FewShotError(f"out={config.out} contains a run; choose a different directory, to keep its results")
     trained = [_first(config)]
     if config.against is not None:
-        trained.append(load_trained(config.against, trust=config.trust, places=data_directories(config)))
+        trained.append(_load(config.against, config))
     tasks = [_task(run.config, config) for run in trained]
     for other in tasks[1:]:
         _check_comparable(tasks[0], other)
@@ -201,8 +204,8 @@ def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None =
         FewShotError: ``config`` requests more than one device, or the data are missing.
     """
     data = open_split(config, "test") if data is None else data
-    kept = Answers()
-    trainer = make_trainer(config, kept)
+    kept, time = Answers(), TestTime()
+    trainer = make_trainer(config, kept, time)
     if trainer.world_size > 1:
         raise FewShotError(
             f"hardware.devices={config.hardware.devices}: evaluation uses one device; set hardware.devices=1"
@@ -219,15 +222,21 @@ def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None =
         }
         trained.method.embedding_cache = EmbeddingCache(Path(config.cache_dir).expanduser() / "embeddings", described)
     trainer.test(trained.method, data, verbose=False)
-    return Evaluation(data, kept.answers, trained.method.estimates["test"], trainer)
+    return Evaluation(data, kept.answers, trained.method.estimates["test"], trainer, time.seconds)
 
 
 def _first(config: DictConfig) -> Trained:
     """What this command evaluates first, or alone; see ``conf/evaluate.yaml``."""
     if config.checkpoint is None:
         return without_training(config.overrides, data_directories(config))
-    trained = load_trained(config.checkpoint, trust=config.trust, places=data_directories(config))
-    return with_chosen_method(trained, config.overrides)
+    others = [override for override in config.overrides if override not in choices_of(config.overrides, ["dataset"])]
+    return with_chosen_method(_load(config.checkpoint, config), others)
+
+
+def _load(checkpoint: str, config: DictConfig) -> Trained:
+    """Load a checkpoint, for its own data set or the one that this command chooses."""
+    places = data_directories(config)
+    return with_chosen_data(load_trained(checkpoint, trust=config.trust, places=places), config.overrides, places)
 
 
 def _task(run: DictConfig, config: DictConfig) -> DictConfig:
@@ -261,8 +270,12 @@ def _leave_out_known_classes(trained: Sequence[Trained], splits: Sequence[OneSpl
             continue
         then = trained_on(run.checkpoint, path.parents[1] if path.parent.name == "checkpoints" else None)
         now = contents_of(data.bank)
-        if then is not None and config.allow_other_classes and differences(then, now):
-            known += known_to(then, now, config.split)
+        chosen = bool(choices_of(config.overrides, ["dataset"]))
+        if then is not None and (chosen or (config.allow_other_classes and differences(then, now))):
+            sources = [one["dataset"]["source"]["_target_"] for one in (run.checkpoint["hyper_parameters"], run.config)]
+            known += known_to(then, now, config.split, by_name=sources[0] == sources[1])
+        elif then is None and chosen:
+            say(f"warning: {path} does not record its training classes, so they were not compared", error=True)
         else:
             fix = "test on the classes that it was not trained on with allow_other_classes=true"
             check_same_data(then, data.bank, path, fix)
@@ -298,16 +311,22 @@ def _results(trained: Trained, task: DictConfig, config: DictConfig, tested: Eva
     changes += [f"concentration={config.concentration}"] if config.concentration is not None else []
     changes += [f"test.episodes={config.episodes}"] if config.episodes is not None else []
     validations = record.get("validations", [])
+    run_config: Any = trained.checkpoint.get(
+        "hyper_parameters", OmegaConf.to_container(trained.config)
+    )  # of the training
+    other = path is not None and bool(choices_of(config.overrides, ["dataset"]))
     changes += choices_of(config.overrides, (*FROM_CHECKPOINT, *REPLACEABLE))
     return outcome(task, trained.method, tested.data.bank, tested.trainer) | {
         "split": config.split,
         "concentration": config.concentration,
+        "trained_on": run_config["choices"]["dataset"] if other else None,
+        "test_seconds_per_episode": tested.seconds / tested.estimate.episodes,
         "checkpoint": trained.name,
         "left_out_classes": tested.data.left_out,
         "precisions": record.get("precisions"),
         "encoder_init": record.get("encoder_init"),
         "weights": "untrained" if path is None else path.stem,  # the report counts the best on validation classes
-        "run_config": trained.checkpoint.get("hyper_parameters", OmegaConf.to_container(trained.config)),  # of training
+        "run_config": run_config,
         "val_accuracy": max((point["accuracy"] for point in validations), default=None),
         "train_seconds": record.get("seconds"),
         "validations": validations,

@@ -11,6 +11,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 from fewshot.errors import FewShotError
 from fewshot.paths import ROOT
 
@@ -62,9 +65,12 @@ def output_directory(named: str | None, kind: str) -> Path:
     """Return the output directory of a command, created if missing: the one that the user names, or a new one.
 
     Args:
-        named: a path; None: ``outputs/DATE/TIME_KIND``, with a number if that already exists.
+        named: a path; None: the directory of this job in a sweep (-m), and otherwise ``outputs/DATE/TIME_KIND``, with a
+            number if that already exists.
         kind: the command, for the name of a new directory.
     """
+    if named is None and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        named = HydraConfig.get().runtime.output_dir
     if named is not None:
         path = Path(named).expanduser()
         path.mkdir(parents=True, exist_ok=True)

@@ -29,13 +29,18 @@ NEEDED = {
     "ci95": float,
     "episodes": int,
     "seed": int,
-    "train_seconds": float,
     "validations": list,
     "overrides": list,
     "config": dict,
 }
 # Keys that may be missing or null: not every version, method and program writes all of them.
 OPTIONAL = {
+    "train_seconds": float,  # only evaluations may lack it
+    "test_seconds_per_episode": float,
+    "transductive": bool,
+    "assumes_balance": bool,
+    "concentration": float,
+    "trained_on": str,
     "experiment": str,
     "budget": str,
     "distance": str,
@@ -98,8 +103,14 @@ def read_results(runs: str | Sequence[str], *, known_data: bool = False) -> list
     return list(read_runs(runs, known_data=known_data).values())
 
 
-def read_runs(runs: str | Sequence[str], *, known_data: bool = False) -> dict[Path, Result]:
-    """Read results like ``read_results``, by the path of their file."""
+def read_runs(runs: str | Sequence[str], *, known_data: bool = False, evaluations: bool = False) -> dict[Path, Result]:
+    """Read results like ``read_results``, by the path of their file.
+
+    Args:
+        runs: see ``read_results``.
+        known_data: see ``read_results``.
+        evaluations: read every evaluation on test classes, whatever its weights, method and data.
+    """
     paths = [Path(run).expanduser() for run in ([runs] if isinstance(runs, str) else runs)]
     found = find_results(paths)
     below = ", ".join(map(str, paths))
@@ -107,7 +118,7 @@ def read_runs(runs: str | Sequence[str], *, known_data: bool = False) -> dict[Pa
         raise FewShotError(
             f"no results.json of a run below {below}; train first, or specify the directory with runs=PATH"
         )
-    reasons = {path: _not_counted(result, known_data) for path, result in found.items()}
+    reasons = {path: _not_counted(result, known_data, evaluations) for path, result in found.items()}
     for path, why in reasons.items():
         if why:
             _skip(path, why)
@@ -292,7 +303,7 @@ def _is_below(key: str, parents: Sequence[str]) -> bool:
     return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
-def _not_counted(result: Result, known_data: bool) -> str | None:
+def _not_counted(result: Result, known_data: bool, evaluations: bool) -> str | None:
     """Return why a valid result must not be reported, or None."""
     if known_data and result.get("data") is None:
         return "older format: split unknown; run it again"
@@ -300,27 +311,39 @@ def _not_counted(result: Result, known_data: bool) -> str | None:
         return None
     if result.get("split") != "test":
         return f"an evaluation on {result.get('split')} classes instead of test classes"
-    if result.get("data") is not None and not isinstance(result.get("run_config"), dict):
-        return "an evaluation that does not record the configuration of its run"
+    return None if evaluations else _not_its_test(result)
+
+
+def _not_its_test(result: Result) -> str | None:
+    """Return why an evaluation on test classes does not count as the test of a run, or None."""
     weights = result.get("weights") or Path(str(result["checkpoint"])).stem  # older format
-    if weights != "best":
-        return f"an evaluation of weights {weights}; only the best weights of a run count"
-    methods = [config["method"].get("_target_") for config in (result["config"], run_config(result))]
-    return None if methods[0] == methods[1] else "an evaluation of a different method than the run's"
+    configs = result["config"], run_config(result)
+    methods = [dict(_flat({"method": config.get("method")})).get("method._target_") for config in configs]
+    reasons = {
+        "an evaluation without training": weights == "untrained",
+        "an evaluation that does not record the configuration of its run": result.get("data") is not None
+        and not isinstance(result.get("run_config"), dict),
+        "an evaluation that does not record the time of the training": result.get("train_seconds") is None,
+        f"an evaluation on other data than those of the training, {result.get('trained_on')}": result.get("trained_on")
+        is not None,
+        f"an evaluation of weights {weights}; only the best weights of a run count": weights != "best",
+        "an evaluation of a different method than the run's": methods[0] != methods[1],
+    }
+    return next((why for why, holds in reasons.items() if holds), None)
 
 
 def wrong(result: Any) -> str | None:
     """Return why some JSON is not a valid result, or None."""
     if not isinstance(result, dict):
         return "it is not a mapping"
-    if result.get("weights") == "untrained":
-        return "an evaluation without training"
     return _wrong_fields(result) or _impossible(result) or _wrong_data(result)
 
 
 def _wrong_fields(result: Result) -> str | None:
     """Return the fields that are missing or have a wrong type, or None."""
     invalid = [key for key, kind in NEEDED.items() if not _is(result.get(key), kind)]
+    if not is_evaluation(result) and result.get("train_seconds") is None:
+        invalid.append("train_seconds")
     invalid += [key for key, kind in OPTIONAL.items() if result.get(key) is not None and not _is(result[key], kind)]
     if invalid:
         return f"missing or invalid: {', '.join(invalid)}"
@@ -345,6 +368,7 @@ def _impossible(result: Result) -> str | None:
         ("shot", 1, math.inf),
         ("query", 1, math.inf),
         ("train_seconds", 0, math.inf),
+        ("test_seconds_per_episode", 0, math.inf),
         ("seed", 0, math.inf),
         ("encoder_parameters", 0, math.inf),
     ):
@@ -379,6 +403,8 @@ def _wrong_data(result: Result) -> str | None:
         return "missing or invalid: data, with a split, numbers of classes and images, and digests of names and pixels"
     if data["classes"]["test"] < result["way"]:
         return f"its episodes have {result['way']} classes, but its data only {data['classes']['test']} test classes"
+    if result.get("weights") == "untrained" or result.get("trained_on") is not None:
+        return None  # it was not trained on these data
     way = run_config(result)["train"].get("way")
     on_episodes = run_config(result)["train"].get("batch_size") is None
     if on_episodes and _is(way, int) and data["classes"]["train"] < way:
@@ -389,7 +415,7 @@ def _wrong_data(result: Result) -> str | None:
 def _is(value: Any, kind: type) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _skip(path: Path, why: str) -> None:

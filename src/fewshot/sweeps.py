@@ -39,13 +39,18 @@ class Sweep(Callback):
     again: ClassVar[str] = ""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Delete the failure notes of a resumed sweep; reject direction=minimize and globs that match nothing."""
+        """Delete the failure notes of a resumed sweep; reject what cannot work in any of its jobs."""
         if str(OmegaConf.select(config, "hydra.sweeper.direction")).endswith("minimize"):
             raise SystemExit(
                 "error: hydra.sweeper.direction=minimize searches for the lowest validation accuracy; choose "
                 "hydra/sweeper=search, or hydra.sweeper.direction=maximize"
             )
         for override in _overrides(config):
+            if override.key_or_group == "out" and not override.is_sweep_override():
+                raise SystemExit(
+                    f"error: {override.input_line}: every job of the sweep would write there; leave it out, and "
+                    "name the directory of the sweep with hydra.sweep.dir=PATH"
+                )
             group, chosen = override.key_or_group, override.value()
             available = [name for source in search_path() for name in options(source, group) if "/" not in name]
             if isinstance(chosen, Glob) and not chosen.filter(available):
@@ -119,8 +124,16 @@ def read_jobs(folder: Path) -> list[Job]:
 
 
 def differing(results: Sequence[Result]) -> list[dict[str, str]]:
-    """Return each run's overrides of the keys whose values differ between the runs; "" where a run has none."""
+    """Return each run's overrides of the keys whose values differ between the runs; "" where a run has none.
+
+    Evaluations also have the key ``checkpoint``, a path below the directory that all have in common.
+    """
     settings = [_settings(result) for result in results]
+    named = [Path(overrides["checkpoint"]) for overrides in settings if "checkpoint" in overrides]
+    common = Path(os.path.commonpath(named)) if named and all(path.is_absolute() for path in named) else None
+    for overrides in settings:
+        if common is not None and "checkpoint" in overrides and len(set(named)) > 1:
+            overrides["checkpoint"] = str(Path(overrides["checkpoint"]).relative_to(common))
     keys = [
         key
         for key in dict.fromkeys(key for overrides in settings for key in overrides)
@@ -189,7 +202,9 @@ def draw(jobs: Sequence[Job], path: Path) -> Path:
 def _settings(result: Result) -> dict[str, str]:
     """Return the overrides of a run by key, without ``resume``, which is not a setting."""
     pairs = (str(override).lstrip("+~").partition("=") for override in result["overrides"])
-    return {key: value for key, _, value in pairs if key != "resume"}
+    trained = is_evaluation(result) and result.get("weights") != "untrained"
+    tested = {"checkpoint": str(result["checkpoint"])} if trained else {}
+    return {key: value for key, _, value in pairs if key != "resume"} | tested
 
 
 def _percent(estimate: Mapping[str, Any]) -> tuple[float, float]:

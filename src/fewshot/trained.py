@@ -18,8 +18,9 @@ from fewshot.encoders.adaptable import BatchStatisticsNorm2d
 from fewshot.errors import FewShotError, mistake, reason
 from fewshot.methods.base import FewShotMethod, require_finite
 
-FROM_CHECKPOINT = ("dataset", "encoder")  # groups that a checkpoint decides
+FROM_CHECKPOINT = ("dataset", "encoder")  # groups that a checkpoint decides, unless an evaluation chooses other data
 REPLACEABLE = ("method", "distance")  # groups that can be chosen in addition to a checkpoint
+IMAGE_FORMAT = ("size", "channels", "normalise")  # of a data set, which an encoder was trained for
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,45 @@ def with_chosen_method(trained: Trained, overrides: Iterable[str]) -> Trained:
     config.method = {**run.method, "encoder": trained.config.method.encoder}
     config.choices.method, config.choices.distance = run.choices.method, run.choices.distance
     return replace(trained, method=method, config=config)
+
+
+def with_chosen_data(trained: Trained, overrides: Iterable[str], places: Mapping[str, Any]) -> Trained:
+    """Replace the data set of a checkpoint by the one that a command line chooses, in the checkpoint's image format.
+
+    Args:
+        trained: from the checkpoint.
+        overrides: of the command line.
+        places: ``data_dir`` and ``cache_dir``.
+
+    Returns:
+        ``trained`` itself if the overrides choose no data set.
+
+    Raises:
+        FewShotError: the overrides change the image format, or the data set without naming it, or the images of the
+            data set have another number of channels.
+    """
+    chosen = choices_of(overrides, ["dataset"])
+    if not chosen:
+        return trained
+    if not any(override.partition("=")[0] == "dataset" for override in chosen):
+        raise FewShotError(
+            f"{chosen[0]}: the checkpoint decides its data set; to test on another one: dataset=cifar_fs"
+        )
+    form = {key: trained.config.dataset[key] for key in IMAGE_FORMAT}
+    for override in chosen:
+        key, _, value = override.partition("=")
+        own = form.get(key.rpartition(".")[2])
+        if own is not None and value != str(own):
+            raise FewShotError(f"{override}: the encoder was trained with {key}={own}, and keeps it; remove it")
+    theirs = _compose([*as_overrides(places), *chosen])
+    if "channels" not in theirs.dataset.source and theirs.dataset.channels != form["channels"]:
+        raise FewShotError(
+            f"{chosen[0]}: its images have {theirs.dataset.channels} channels, and the encoder takes {form['channels']}"
+        )
+    run = _compose([*as_overrides(places), *chosen, *as_overrides({"dataset": form})])
+    config = trained.config.copy()
+    config.dataset, config.choices.dataset = run.dataset, run.choices.dataset
+    return replace(trained, config=config)
 
 
 def without_training(overrides: Iterable[str], places: Mapping[str, Any]) -> Trained:

@@ -256,6 +256,7 @@ def outcome(config: DictConfig, method: FewShotMethod, bank: ImageBank, trainer:
         "encoder_parameters": sum(parameter.numel() for parameter in method.encoder.parameters()),
         "precision": str(trainer.precision),
         "transductive": method.transductive,
+        "assumes_balance": method.assumes_balance,
         "machine": machine(trainer.strategy.root_device, trainer.world_size),
         "versions": versions(),
         "commit": commit(),
