@@ -334,7 +334,11 @@ def test_every_cell_with_a_training_curve_has_a_panel(tmp_path, monkeypatch):
     (panel,) = figures[0].axes  # the evaluated run was validated on a different task
     assert panel.get_title() == "Prototypical networks\nOmniglot, 5-way 1-shot"
     references = ["printed, vinyals", "others, vinyals", "article, lake"]
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == [*references, "ours (1), vinyals", "ours (2), vinyals"]
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == [
+        *references,
+        "ours (1), vinyals",
+        "ours (2), vinyals",
+    ]
     drawn = [line.get_xydata().tolist() for line in panel.lines]
     assert drawn.count([[10 * step, 90 + step] for step in range(1, 5)]) == 2
     assert [[40, 95]] in drawn and [[40, 96]] in drawn  # the test, at the best validation

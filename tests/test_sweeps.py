@@ -151,7 +151,6 @@ def test_jobs_that_would_write_over_each_other_are_rejected(tmp_path):
 
 
 def test_evaluations_sweep_into_one_directory(cli, run, tmp_path):
-    """Of a checkpoint on another data set, and of an encoder without one."""
     sweep, one = tmp_path / "sweep", ["query=3", "episodes=4", "way=4", "method=simpleshot,tim"]
     done = cli("-m", f"checkpoint={run('protonet')}", *one, f"hydra.sweep.dir={sweep}", script="evaluate.py")
     assert done.returncode == 0, done.stderr
@@ -160,9 +159,6 @@ def test_evaluations_sweep_into_one_directory(cli, run, tmp_path):
     assert list(frame.transductive) == list(frame.assumes_balance) == [False, True]
     assert {path.name for path in (sweep / "1").iterdir()} == {"results.json", "episodes.csv", "confusion.png"}
     assert (sweep / "sweep.png").exists()
-    bare = ["encoder=pretrained", "encoder.weights=null", "dataset.size=32", *one]
-    done = cli("-m", *bare, f"hydra.sweep.dir={tmp_path / 'bare'}", script="evaluate.py")
-    assert done.returncode == 0 and len(read_jobs(tmp_path / "bare")) == 2, done.stderr
 
 
 def test_a_failure_that_cannot_be_recorded_is_raised(tmp_path, monkeypatch):
