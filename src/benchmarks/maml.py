@@ -1,6 +1,6 @@
 """One meta-step of MAML: ours and other implementations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,12 @@ def ours(
     recompute: bool = False,
     vmap_tasks: int = 8,
     device: str = "cpu",
+    change: Callable[[nn.Module], None] | None = None,
 ) -> Work:
-    """Our implementation: the meta-gradient of ``method=maml``, and Adam."""
+    """Our implementation: the meta-gradient of ``method=maml``, its encoder changed by ``change``, and Adam."""
     method = make_maml(order, batching, task, recompute, vmap_tasks).to(device)
+    if change is not None:
+        change(method.encoder)
     batch = make_tasks(**{key: task[key] for key in TASK_KEYS}).apply(lambda tensor: tensor.to(device))
     optimizer = torch.optim.Adam(method.parameters())
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks import maml, training
+from benchmarks import maml, training, without
 from benchmarks.contest import Contest
 from fewshot.errors import FewShotError
 from fewshot.hardware import why_no_gpu
@@ -26,12 +26,10 @@ def choose(only: Sequence[str] | None, device: str = "cpu") -> dict[str, Contest
         raise FewShotError(f"device={device} must be {' or '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise FewShotError(f"device=cuda: {why_no_gpu()}; choose device=cpu")
-    modules = (training, maml)
-    known = {
-        name: contest
-        for module in modules
-        for name, contest in (module.contests() if device == "cpu" else module.device_contests(device)).items()
-    }
+    if device == "cpu":
+        known = training.contests() | maml.contests() | without.contests()
+    else:
+        known = training.device_contests(device) | maml.device_contests(device)
     if only is None:
         return known
     for name in only:

@@ -77,10 +77,14 @@ def through_lightning(
     return work, fit
 
 
-def bare_loop(shape: dict[str, Any], device: str = "cpu") -> Work:
-    """The same model in a minimal loop, on episodes that are already normalised tensors."""
+def bare_loop(
+    shape: dict[str, Any], device: str = "cpu", change: Callable[[torch.nn.Module], None] | None = None
+) -> Work:
+    """The same model, changed by ``change``, in a minimal loop, on episodes that are already normalised tensors."""
     config = _config(shape, episodes=10**6)
     method = _method(config, shape).train().to(device)
+    if change is not None:
+        change(method.encoder)
     bank, dataset = _noise(shape), _episodes(shape)
     episodes = []
     for number in range(shape["steps"]):
