@@ -192,5 +192,5 @@ def test_a_broken_or_hostile_file_is_rejected(run, examples, tmp_path):
     rejected("is not finite", tensors | {weight: torch.full_like(tensors[weight], torch.nan)})
     for contents in (b"", b"\x80\x04.", pickle.dumps([1]), file.read_bytes()[:-9]):
         file.write_bytes(contents)
-        with pytest.raises(FewShotError, match="is not a saved classifier"):
+        with pytest.raises(FewShotError, match="is broken, or holds no weights saved by this program"):
             fewshot.FewShotClassifier.load(file)

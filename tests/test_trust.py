@@ -224,6 +224,14 @@ def test_text_is_never_read_as_a_mapping(good, read, text, path):
         (("test", "episodes"), 10**12, "its test.episodes is 1000000000000"),
         (("dataset", "channels"), 2, "its dataset.channels is 2"),
         (("method", "encoder", "filters"), 10**6, "encoder.0.0.weight is [4, 1, 3, 3], and must be [1000000, 1, 3, 3]"),
+        (
+            ("method", "encoder"),
+            {
+                **{"_target_": "fewshot.encoders.pretrained.Pretrained", "name": "mobilenet_v2", "weights": None},
+                "inverted_residual_setting": [[1, 1, 2**40, 1]],
+            },
+            "its configuration describes more layers than its",
+        ),
         (("dataset", "source", "size"), 60_000, "its dataset.source.size is not its dataset.size, 28"),
         (("method", "steps"), 10**9, "its method.steps is 1000000000, more than 10,000"),
         (("method", "distance"), "{_target_: test_trust.fire}", "its method.distance is '{_target_: test_trust.fire}'"),

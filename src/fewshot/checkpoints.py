@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from lightning_fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import fewshot
 from fewshot.errors import FewShotError, reason
@@ -27,6 +28,7 @@ LARGEST = 10**7  # limit for the length of the metadata in them, characters
 NOWHERE = {"data_dir": "", "cache_dir": ""}  # directories are private
 MOST_VALUES = 1_000_000  # containers and values of a checkpoint; ours have some thousands
 DEEPEST = 64  # containers within containers
+MORE_MADE = 100  # parameters that a network may make and then remove, like those of a last layer
 # Types of weights: complex, quantized or 8-bit numbers cannot be checked to be finite.
 NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 NUMBERS |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -136,12 +138,14 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
                 raise ValueError("its metadata are too long")
             content = json.loads(text)
             if not isinstance(content, dict) or "format" not in content:
-                raise ValueError("it does not contain a classifier")
+                raise ValueError("it does not say what its weights are")
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']}, but this version reads {FORMAT}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, RecursionError, SafetensorError, ValueError) as error:
-        raise FewShotError(f"{path} is not a saved classifier: {reason(error)}") from error
+        raise FewShotError(
+            f"{path} is broken, or holds no weights saved by this program: {reason(error)}; name a different file"
+        ) from error
     weights = {name.removeprefix(WEIGHTS): value for name, value in tensors.items() if name.startswith(WEIGHTS)}
     return content, weights, {name: value for name, value in tensors.items() if not name.startswith(WEIGHTS)}
 
@@ -168,10 +172,20 @@ def check_weights(method: Mapping[Any, Any], state: Mapping[str, torch.Tensor]) 
     Raises:
         ValueError: they differ.
     """
+    made, most = 0, 2 * len(state) + MORE_MADE
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise ValueError
+
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), register_module_parameter_registration_hook(count):
             expected = shapes(instantiate(method).state_dict())
     except Exception:  # shown later, when the method is made for real
+        if made > most:
+            raise ValueError(f"its configuration describes more layers than its {len(state)} weights") from None
         return
     actual = shapes(state)
     differing = next((name for name in {**expected, **actual} if expected.get(name) != actual.get(name)), None)

@@ -57,6 +57,7 @@ RESOLVING = "FewShotError raised while resolving interpolation: "
 PLUGINS = {
     **{"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray"},
 }
+UNCOMPOSED = (HydraException, OmegaConfBaseException, ValueError)  # the last for a group set to null or a number
 MOST_OPTIONS = 20  # of a group that a message lists one by one
 HYDRAS_OWN = ("hydra", "hydra_debug")  # groups
 
@@ -289,6 +290,10 @@ def _wrong_overrides() -> Iterator[str]:
     yield from _wrong_keys(keys, chosen, {group.key_or_group: _values(group) for group in groups}, name, places)
 
 
+def _is_bare(error: Exception) -> bool:
+    return not isinstance(error, HydraException | OmegaConfBaseException)
+
+
 def _values(override: Override) -> list[str]:
     """Return the values of an override: several in a sweep, and of an interval its start."""
     value = override.value()
@@ -309,13 +314,14 @@ def _wrong_choices(groups: Iterable[Override], chosen: list[str], name: str, pla
             choice = f"{str(override.input_line).partition('=')[0]}={option}"
             try:
                 compose_unresolved(*chosen, choice, name=name, places=places)
-            except (HydraException, OmegaConfBaseException) as error:
+            except UNCOMPOSED as error:
                 plugin = f" (pip install -e '.[{PLUGINS[option]}]' installs it)" if option in PLUGINS else ""
                 available = list(_options(override.key_or_group, search_path(*places)))
-                message = _plain(error)
+                # Hydra's ValueError does not name the group.
+                message = f"{choice} is not an option. Available options in" if _is_bare(error) else _plain(error)
                 if available:  # Hydra's list leaves out those in folders
-                    message = re.sub(r"Available options in .*", f"Choose one of {_listed(available, option)}", message)
-                yield message + (plugin or nearest(option, available))
+                    message = re.sub(r"Available options in.*", f"Choose one of {_listed(available, option)}", message)
+                yield message + (plugin or nearest("none" if option == "null" else option, available))
                 break
         else:
             chosen.append(_first(override))
@@ -330,7 +336,7 @@ def _wrong_keys(
 ) -> Iterator[str]:
     try:
         composed = compose_unresolved(*chosen, name=name, places=places)
-    except (HydraException, OmegaConfBaseException):  # a configuration file is wrong, not an override
+    except UNCOMPOSED:  # a configuration file is wrong, not an override
         return
     names = list(_keys(composed))
     for override in keys:
@@ -357,12 +363,19 @@ def _wrong_keys(
             elif key.startswith("hydra.") and key not in names and override.type == OverrideType.CHANGE:
                 near = nearest(key, names)
                 yield f"{key} is not in Hydra's configuration{near}; to add it anyway, type +{override.input_line}"
+            elif key not in names and override.type == OverrideType.CHANGE and is_group(group, *places) and _resumes():
+                yield f"{key} is not a setting here; if the resumed run's {group} has it, type +{override.input_line}"
             else:
                 yield _plain(error) + ("" if key in names else nearest(key, names))
 
 
+def _resumes() -> bool:
+    """Whether the command line resumes a run, which keeps its own groups."""
+    return any(value not in ("auto", "null") for value in option_values(sys.argv[1:], "resume"))
+
+
 def _has(key: str, choice: str, name: str, places: Sequence[str]) -> bool:
-    with suppress(HydraException, OmegaConfBaseException):
+    with suppress(*UNCOMPOSED):
         return key in _keys(compose_unresolved(choice, name=name, places=places))
     return False
 

@@ -124,11 +124,12 @@ AT_LEAST = {
     "log_every": 1,
     "schedule.step_size": 1,
     "schedule.T_max": 1,
+    "schedule.eta_min": 0,
     "hardware.num_nodes": 1,
     "hardware.accumulate_grad_batches": 1,
 }
 NODES = ("dataset", "method", "distance", "encoder", "optimizer", "hardware", "train", "val", "test")
-ABOVE_ZERO = ("optimizer.lr",)
+ABOVE_ZERO = ("optimizer.lr", "schedule.gamma")
 MOST_RATE = 1e6  # optimizers fail with an overflow long before the largest float32
 # Keys of earlier versions, and what to write today.
 RENAMED = {
@@ -180,8 +181,8 @@ def check(config: DictConfig) -> None:
     wrong_type = bool(wrong)
     values = {key: OmegaConf.select(config, key) for key in (*AT_LEAST, *ABOVE_ZERO, *ONE_OF)}
     for key, least in AT_LEAST.items():
-        whole = _fits(values[key], int)
-        if values[key] < least if whole else not key.startswith("schedule."):  # some schedules have other keys
+        number = _fits(values[key], float)
+        if values[key] < least if number else not key.startswith("schedule."):  # some schedules have other keys
             wrong.append(f"{key}={values[key]} must be at least {least}")
     if not wrong_type:
         if _fits(values["seed"], int) and values["seed"] >= 2**32:  # NumPy's limit
@@ -278,7 +279,8 @@ def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[...,
         hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
     open_ended = not parameters or any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in settings.items():
-        if str(key).startswith("_") or OmegaConf.is_dict(value) or (prefix, key) == ("encoder", "init"):
+        made = OmegaConf.is_dict(value) and "_target_" in value
+        if str(key).startswith("_") or made or (prefix, key) == ("encoder", "init"):
             continue
         if key not in parameters:
             if not open_ended:
@@ -299,7 +301,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     try:
-        expected: Any = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        expected: Any = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
         expected.validate_json(json.dumps(plain, ensure_ascii=False).encode(errors="replace"), strict=True)
     except ValidationError:
         return False

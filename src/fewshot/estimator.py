@@ -144,7 +144,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             settings: ``hardware``, ``batch`` and ``trust``, see the class.
 
         Raises:
-            FewShotError: it is not a saved classifier, is broken, or names code that is not trusted.
+            FewShotError: it is broken or not a saved classifier, or names code that is not trusted.
         """
         loaded = cls(path, **settings)
         content, _, tensors = read_weights(Path(path))

@@ -1,10 +1,12 @@
 """A training run: fit, choose the weights on validation classes, test them once, write the results."""
 
 import logging
+import math
 import shlex
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -39,7 +41,7 @@ from fewshot.config import (
 from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
-from fewshot.directories import best_checkpoint, last_checkpoint, lock_run, new_run_dir, results_file
+from fewshot.directories import best_checkpoint, has_run, last_checkpoint, lock_run, new_run_dir, results_file
 from fewshot.errors import FewShotError
 from fewshot.files import write_atomically
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_of, report_out_of_memory
@@ -106,7 +108,9 @@ def train(config: DictConfig) -> float | None:
     run_dir = Path(config.run_dir)
     data_dir = "" if config.data_dir == default_directories()["data_dir"] else f" data_dir={config.data_dir}"
     interruption = Interruption(f"{command('train')} resume={run_dir}{data_dir}{_choices_on_resume(config)}")
-    with interruption, lock_run(run_dir):
+    # Nothing is created in a directory that was named by mistake.
+    locked = config.resume in (None, "auto") or has_run(run_dir)
+    with interruption, lock_run(run_dir) if locked else nullcontext():
         config, checkpoint = load_for_resume(config)
         check(config)
         check_hardware(config.hardware)
@@ -390,8 +394,12 @@ def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
     (optimizer,) = checkpoint["optimizer_states"]
     for number, state in optimizer["state"].items():
         for name in MOMENTS & state.keys():
-            if state[name] is not None and state[name].shape != parameters[number].shape:
+            if state[name] is None:
+                continue
+            if state[name].shape != parameters[number].shape:
                 raise ValueError(f"the optimizer's {name} of parameter {number} has another shape")
+            if not state[name].isfinite().all():
+                raise ValueError(f"the optimizer's {name} of parameter {number} is not finite")
     if len(checkpoint["lr_schedulers"]) != (method.make_schedule is not None):
         raise ValueError("the learning-rate schedule is different")
     fresh = method.configure_optimizers()
@@ -417,7 +425,7 @@ def _alike(saved: Any, fresh: Any) -> bool:
     if isinstance(fresh, list | tuple):
         return isinstance(saved, list | tuple) and len(saved) == len(fresh) and all(map(_alike, saved, fresh))
     if isinstance(fresh, int | float):
-        return isinstance(saved, int | float)
+        return isinstance(saved, int | float) and (math.isfinite(saved) or not math.isfinite(fresh))
     return type(saved) is type(fresh)
 
 

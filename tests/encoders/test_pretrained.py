@@ -117,7 +117,11 @@ def test_settings_random_weights_and_safetensors(weights, tmp_path):
         ({"name": "resnet1"}, "encoder.name=resnet1 is not an image classification model of torchvision"),
         ({"name": "squeezenet1_0"}, "encoder.name=squeezenet does not end in one linear layer"),
         ({"name": "googlenet"}, "encoder.name=googlenet does not end in one linear layer"),
-        ({"name": "resnet18", "colour": 3}, "encoder.name=resnet18: ResNet.__init__() got an unexpected keyword"),
+        (
+            {"name": "resnet18", "colour": 3},
+            "encoder.name=resnet18 rejects its settings: ResNet.__init__() got an unexpected keyword",
+        ),
+        ({"name": "resnet18", "groups": 7}, "encoder.name=resnet18 rejects its settings: BasicBlock only supports"),
         ({"weights": "BEST"}, "encoder.weights=BEST is unknown for mobilenet_v3_small: choose IMAGENET1K_V1"),
         ({"name": "resnet18"}, "does not contain weights of this network: Missing key"),
         ({"file": "/nowhere/weights.pth"}, "cannot read encoder.file=/nowhere/weights.pth"),

@@ -46,8 +46,10 @@ class Pretrained(Backbone):
         download = load and file is None and weights is not None
         try:
             network = _download(name, known, settings) if download else get_model(name, weights=None, **settings)
-        except TypeError as error:
-            raise FewShotError(f"encoder.name={name}: {reason(error)}; correct its settings") from error
+        except FewShotError:
+            raise
+        except Exception as error:  # each model rejects settings in its own way
+            raise FewShotError(f"encoder.name={name} rejects its settings: {reason(error)}; correct them") from error
         head, features = _behead(network)
         if load and file is not None:
             load_weights(network, file, rename, [head])
@@ -105,12 +107,11 @@ def _download(name: str, weights: WeightsEnum, settings: Mapping[str, Any]) -> n
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
         return get_model(name, weights=weights, **settings)
-    except TypeError:
-        raise
     except OSError as error:
         raise FewShotError(
             f"the weights {weights} are not in {path.parent} and cannot be downloaded from {weights.url}: "
             f"{getattr(error, 'reason', error)}; put {path.name} there, or specify the file with encoder.file=PATH"
         ) from error
     except Exception as error:
+        get_model(name, weights=None, **settings)  # fails if the settings are wrong, and not the file
         raise unfit(path, error, "delete it to download it again") from error
