@@ -50,6 +50,7 @@ PARSED: dict[tuple[str, ...], str | None] = {
     ("method", "maml"): r"method has no value; type method=maml$",
     ("--config-dir",): r"--config-dir/-cd: expected one argument",
     ("--cfg", "everything"): r"invalid choice: 'everything'",
+    ("--cfg", "hydra", "--resolve"): r"type --cfg all --resolve --package hydra$",
     # Order.
     ("way=5", "-m", "shot=1,2"): None,
     ("-m", "way=5", "shot=1,2"): None,
@@ -92,7 +93,7 @@ COMPOSED: dict[tuple[str, ...], str | None] = {
     ("transform=5",): r"transform=5 is not an option\. Choose one of ",
     ("-m", "distance=l2,null"): r"distance=null is not an option\. Choose one of cosine, l2, scaled_cosine",
     ("-m", "method=maml,null", "method.order=1"): r"method=null is not an option",
-    ("resume=run", "dataset.source.split_seed=3"): r"if the resumed run's dataset has it, type \+dataset\.source\.split",
+    ("resume=run", "dataset.source.split_seed=3"): r"if the resumed run's dataset has it, type \+dataset\.source",
     ("wya=5",): r"'wya'.*did you mean way\?",
     ("--config-dir", "nowhere", "way=5"): r"names nowhere, which does not exist",
     ("--config-dir=nowhere", "way=5"): r"names nowhere, which does not exist",
@@ -103,7 +104,6 @@ def situations() -> Iterator[tuple[str, ...]]:
     yield from PARSED
     yield from COMPOSED
     yield ("--cfg", "all", "--resolve")
-    yield ("--cfg", "hydra", "--resolve")
     yield ("--cfg", "job", "--resolve")
 
 

@@ -130,6 +130,14 @@ def test_maml_notes_more_classes_than_it_was_trained_for(demo, letters):
     assert len(rows(answer)) == 6 and notes == ["this network was trained for 5 classes: with 6 it is less accurate"]
 
 
+def test_equal_scores_are_noted(demo, letters):
+    page, visit = demo(), Visit()
+    for name in ("a", "b"):
+        visit, _ = page.add(visit, name, files(letters[0][0]))
+    visit, _ = page.ask(visit, files(letters[1][0]))
+    assert page.answer(visit)[1] == ["several classes have the same largest score, so the answer is a guess among them"]
+
+
 def test_limits_hold(demo, letters):
     page = demo(max_images=3, max_classes=2, max_megabytes=1)
     visit, notes = page.add(Visit(), "many", files(*letters[0]))

@@ -221,8 +221,36 @@ def test_the_accuracy_is_reported_for_queries_at_any_depth_below_their_class(run
         assert (f"of the {counted} queries in folders named after a class" in message) == (counted > 0), query
 
 
+def test_equal_logits_count_as_a_guess_and_are_counted(run, folders, capsys, tmp_path):
+    whole = torch.load(run("protonet") / "checkpoints" / "best.ckpt", weights_only=True)
+    for weight in whole["state_dict"].values():
+        weight.zero_()  # all embeddings are equal
+    torch.save(whole, tmp_path / "constant.ckpt")
+    predict(configure(folders, f"checkpoint={tmp_path / 'constant.ckpt'}"))
+    shown = capsys.readouterr()
+    assert "for 15 of the queries, several classes have the same largest logit" in shown.err
+    assert "3 of the 15 queries in folders named after a class are right: 20.00%" in shown.out
+
+
+def test_folders_within_the_folder_of_a_class_are_mentioned(run, folders, capsys):
+    (folders / "support").rename(folders / "first")
+    (folders / "support").mkdir()
+    shutil.copytree(folders / "first", folders / "support" / "one")
+    (folders / "first").rename(folders / "support" / "two")
+    predict(configure(folders, f"checkpoint={run('protonet')}"))
+    shown, fix = capsys.readouterr().out, f"support={folders / 'support' / 'one'}"
+    assert "the 2 classes are one, two, and the folders in them, such as one/letter 0, are parts of these" in shown
+    assert f"choose {fix}" in shown
+    predict(configure(folders, f"checkpoint={run('protonet')}", fix))
+    assert "are parts of these" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    "names", [("train", "valid", "test"), ("Train", "Test"), ("TRAINING", "dev", "novel", "notes")]
+    "names",
+    [
+        *(("train", "valid", "test"), ("Train", "Test"), ("TRAINING", "dev", "novel", "notes")),
+        ("images_background", "images_evaluation"),
+    ],
 )
 def test_a_data_set_in_place_of_a_support_set_is_refused(run, folders, names):
     place = folders / "whole"

@@ -241,7 +241,7 @@ def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
     assert results["overrides"] == [*SHORT, "seed=5", "shot=2"]
     assert (here / ".hydra" / "overrides.yaml").read_text() == started
     for overrides, message in (
-        ([f"resume={tmp_path / 'none'}"], f"there is no {tmp_path}/none/checkpoints/last.ckpt to resume from"),
+        ([f"resume={tmp_path / 'none'}"], f"there is no {tmp_path}/none to resume; name the directory"),
         ([f"resume={here}", "distance=cosine"], "distance=cosine: a resumed run keeps its distance"),
         ([f"resume={here}", "seed=6"], "run with different settings: seed=6 (there 5)"),
     ):
@@ -314,7 +314,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_episodes(run,
 @pytest.mark.parametrize(
     ("overrides", "advice"),
     [
-        (["optimizer.weight_decay=1e38"], "Lower optimizer.weight_decay or optimizer.lr in"),
         (["optimizer=adamw", "optimizer.weight_decay=1e38"], "Lower optimizer.weight_decay or optimizer.lr in"),
         (["optimizer=sgd", "optimizer.momentum=1e38"], "Lower optimizer.momentum or optimizer.lr in"),
         (["schedule=cosine", "schedule.eta_min=1e38"], "Lower optimizer.lr in"),

@@ -35,7 +35,10 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     _reject_options(arguments)
     parser = get_args_parser()
     parser.error = _fail  # type: ignore[method-assign, assignment]
-    overrides: list[str] = parser.parse_intermixed_args(arguments).overrides
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.cfg == "hydra" and parsed.resolve:
+        raise FewShotError("--cfg hydra cannot be resolved by itself; type --cfg all --resolve --package hydra")
+    overrides: list[str] = parsed.overrides
     for override, following in pairwise([*overrides, ""]):
         _check(override, following, multirun=any(name in arguments for name in MULTIRUN))
     rest, options = list(overrides), []

@@ -617,6 +617,17 @@ def _by(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
     return fitting[-1]
 
 
+def _run_dir(resume: str | None, new: str) -> str:
+    if resume in (None, "auto"):
+        return new
+    directory = run_directory(resume)
+    if not Path(directory).is_dir():  # Hydra would create it
+        raise FewShotError(
+            f"there is no {directory} to resume; name the directory of a run, or start one without resume"
+        )
+    return directory
+
+
 def _output_subdir(resume: str | None, output_dir: str) -> str | None:
     """Return where Hydra records how a run was started; None keeps the record of an existing run."""
     return None if resume not in (None, "auto") or is_taken(Path(output_dir)) else ".hydra"
@@ -628,7 +639,5 @@ OmegaConf.register_new_resolver("fewshot_steps", training_steps, replace=True)
 OmegaConf.register_new_resolver("fewshot_experiment", _experiment, replace=True)
 OmegaConf.register_new_resolver("by", _by, replace=True)
 OmegaConf.register_new_resolver("fewshot_root", lambda path: str(ROOT / path), replace=True)
-OmegaConf.register_new_resolver(
-    "fewshot_run_dir", lambda resume, new: new if resume in (None, "auto") else run_directory(resume), replace=True
-)
+OmegaConf.register_new_resolver("fewshot_run_dir", _run_dir, replace=True)
 OmegaConf.register_new_resolver("fewshot_output_subdir", _output_subdir, replace=True)

@@ -27,6 +27,7 @@ from fewshot.methods.base import FewShotMethod
 from fewshot.methods.maml import MAML
 from fewshot.methods.matching import MatchingNetwork
 from fewshot.methods.protonet import PrototypicalNetwork
+from fewshot.metrics import largest
 from fewshot.prediction import Pixels, Predictor, make_predictor
 from fewshot.text import for_html, say
 
@@ -258,6 +259,8 @@ class Demo:
             return "", [str(error)]
         method, way = self.predictor.method, len(visit.support)
         notes = []
+        if largest(logits).sum() > 1:
+            notes.append("several classes have the same largest score, so the answer is a guess among them")
         if isinstance(method, MAML) and way > method.head.out_features:
             notes.append(
                 f"this network was trained for {method.head.out_features} classes: with {way} it is less accurate"

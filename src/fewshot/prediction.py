@@ -27,10 +27,11 @@ from fewshot.data.images import normalise
 from fewshot.data.locate import splits_named
 from fewshot.data.photos import CROPS, Photo, read_ahead, read_photo
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, shortened
 from fewshot.files import atomic_writer, output_directory
 from fewshot.hardware import check_hardware, precision_of
 from fewshot.methods.base import FewShotMethod, require_finite
+from fewshot.metrics import largest
 from fewshot.text import for_csv, for_figure, for_terminal, make_table, say
 from fewshot.trained import load_trained, make_untrained, with_chosen_method
 
@@ -160,10 +161,7 @@ def predict(config: DictConfig) -> None:
         FewShotError: the support set or the queries are missing; a class has no readable image; or no query is
             readable and outside of the support set.
     """
-    for key in ("batch", "sheet", "shown"):
-        least = 1 if key == "batch" else 0
-        if not isinstance(config[key], int) or config[key] < least:
-            raise FewShotError(f"{key}={config[key]} must be a whole number of at least {least}")
+    _check_numbers(config)
     examples, queries = _find_support(config.support), _find_queries(config.query)
     predictor = make_predictor(config)
     left_out: list[str] = []  # why, for each file
@@ -176,8 +174,9 @@ def predict(config: DictConfig) -> None:
     shown: list[Prediction] = []
     drawn: list[tuple[Prediction, Pixels]] = []
     copies: list[str] = []
-    # For queries whose class is known: whether the answer is right, by whether the query is a copy.
-    right: dict[bool, list[bool]] = {False: [], True: []}
+    tied = 0
+    # For queries whose class is known: the credit for the answer, by whether the query is a copy.
+    right: dict[bool, list[float]] = {False: [], True: []}
     with atomic_writer(written := out / "predictions.csv") as file:
         table = csv.writer(file)
         table.writerow(["file", "label", "probability", "runner-up"])
@@ -189,7 +188,9 @@ def predict(config: DictConfig) -> None:
             if not readable:
                 continue
             logits = classify(list(readable.values()))
-            for (name, pixels), prediction in zip(readable.items(), _answers(readable, logits, classes), strict=True):
+            for (name, pixels), prediction, best in zip(
+                readable.items(), _answers(readable, logits, classes), largest(logits).tolist(), strict=True
+            ):
                 cells = (name, prediction.label, f"{prediction.probability:.4f}", prediction.runner_up)
                 table.writerow(map(for_csv, cells))
                 shown += [prediction] if len(shown) < config.shown else []
@@ -197,8 +198,9 @@ def predict(config: DictConfig) -> None:
                 copied = twins.find(pixels)
                 if copied is not None:
                     copies.append(f"{name} looks the same as {files[copied].name} in the support set")
-                truth = _class_of(name, config.query, support)
-                right[copied is not None] += [prediction.label == truth] if truth is not None else []
+                tied += sum(best) > 1
+                credit = dict(zip(classes, best, strict=True)).get(_class_of(name, config.query, support) or "")
+                right[copied is not None] += [] if credit is None else [credit / sum(best)]
         if left_out:
             with atomic_writer(out / "left_out.txt") as lines:
                 lines.writelines(f"{for_terminal(line)}\n" for line in left_out)
@@ -212,7 +214,7 @@ def predict(config: DictConfig) -> None:
             f"{type(predictor.method).__name__} is transductive: each answer depends on all {classified:,} queries, "
             "and few queries, or queries of few classes, mislead it"
         )
-    _print_right(right)
+    _print_right(right, tied)
     _warn_of_copies(copies, "which gives away its class")
     if left_out:
         say(f"{len(left_out):,} files were left out; {out / 'left_out.txt'} lists them with the reasons")
@@ -248,11 +250,18 @@ def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, crop: 
     return path
 
 
+def _check_numbers(config: DictConfig) -> None:
+    for key, least in (("batch", 1), ("sheet", 0), ("shown", 0)):
+        if not isinstance(config[key], int) or config[key] < least:
+            raise FewShotError(f"{key}={config[key]} must be a whole number of at least {least}")
+
+
 def _find_support(place: str | None) -> dict[str, list[ImageFile]]:
     if place is None or not Path(place).expanduser().is_dir():
         why = "there is no support set" if place is None else f"there is no folder {place}"
         raise FewShotError(f"{why}; name a folder that contains one folder of images per class: support=DIR")
-    classes = by_class(list_folder(Path(place).expanduser()))
+    files = list_folder(Path(place).expanduser())
+    classes = by_class(files)
     splits = splits_named(list(classes))
     if splits:
         names = [name for folders in splits.values() for name in folders]
@@ -268,6 +277,13 @@ def _find_support(place: str | None) -> dict[str, list[ImageFile]]:
         raise FewShotError(
             f"{place} has {len(classes)} folder{'s' * (len(classes) != 1)} with files, and at least two classes are "
             "needed: put the images of each class into a folder with its name"
+        )
+    inner = sorted({file.rpartition("/")[0] for file in files if file.count("/") > 1})
+    if inner and not any(file.count("/") == 1 for file in files):
+        instead = Path(place) / inner[0].partition("/")[0]
+        say(
+            f"the {len(classes)} classes are {shortened(list(classes))}, and the folders in them, such as {inner[0]}, "
+            f"are parts of these; to tell those apart instead, choose support={instead}"
         )
     return classes
 
@@ -302,11 +318,18 @@ def _class_of(file: str, place: str, classes: Container[str]) -> str | None:
     return next((name for name in below if name in classes), None)
 
 
-def _print_right(right: Mapping[bool, Sequence[bool]]) -> None:
-    """Print how many queries are right, with and without copies of support images."""
+def _print_right(right: Mapping[bool, Sequence[float]], tied: int) -> None:
+    """Print how many queries are right, with and without copies of support images, and how many are guesses."""
+    if tied:
+        say(
+            f"warning: for {tied:,} of the queries, several classes have the same largest logit: their label is the "
+            "first of these classes, and counts as a guess among them",
+            error=True,
+        )
     everything = [*right[False], *right[True]]
     if everything:
-        counted = f"{sum(everything):,} of the {len(everything):,} queries in folders named after a class are right"
+        total = f"{sum(everything):,.1f}".removesuffix(".0")  # with ties
+        counted = f"{total} of the {len(everything):,} queries in folders named after a class are right"
         say(f"{counted}: {np.mean(everything):.2%}")
     if right[True] and right[False]:
         say(f"without the {len(right[True]):,} that look the same as a support image: {np.mean(right[False]):.2%}")

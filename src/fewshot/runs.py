@@ -19,6 +19,7 @@ from fewshot.data.contents import Contents, contents_of, differences, read_conte
 from fewshot.directories import best_checkpoint, has_run, last_checkpoint, results_file
 from fewshot.errors import FewShotError, reason
 from fewshot.files import read_json, read_text, write_atomically
+from fewshot.paths import run_directory
 from fewshot.results import is_evaluation, wrong
 from fewshot.text import say
 from fewshot.trust import CHOSEN_ON_RESUME, directory_keys, plain
@@ -63,10 +64,17 @@ def load_for_resume(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | No
 
     Raises:
         FewShotError: the directory contains a run and ``resume`` is not set, or contains none and ``resume`` names it;
-            its checkpoint is broken; or settings that affect the result differ.
+            or another one than the command runs in; its checkpoint is broken; or settings that affect the result
+            differ.
     """
     run_dir = Path(config.run_dir)
     path = last_checkpoint(run_dir)
+    named = None if config.resume in (None, "auto") else Path(run_directory(config.resume))
+    if named is not None and named.resolve() != run_dir.resolve():
+        raise FewShotError(
+            f"resume={config.resume} is not the run in {run_dir}: resume it without hydra.run.dir and -m; a sweep "
+            "resumes its runs with the same command and resume=auto"
+        )
     if config.resume is None:
         # Rank 0 has checked before it starts the other ranks, and may have written something since.
         first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
@@ -87,6 +95,8 @@ def load_for_resume(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | No
                 f"there is no {path} to resume from; name the directory of a run, or start one without resume"
             )
         return config, None
+    if config.resume != "auto" and Path(config.resume).suffix == ".ckpt" and Path(config.resume).name != path.name:
+        rank_zero_only(say)(f"a run is resumed from {path}, not from {Path(config.resume).name}")
     _refuse_links(run_dir)
     _name_other_logs(run_dir, config)
     own = OmegaConf.to_container(config)

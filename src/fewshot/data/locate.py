@@ -10,10 +10,11 @@ from fewshot.data.files import ImageFile, file_at, is_archive, list_archive, lis
 from fewshot.errors import FewShotError, shortened
 
 # What people call the splits of a data set. "base" and "novel" are those of Hariharan & Girshick (2017).
+# "background" and "evaluation" are those of Omniglot.
 ALIASES = {
-    "train": ("train", "training", "base"),
+    "train": ("train", "training", "base", "background"),
     "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "novel"),
+    "test": ("test", "testing", "novel", "evaluation"),
 }
 FILLERS = ("meta", "set", "split", "data", "image", "images", "classes")  # as in meta_train and "test images"
 IMAGES = (".jpg", ".jpeg", ".png")
