@@ -3,7 +3,7 @@ PYTHON ?= $(or $(shell for version in 3.13 3.12 3.11; do python$$version -c 'imp
     echo python$$version && break; done),python3)
 VENV ?= .venv
 
-.PHONY: train test test-all test-gpu lint bench gpu reproduce report dashboard notebooks demo docs
+.PHONY: train test test-all test-gpu lint bench gpu reproduce tables report dashboard notebooks demo docs
 train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
 	$(VENV)/bin/python src/train.py
 
@@ -30,12 +30,15 @@ test-gpu: $(VENV)/installed-dev  ## run the tests for GPUs; without a GPU, the s
 gpu: $(VENV)/installed-dev  ## use a GPU for 15 minutes: test suite, benchmark, then trainings; call again to resume
 	$(VENV)/bin/python src/benchmarks/quarter_hour.py
 
+reproduce: $(VENV)/installed  ## measure the lines of the tables again from their committed weights, without training
+	$(VENV)/bin/python src/reproduce.py all
+
 # Resumes when called again after an interruption; a failed cell does not stop the others.
-reproduce: $(VENV)/installed  ## train and test every Omniglot cell of the articles' tables, an hour each at most
+tables: $(VENV)/installed  ## train and test every Omniglot cell of the articles' tables, an hour each at most
 	$(VENV)/bin/python src/train.py -m '+experiment/omniglot=glob(*)' way=5,20 shot=1,5 budget=cpu \
-	    resume=auto hydra.sweep.dir=outputs/reproduce \
+	    resume=auto hydra.sweep.dir=outputs/tables \
 	    'hydra.sweep.subdir=$${choices.experiment}_$${way}way_$${shot}shot/$${seed}'; status=$$?; \
-	    $(VENV)/bin/python src/report.py outputs/reproduce && exit $$status
+	    $(VENV)/bin/python src/report.py outputs/tables && exit $$status
 
 report: $(VENV)/installed  ## compare the committed results with published ones, in notebooks/guides/reproduce.md
 	$(VENV)/bin/python src/report.py notebooks/results/reproduction out=notebooks/results/reproduction \

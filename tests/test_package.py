@@ -19,8 +19,10 @@ from PIL import Image
 import fewshot
 from fewshot.commands import COMMANDS
 from fewshot.config import CONF, ROOT
+from fewshot.models import short_names
 
 HEAVY = {"torch", "torchvision", "pytorch_lightning", "lightning_fabric", "matplotlib", "numpy"}
+MODEL = ("card.json", "episodes.csv", "weights.safetensors")
 TINY = ["train.episodes=4", "train.way=3", "val.every=2", "val.episodes=3", "test.episodes=5", "hardware=cpu"]
 
 
@@ -37,6 +39,7 @@ def python(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
         (["report", "--help"], 0, "# python src/report.py RUNS..."),
         (["tarin"], 1, "error: tarin is not a command (did you mean train?); choose one of train, evaluate, "),
         (["train", "wya=5"], 1, "error: Could not override 'wya'. (did you mean way?) (see train.py --help)"),
+        (["models"], 0, " glyphs/protonet "),
         (["evaluate", "hardware=cup"], 1, "(did you mean cpu?) (see evaluate.py --help)"),
         (["train", "-sc", "query=bash"], 0, "distance=cosine distance=l2 distance=scaled_cosine"),
         (["-sc", "query=bash"], 0, "distance=cosine distance=l2 distance=scaled_cosine"),
@@ -77,7 +80,7 @@ def wheel(tmp_path_factory):
     directory = tmp_path_factory.mktemp("package")
     copy = directory / "copy"
     copy.mkdir()
-    for name in ("src", "conf"):
+    for name in ("src", "conf", "notebooks/results/reproduction"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -92,7 +95,9 @@ def test_the_wheel_contains_the_whole_package_and_its_configuration(wheel):
     packages = [ROOT / "src" / "fewshot", ROOT / "src" / "hydra_plugins"]
     package = {path.relative_to(ROOT / "src") for folder in packages for path in folder.rglob("*.py")}
     configuration = {Path("fewshot/conf") / path.relative_to(CONF) for path in CONF.rglob("*.yaml")}
-    expected = {path.as_posix() for path in [*package, *configuration, Path("fewshot/py.typed")]}
+    models = {Path("fewshot/shipped", line, name) for line in short_names().values() for name in MODEL}
+    expected = {path.as_posix() for path in [*package, *configuration, *models, Path("fewshot/py.typed")]}
+    assert wheel.stat().st_size < 3e6
     assert {name for name in held if ".dist-info/" not in name} == expected
 
 
@@ -140,6 +145,9 @@ def test_the_wheel_alone_trains_evaluates_predicts_and_resumes(wheel, tmp_path):
     run("predict", f"checkpoint={results.parent}", "support=support", "query=query", "out=predicted")
     assert len((home / "predicted" / "predictions.csv").read_text().splitlines()) == 3
     assert "report.md" in run("report", "outputs", "out=reported")
+    assert all(name in run("models") for name in short_names())
+    assert " equal " in run("reproduce", "glyphs/protonet", "hardware=cpu")
+    run("predict", "checkpoint=omniglot/protonet", "support=support", "query=query", "out=predicted")
     for command in ("bench", "figure"):
         done = call(command)
         assert done.returncode == 1

@@ -69,7 +69,8 @@ ELSEWHERE = {
     r"launcher=(submitit|ray|joblib)": "needs a cluster, or processes that import everything; see tests/test_sweeps.py",
     r"figure=(maml_graph|time_profile)": "takes minutes; see tests/figures",
     r"device=cuda": "needs a GPU; see tests/benchmarks",
-    r"miniimagenet/(pretrained|classifier/0)": "embeds all of miniImageNet; see tests/test_experiments.py",
+    r"miniimagenet/pretrained|(checkpoint|init)=miniimagenet": "embeds miniImageNet; see tests/test_experiments.py",
+    r"reproduce omniglot|reproduce .*train=true|cards=true": "takes minutes, or writes here; see tests/test_models.py",
     r"dataset=torchvision": "is downloaded; see tests/data/test_torchvision.py",
     r"fewshot demo": "serves until stopped; see tests/test_demo.py",
     r"study=classifiers": "takes an hour; see tests/test_sweeps.py",
@@ -123,7 +124,7 @@ def small(name: str, arguments: list[str], stand_ins: Path, tmp_path: Path) -> l
         r"(?<!OTHER_)RUN_DIR|outputs/DATE/TIME_\w+": str(stand_ins / "run"),
         r"run\.dir=PATH": f"run.dir={tmp_path / 'run'}",
         r"data_dir=PATH": f"data_dir={stand_ins / 'images'}",
-        r"^(more/runs|outputs/reproduce)$": str(stand_ins / "run"),
+        r"^(more/runs|outputs/tables)$": str(stand_ins / "run"),
         r"^runs=outputs/distances": f"runs={ROOT / 'notebooks/results/distance_study'}",
         r"^runs=FOLDER": f"runs={stand_ins / 'maml'}",
         r"=(examples|pictures|images\.npz)$": rf"={stand_ins}/\1",
@@ -155,7 +156,7 @@ def small(name: str, arguments: list[str], stand_ins: Path, tmp_path: Path) -> l
             smaller.append(f"hydra.run.dir={tmp_path / 'run'}")
     elif "-m" in smaller:
         smaller.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    elif name != "demo" and "out" not in keys:
+    elif name not in ("demo", "models") and "out" not in keys:
         smaller.append(f"out={tmp_path / 'out'}")
     return smaller
 
@@ -182,7 +183,8 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
         if re.search("(dataset=|experiment[=/]|reproduction/)(omniglot|miniimagenet|matching)", part):
             arguments.append(f"data_dir={request.getfixturevalue('real_data')}")
         if any(re.search(pattern, part) for pattern in ELSEWHERE):
-            compose_unresolved(*[item for item in arguments if not re.match(r"-|\+?hydra|seed=0,1", item)], name=name)
+            given = [item for item in arguments if "=" in item and not re.match(r"-|\+?hydra|seed=0,1", item)]
+            compose_unresolved(*given, name=name)
             continue
         if "sweeper=search" in part:
             pytest.importorskip("optuna", minversion="5", reason="no Optuna: pip install -e '.[optuna]'")

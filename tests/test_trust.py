@@ -22,7 +22,7 @@ from fewshot.checkpoints import load_checkpoint, save_weights
 from fewshot.cli import _explain
 from fewshot.config import check, compose, without_initial_weights
 from fewshot.errors import FewShotError
-from fewshot.evaluation import _task
+from fewshot.evaluation import task_of
 from fewshot.files import write_atomically
 from fewshot.runs import complete_results, load_for_resume, overrides
 from fewshot.trained import load_trained
@@ -67,7 +67,7 @@ def read(run_dir, tmp_path_factory):
     }
 
     def evaluate():
-        requested = _task(load_trained(str(there)).config, evaluating)
+        requested = task_of(load_trained(str(there)).config, evaluating)
         check(requested)
         return requested
 

@@ -17,8 +17,9 @@ from safetensors.torch import save
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import fewshot
-from fewshot.errors import FewShotError, reason
+from fewshot.errors import FewShotError, nearest, reason
 from fewshot.files import check_file, write_atomically
+from fewshot.models import names
 from fewshot.trust import read_config
 
 SHARED = ".safetensors"  # ending of files for others, see ``save_weights``
@@ -80,7 +81,10 @@ def load_checkpoint(
     except FewShotError:
         raise
     except FileNotFoundError:
-        raise FewShotError(f"there is no checkpoint {path}; name the directory of a run, or a file in it") from None
+        near = nearest("/".join(path.parts[-2:]), names())
+        raise FewShotError(
+            f"there is no checkpoint {path}{near}; name the directory of a run, a file in it, or one of fewshot models"
+        ) from None
     except Exception as error:  # the type depends on how the file is broken
         raise _not_ours(path, error) from error
     return {**checkpoint, "hyper_parameters": config}
@@ -140,7 +144,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
             if not isinstance(content, dict) or "format" not in content:
                 raise ValueError("it does not say what its weights are")
             if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']}, but this version reads {FORMAT}")
+                raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}: install a newer one")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, RecursionError, SafetensorError, ValueError) as error:
         raise FewShotError(

@@ -43,12 +43,14 @@ from fewshot.config import (
     source_at,
 )
 from fewshot.errors import Interrupted, mistake, nearest
+from fewshot.models import is_model
 from fewshot.paths import make_absolute
 from fewshot.processes import PATIENCE, rank
 from fewshot.sweeps import FAILURE, Sweep, failures
 from fewshot.text import for_terminal, open_streams, say
 
-LEADING = {"report": "runs", "compare": "runs"}  # commands whose first arguments may omit this key
+# Commands whose first arguments may omit this key.
+LEADING = {"report": "runs", "compare": "runs", "models": "names", "reproduce": "lines"}
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # requested by the user
 # What Hydra and OmegaConf add to messages for authors of configuration files.
 ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")
@@ -167,7 +169,7 @@ def job(function: Callable[[DictConfig], Any], typed: list[str]) -> Callable[[Di
     @wraps(function)
     def guarded(config: DictConfig) -> Any:
         open_streams()  # a launcher may have started a new process for this job
-        make_absolute(config)
+        make_absolute(config, is_model)
         if TRACEBACK:
             return function(config)
         if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -70,6 +70,26 @@ def export(config: DictConfig) -> None:
     export(config.checkpoint, config.out, config.trust)
 
 
+def models(config: DictConfig) -> None:
+    """List the trained models that come with the package, or print their cards."""
+    if config.cards:
+        from fewshot.cards import write_cards
+
+        for path in write_cards(config.licences):
+            say(path)
+        return
+    from fewshot.models import show
+
+    show(config.names)
+
+
+def reproduce(config: DictConfig) -> None:
+    """Measure lines of the tables again, from their shipped weights."""
+    from fewshot.reproduce import reproduce
+
+    reproduce(config)
+
+
 def demo(config: DictConfig) -> None:
     """Serve a page that classifies images from a few examples of each class, until Ctrl-C."""
     from fewshot.demo import serve
@@ -87,7 +107,8 @@ def bench(config: DictConfig) -> None:
 
 
 COMMANDS = {
-    command.__name__: command for command in (train, evaluate, predict, report, compare, figure, export, demo, bench)
+    command.__name__: command
+    for command in (train, evaluate, predict, report, compare, models, reproduce, figure, export, demo, bench)
 }
 
 

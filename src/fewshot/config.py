@@ -509,7 +509,7 @@ def compose(*overrides: str, name: str = "train", places: Sequence[str] = ()) ->
     outer = hydra_config.cfg  # set if this program runs under Hydra
     try:
         hydra_config.set_config(config)  # for interpolations that refer to it
-        left_out = ("hydra",) if name == "train" else ("hydra", *FOR_TRAINING)
+        left_out = ("hydra",) if name in ("train", "reproduce") else ("hydra", *FOR_TRAINING)
         keys = [str(key) for key in config if key not in left_out]
         try:
             resolved = DictConfig(OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True))

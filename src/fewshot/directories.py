@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fewshot.errors import FewShotError
+from fewshot.models import is_model, require
 from fewshot.paths import ROOT
 from fewshot.processes import rank
 
@@ -32,7 +33,15 @@ def best_checkpoint(run_dir: Path) -> Path:
 
 
 def checkpoint_at(path: Path) -> Path:
-    """Return the checkpoint that a path names: a file, or the best one of a run directory or its ``checkpoints``."""
+    """Return the checkpoint of a place: a file, the best one of a run directory or its ``checkpoints``, or a model's.
+
+    Raises:
+        FewShotError: the weights of the model have changed.
+    """
+    if is_model(path.as_posix()):
+        model = require(path.as_posix())
+        model.check()
+        return model.weights
     if not path.is_dir():
         return path
     inside = path / best_checkpoint(path).name

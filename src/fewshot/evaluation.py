@@ -147,7 +147,7 @@ def evaluate(config: DictConfig) -> float:
     trained = [_first(config)]
     if config.against is not None:
         trained.append(_load(config.against, config))
-    tasks = [_task(run.config, config) for run in trained]
+    tasks = [task_of(run.config, config) for run in trained]
     for other in tasks[1:]:
         _check_comparable(tasks[0], other)
         for key in (*TASK, "test"):
@@ -239,8 +239,8 @@ def _load(checkpoint: str, config: DictConfig) -> Trained:
     return with_chosen_data(load_trained(checkpoint, trust=config.trust, places=places), config.overrides, places)
 
 
-def _task(run: DictConfig, config: DictConfig) -> DictConfig:
-    """The configuration of a run with the task and the hardware of this command."""
+def task_of(run: DictConfig, config: DictConfig) -> DictConfig:
+    """The configuration of a run with the task and the hardware of this command, see ``conf/evaluate.yaml``."""
     task = OmegaConf.merge(OmegaConf.structured(TrainConfig), run)
     assert isinstance(task, DictConfig)
     for key in TASK:

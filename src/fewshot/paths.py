@@ -1,6 +1,7 @@
 """One rule for every path in a configuration: it starts at the directory that the command was typed in, or at ``~``."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +18,7 @@ PATHS = (
     *("run", "runs", "reference", "encoder.init", "encoder.file", "dataset.source.data_dir"),
 )
 WORDS = ("auto", "newest")  # values of these keys that are not paths
+CHECKPOINTS = ("checkpoint", "against", "encoder.init")  # those that may name a model instead
 
 
 def absolute(path: str) -> str:
@@ -25,12 +27,19 @@ def absolute(path: str) -> str:
     return str(Path(start, Path(path).expanduser()))
 
 
-def make_absolute(config: DictConfig) -> None:
-    """Make the paths in a configuration absolute, in place: a job may run in another directory (hydra.job.chdir)."""
+def make_absolute(config: DictConfig, is_model: Callable[[str], bool]) -> None:
+    """Make the paths in a configuration absolute, in place: a job may run in another directory (hydra.job.chdir).
+
+    Args:
+        config: the composed configuration of a command.
+        is_model: whether a checkpoint is the name of a model, which is kept.
+    """
     for key in PATHS:
         try:
             value = OmegaConf.select(config, key)
         except OmegaConfBaseException:  # it depends on what is missing, which is reported later
+            continue
+        if isinstance(value, str) and key in CHECKPOINTS and is_model(value):
             continue
         if isinstance(value, str) and value and value not in WORDS:
             changed: str | list[str] = absolute(value)

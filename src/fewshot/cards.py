@@ -1,0 +1,170 @@
+"""Cards of trained models: what was trained, on what, how, how well it does, and the digests of the file."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from fewshot.checkpoints import load_checkpoint
+from fewshot.config import OF_ONE_TASK, as_overrides, compose
+from fewshot.data.bank import has_bright_ink
+from fewshot.errors import FewShotError
+from fewshot.models import CARD, FORMAT, MODELS, WEIGHTS, all_models, digests
+from fewshot.results import Result, best_validation, find_results, run_config, seed_of
+from fewshot.runs import write_json
+
+CHOICES = ("dataset", "method", "distance", "encoder", "optimizer", "schedule", "transform", "budget")
+# What the command need not say: chosen above, repeated elsewhere, or of no effect on the accuracy.
+UNSAID = {"choices", "name", "run_dir", "data_dir", "cache_dir", "resume", "trust", "logger", "pictures", "callbacks"}
+UNSAID |= {"overrides", "checkpoint_every", "log_every"}
+UNSAID |= {"train.steps", "method.classes", "dataset.source.data_dir", "encoder.init"}
+REPEATED = ("method.encoder.", "method.distance.")
+
+
+def write_cards(licences: Mapping[str, str], below: Path = MODELS) -> list[Path]:
+    """Write the card of each line of the tables that has weights.
+
+    Args:
+        licences: of the data, by the name of the data set.
+        below: the directory of the lines, ``DATASET/CELL/SEED``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FewShotError: the results next to weights are missing or broken, a licence is missing, or there are no lines.
+    """
+    found = find_results([below])
+    lines = {path.parent.relative_to(below.resolve()).as_posix(): result for path, result in found.items()}
+    owners = sorted(path.parent.relative_to(below).as_posix() for path in below.rglob(WEIGHTS))
+    for owner in owners:
+        if owner not in lines:
+            raise FewShotError(f"{below / owner / WEIGHTS} has no valid results.json next to it; copy that of its run")
+    written = []
+    for name, result in lines.items():
+        same = [other for other in owners if _training(lines[other]) == _training(result)]
+        if same:
+            card = make_card(name, result, name if name in same else same[0], lines, licences, below)
+            write_json(below / name / CARD, card)
+            written.append(below / name / CARD)
+    if not written:
+        raise FewShotError(f"no line below {below} has weights; write them with export checkpoint=RUN_DIR out=FILE")
+    all_models.cache_clear()
+    return written
+
+
+def make_card(
+    name: str, result: Result, owner: str, lines: Mapping[str, Result], licences: Mapping[str, str], below: Path
+) -> dict[str, Any]:
+    """Make the card of a line of the tables.
+
+    Args:
+        name: of the line, ``DATASET/CELL/SEED``.
+        result: its results.
+        owner: the line next to whose results the weights are.
+        lines: the results of all lines, by name.
+        licences: see ``write_cards``.
+        below: see ``write_cards``.
+
+    Raises:
+        FewShotError: the file of the weights is broken, or the data set has no licence.
+    """
+    file = below / owner / WEIGHTS
+    config = OmegaConf.create(load_checkpoint(file)["hyper_parameters"])
+    dataset = str(result["dataset"])
+    if dataset not in licences:
+        raise FewShotError(f"conf/models.yaml names no licence of the data set {dataset}; add it below licences")
+    ink = has_bright_ink(get_object(config.dataset.source._target_))
+    kind = f"{'grey' if config.dataset.channels == 1 else 'colour'} {'letters' if ink else 'photos'}"
+    best = best_validation(result)
+    run = run_config(result)
+    cell = name.rpartition("/")[0]
+    return {
+        "format": FORMAT,
+        **{key: result.get(key) for key in ("method", "distance", "encoder", "encoder_parameters", "precision")},
+        "expects": {"kind": kind, "size": config.dataset.size, "channels": config.dataset.channels, "ink": ink},
+        "dataset": dataset,
+        "data": result["data"],
+        "licence": licences[dataset],
+        "command": training_command(run, lines),
+        "settings": {key: run.get(key) for key in ("train", "val", "optimizer", "schedule", "transform")},
+        "seed": seed_of(result),
+        "seeds": sorted(seed_of(lines[other]) for other in lines if other.rpartition("/")[0] == cell),
+        "commit": result.get("commit"),
+        "versions": result.get("versions"),
+        "machine": result.get("machine"),
+        "hours": round(result["train_seconds"] / 3600, 2),
+        "validation": None if best is None else {key: best.get(key) for key in ("accuracy", "ci95", "episodes")},
+        "test": {key: result[key] for key in ("way", "shot", "query", "accuracy", "ci95", "episodes")}
+        | {"eval_seed": result["config"]["eval_seed"]},
+        "weights": owner,
+        "bytes": file.stat().st_size,
+        "sha256": digests(file),
+    }
+
+
+def training_command(config: Mapping[str, Any], lines: Mapping[str, Any]) -> str:
+    """Return a command that trains with a configuration, from the defaults of today.
+
+    Args:
+        config: of the run.
+        lines: names of lines: the run that ``encoder.init`` names may be one of them.
+    """
+    return shlex.join(["fewshot", "train", *training_overrides(config, lines)])
+
+
+def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any]) -> list[str]:
+    """Return the overrides of ``training_command``."""
+    choices = config["choices"]
+    task = [f"{key}={config[key]}" for key in ("way", "shot", "seed")]
+    experiment = choices.get("experiment")
+    of_one_task = OF_ONE_TASK.fullmatch(experiment or "")
+    said = [f"experiment={of_one_task[1] if of_one_task else experiment}"] if experiment else []
+    composed = compose(*said, *task)
+    said += [f"{key}={choices[key]}" for key in CHOICES if choices.get(key) not in (None, composed.choices.get(key))]
+    initial = (config.get("encoder") or {}).get("init")
+    if initial:
+        parts = Path(str(initial).partition("/checkpoints")[0]).parts
+        said.append(f"encoder.init={next((name for name in lines if parts[-3:] == tuple(name.split('/'))), 'RUN_DIR')}")
+    today = _flat(compose(*said, *task))
+    differing = {key: value for key, value in _flat(OmegaConf.create(dict(config))).items() if today.get(key) != value}
+    if differing.get("hardware.precision") == "32-true" and today.get("hardware.precision") == "auto":
+        del differing["hardware.precision"]  # what auto is, on a processor
+    plain = {key: value for key, value in differing.items() if _is_said(key, value)}
+    task += [
+        f"{key}={value}" if isinstance(value, str) and re.fullmatch(r"[\w-]+", value) else as_overrides({key: value})[0]
+        for key, value in plain.items()
+    ]
+    return [*said, *task]
+
+
+def _is_said(key: str, value: Any) -> bool:
+    first = key.partition(".")[0]
+    if value is None or UNSAID & {first, key} or key.startswith(REPEATED):
+        return False
+    return key not in ("way", "shot", "seed") and (first != "hardware" or key == "hardware.precision")
+
+
+def _flat(config: DictConfig) -> dict[str, Any]:
+    """Return the values by their dotted keys; a list is a value."""
+    flat: dict[str, Any] = {}
+
+    def collect(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                collect(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    collect(OmegaConf.to_container(config), "")
+    return flat
+
+
+def _training(result: Result) -> tuple[Any, ...]:
+    """Identify the training of a result: no two have all accuracies on validation classes, or the time, in common."""
+    curve = [(point["trained_episodes"], point["accuracy"]) for point in result["validations"]]
+    return (result["dataset"], seed_of(result), *(curve or [result["train_seconds"]]))

@@ -1,0 +1,184 @@
+"""Measure lines of the tables again: the shipped weights on the very test episodes, or a training from nothing."""
+
+import math
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+
+from fewshot.config import as_overrides, check, compose
+from fewshot.data.contents import contents_of, differences
+from fewshot.errors import FewShotError, mistake
+from fewshot.evaluation import Evaluation, evaluate_split, open_split, task_of
+from fewshot.hardware import check_hardware, keep_freed_memory, report_out_of_memory
+from fewshot.metrics import Estimate, paired_difference
+from fewshot.models import CARD, Model, bare_cells, names, require
+from fewshot.results import read_episodes
+from fewshot.runs import data_directories, trained_on
+from fewshot.text import make_table, say
+from fewshot.trained import load_trained
+from fewshot.training import train
+
+EQUAL, WITHIN, DIFFERS = "equal", "within", "differs"
+SIGNIFICANT = 0.05  # two-sided probability below which two trainings differ
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A line of the tables, measured again.
+
+    Attributes:
+        before: its accuracy on these episodes as the table has it, or that of its weights if they were trained again.
+        now: the accuracy measured now.
+        verdict: ``EQUAL``, ``WITHIN`` or ``DIFFERS``, and why.
+        seconds: that it took.
+    """
+
+    before: float
+    now: Estimate
+    verdict: str
+    seconds: float
+
+
+def reproduce(config: DictConfig) -> None:
+    """Measure lines again, and print a table.
+
+    Args:
+        config: the composed ``conf/reproduce.yaml``.
+
+    Raises:
+        FewShotError: a line is unknown, has no weights, could not be measured, or differs.
+    """
+    episodes = config.episodes
+    if episodes is not None and (not isinstance(episodes, int) or episodes < 2):
+        raise FewShotError(f"episodes={episodes} must be a whole number of at least 2, or null")
+    if not isinstance(config.train, bool):
+        raise FewShotError(f"train={config.train} must be true or false")
+    chosen = [config.lines] if isinstance(config.lines, str) else list(config.lines)
+    models = {str(name): require(str(name)) for name in (names() if chosen == ["all"] else chosen)}
+    check_hardware(config.hardware)
+    keep_freed_memory()
+    rows: list[tuple[str, ...]] = []
+    failed: dict[str, str] = {}
+    for name, model in models.items():
+        try:
+            with report_out_of_memory("choose hardware=cpu"):
+                one = train_again(model, config) if config.train else measure(model, config)
+        except Exception as error:
+            ours = mistake(error)  # Hydra wraps those in a data set
+            if ours is None:
+                raise
+            failed[name] = f": {ours}"
+            continue
+        accuracies = (f"{100 * accuracy:.4f}" for accuracy in (one.before, one.now.accuracy))
+        rows.append((name, model.task, *accuracies, one.verdict, f"{one.seconds:.0f}"))
+        if one.verdict.startswith(DIFFERS):
+            failed[name] = f" {one.verdict}"
+    columns = ["line", "test", "table, %", "now, %", "verdict", "seconds"]
+    if rows:
+        say(make_table("Lines of the tables, measured again", columns, rows, numbers=(*columns[2:4], "seconds")))
+    bare = bare_cells()
+    if bare and chosen == ["all"]:
+        say(f"no weights, so not measured: {', '.join(bare)}")
+    if failed:
+        lines = "\n".join(f"{name}{why}" for name, why in failed.items()).split("\n")
+        raise FewShotError(f"{len(failed)} of {len(models)} lines were not reproduced", *lines)
+
+
+def measure(model: Model, config: DictConfig) -> Reproduction:
+    """Test the weights of a line on its own test episodes, or the first of them.
+
+    Args:
+        model: the line.
+        config: see ``reproduce``.
+
+    Raises:
+        FewShotError: the weights, their configuration or the data have changed, or the data are missing.
+    """
+    start = time.monotonic()
+    model.check()
+    tested = _test(model, str(model.weights), config)
+    before = _recorded(model, len(tested.right))
+    now = tested.estimate
+    difference = now.accuracy - before
+    same = math.isclose(difference, 0, abs_tol=1e-9)
+    verdict = EQUAL if same else WITHIN if abs(difference) <= now.ci95 else DIFFERS
+    if not same:
+        verdict = f"{verdict}: {100 * difference:+.4f}, the interval is ±{100 * now.ci95:.4f}"
+    return Reproduction(before, now, verdict, time.monotonic() - start)
+
+
+def train_again(model: Model, config: DictConfig) -> Reproduction:
+    """Train a line from nothing with its own command, and compare with its weights on the same test episodes.
+
+    Args:
+        model: the line.
+        config: see ``reproduce``; the run is below ``out``, and is resumed if it is there.
+
+    Raises:
+        FewShotError: see ``measure``.
+    """
+    start = time.monotonic()
+    model.check()
+    card, folder = model.card, Path(config.out).expanduser() / model.card["weights"]
+    machine = (card["machine"] or {}).get("processor", "an unknown machine")
+    say(f"{model.name}: {card['command']}", f"expect {card['hours']:.2f} hours; that is what it took on {machine}")
+    settings = {"run_dir": str(folder), "resume": "auto", **data_directories(config)}
+    train(compose(*shlex.split(card["command"])[2:], *as_overrides(settings)))
+    theirs, ours = (_test(model, place, config) for place in (str(model.weights), str(folder)))
+    difference = paired_difference(ours.right, theirs.right, _queries(model))
+    probability = two_sided(difference)
+    same = np.array_equal(ours.right, theirs.right)
+    verdict = EQUAL if same else WITHIN if probability >= SIGNIFICANT else DIFFERS
+    if not same:
+        verdict = f"{verdict}: {100 * difference.accuracy:+.2f} ± {100 * difference.ci95:.2f}, p = {probability:.3f}"
+    return Reproduction(theirs.estimate.accuracy, ours.estimate, verdict, time.monotonic() - start)
+
+
+def two_sided(difference: Estimate) -> float:
+    """Return the probability of a difference at least this large, of either sign, if there is none: a normal test.
+
+    The test is over episodes: it does not know how much trainings with other seeds differ.
+    """
+    if difference.accuracy == 0:
+        return 1.0
+    deviation = difference.ci95 / 1.96
+    return math.erfc(abs(difference.accuracy) / deviation / math.sqrt(2)) if deviation > 0 else 0.0
+
+
+def _test(model: Model, place: str, config: DictConfig) -> Evaluation:
+    """Test a checkpoint on the episodes of a line."""
+    trained = load_trained(place, places=data_directories(config))
+    test = model.card["test"]
+    settings = {key: test[key] for key in ("way", "shot", "query", "eval_seed")}
+    hardware = OmegaConf.merge(config.hardware, {"precision": config.hardware.precision or model.card["precision"]})
+    episodes = min(test["episodes"], config.episodes or test["episodes"])
+    settings |= {"episodes": episodes, "hardware": hardware, "cache_dir": config.cache_dir, "out": None}
+    task = task_of(trained.config, OmegaConf.create(settings))
+    check(task)
+    data = open_split(task, "test")
+    then = trained_on(trained.checkpoint, None)
+    changes = [] if then is None else differences(then, contents_of(data.bank))
+    if changes:
+        raise FewShotError(
+            f"the data differ from those of the table: {'; '.join(changes)}; name the directory of the same data with "
+            "data_dir=PATH"
+        )
+    return evaluate_split(trained, task, data)
+
+
+def _recorded(model: Model, episodes: int) -> float:
+    """Return the accuracy that a line had in its first test episodes."""
+    test = model.card["test"]
+    right: NDArray[np.float64] | None = read_episodes(model.folder / CARD, test)
+    if right is None or episodes == test["episodes"]:
+        return float(test["accuracy"])
+    return float(right[:episodes].mean() / _queries(model))
+
+
+def _queries(model: Model) -> int:
+    return int(model.card["test"]["way"] * model.card["test"]["query"])
