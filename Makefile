@@ -41,8 +41,8 @@ tables: $(VENV)/installed  ## train and test every Omniglot cell of the articles
 	    $(VENV)/bin/python src/report.py outputs/tables && exit $$status
 
 report: $(VENV)/installed  ## compare the committed results with published ones, in notebooks/guides/reproduce.md
-	$(VENV)/bin/python src/report.py notebooks/results/reproduction out=notebooks/results/reproduction \
-	    readme=notebooks/guides/reproduce.md
+	$(VENV)/bin/python src/report.py notebooks/results/reproduction/omniglot notebooks/results/reproduction/miniimagenet \
+	    out=notebooks/results/reproduction readme=notebooks/guides/reproduce.md
 
 dashboard: $(VENV)/installed  ## show the runs below outputs in TensorBoard, on this machine only
 	$(VENV)/bin/tensorboard --logdir outputs --host localhost

@@ -159,7 +159,7 @@ class Line:
 
     @property
     def has_curve(self) -> bool:
-        """Whether the validations of a run are on the task of the test; those of an evaluation at another task are not."""
+        """Whether the validations of a run are on the task of its test, unlike those of an evaluation at another."""
         return any(len(run["validations"]) > 1 for run in self.runs) and not self.chosen_at
 
     @property
