@@ -210,10 +210,7 @@ def predict(config: DictConfig) -> None:
     classified = len(queries) - (len(left_out) - unread)
     _print(shown, classified, support)
     if predictor.method.transductive:
-        say(
-            f"{type(predictor.method).__name__} is transductive: each answer depends on all {classified:,} queries, "
-            "and few queries, or queries of few classes, mislead it"
-        )
+        say(_few_queries(type(predictor.method).__name__, classified))
     _print_right(right, tied)
     _warn_of_copies(copies, "which gives away its class")
     if left_out:
@@ -316,6 +313,19 @@ def _class_of(file: str, place: str, classes: Container[str]) -> str | None:
         root = Path(*fixed) if len(fixed) < len(root.parts) else path.parent
     below = [folder.name for folder in path.parents if folder == root or root in folder.parents]
     return next((name for name in below if name in classes), None)
+
+
+def _few_queries(method: str, queries: int) -> str:
+    """Say what the number of queries means to a transductive method."""
+    if queries == 1:
+        return (
+            f"warning: {method} is transductive: it compares queries with each other, so the answer to a single one can "
+            "be arbitrary; classify more together, or choose a method such as method=protonet"
+        )
+    return (
+        f"{method} is transductive: each answer depends on all {queries:,} queries, and few queries, or queries of few "
+        "classes, mislead it"
+    )
 
 
 def _print_right(right: Mapping[bool, Sequence[float]], tied: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from PIL import Image
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch.nn.functional import one_hot
 
@@ -21,9 +22,17 @@ from fewshot.evaluation import evaluate
 from fewshot.methods.feat import FEAT
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.methods.pt_map import sinkhorn
+from fewshot.prediction import predict
 from fewshot.training import make_data, train
 
-INDUCTIVE = ("simpleshot", "nearest_neighbour", "logistic_regression", "ridge_regression", "finetune")
+INDUCTIVE = (
+    "simpleshot",
+    "nearest_neighbour",
+    "logistic_regression",
+    "ridge_regression",
+    "finetune",
+    "finetune_cosine",
+)
 TRANSDUCTIVE = ("transductive_finetune", "soft_kmeans", "bd_cspn", "laplacian_shot", "pt_map", "tim", "alpha_tim")
 WAY, FEATURES = 4, 12
 
@@ -293,6 +302,31 @@ def test_the_mean_of_training_classes_is_not_made_up():
     with pytest.raises(FewShotError, match=r"needs the mean of the training classes.*method\.centre=support"):
         made.compare_tasks(episodes())
 
+    def no_such_split(split):
+        raise FewShotError(f"the data set has no {split} classes")
+
+    with pytest.raises(FewShotError, match=r"needs the mean of the training classes.*method\.centre=support"):
+        made.before_evaluation(no_such_split)
+
+
+@pytest.mark.parametrize("name", TRANSDUCTIVE)
+def test_a_single_query_gets_finite_logits(name):
+    single = episodes(query=1)
+    single = single._replace(query=single.query[:, :1], query_labels=single.query_labels[:, :1])
+    logits = method(name).compare_tasks(single)
+    assert logits.shape == (3, 1, WAY) and logits.isfinite().all()
+
+
+def test_predict_says_what_a_single_query_means_to_a_transductive_method(run, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for name in ("support/a/0", "support/b/0", "query/0"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (30, 30), dtype=np.uint8)).save(path)
+    places = [f"{name}={tmp_path / name}" for name in ("support", "query", "out")]
+    predict(compose(f"checkpoint={run('protonet')}", "method=tim", *places, name="predict"))
+    assert "the answer to a single one can be arbitrary" in capsys.readouterr().out
+
 
 class TestUnbalancedQueries:
     @pytest.mark.parametrize("concentration", [0.01, 2.0, 1000.0])
@@ -354,7 +388,7 @@ def test_the_page_refuses_transductive_methods(run):
 
 
 def test_the_guide_says_which_methods_are_transductive():
-    page = (ROOT / "notebooks" / "guides" / "predict.md").read_text()
+    page = (ROOT / "notebooks" / "guides" / "classifiers.md").read_text()
     rows = [
         [cell.strip() for cell in row.split("|")[1:-1]]
         for row in page.splitlines()

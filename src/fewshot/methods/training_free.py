@@ -78,7 +78,16 @@ class TrainingFree(MetricMethod):
     def before_evaluation(self, embed_split: Callable[[str], LabelledEmbeddings]) -> None:
         """Average the embeddings of the training images."""
         if self.features == "cl2n" and self.centre == "train":
-            self._train_mean = embed_split("train").embeddings.float().mean(0)
+            try:
+                self._train_mean = embed_split("train").embeddings.float().mean(0)
+            except FewShotError as error:  # there are no training classes
+                raise self._no_mean() from error
+
+    def _no_mean(self) -> FewShotError:
+        return FewShotError(
+            "method.features=cl2n needs the mean of the training classes, and there are none here; choose "
+            "method.centre=support for that of the examples, or method.features=l2n"
+        )
 
     def _transform(
         self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor
@@ -91,10 +100,7 @@ class TrainingFree(MetricMethod):
             elif self._train_mean is not None:
                 centre = self._train_mean.to(support)
             else:
-                raise FewShotError(
-                    "method.features=cl2n needs the mean of the training classes, and there are none here; choose "
-                    "method.centre=support for that of the examples, or method.features=l2n"
-                )
+                raise self._no_mean()
             support, query = support - centre, query - centre
         return normalize(support, dim=-1), normalize(query, dim=-1)
 
