@@ -319,8 +319,8 @@ def _few_queries(method: str, queries: int) -> str:
     """Say what the number of queries means to a transductive method."""
     if queries == 1:
         return (
-            f"warning: {method} is transductive: it compares queries with each other, so the answer to a single one can "
-            "be arbitrary; classify more together, or choose a method such as method=protonet"
+            f"warning: {method} is transductive: it compares queries with each other, so the answer to a single one "
+            "can be arbitrary; classify more together, or choose a method such as method=protonet"
         )
     return (
         f"{method} is transductive: each answer depends on all {queries:,} queries, and few queries, or queries of few "
