@@ -15,6 +15,7 @@ from fewshot.data.bank import SPLITS, ImageClass, Source
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import Episode, EpisodeIndex
 from fewshot.data.images import normalise
+from fewshot.data.loaders import EvaluationLoader
 from fewshot.errors import FewShotError
 from fewshot.evaluation import OneSplit
 
@@ -262,3 +263,14 @@ def test_a_small_class_that_may_be_left_out_of_an_evaluation_is_refused_only_if_
         module.setup()
     module.left_out = ["2"]
     module.setup()
+
+
+def test_an_evaluation_of_nearly_all_images_of_a_split_embeds_all_of_them():
+    loader, nearly = make("val.episodes=30").val_dataloader(), 0
+    whole, _ = loader.dataset.bank.labelled("val")
+    for episodes in range(1, 30):
+        drawn = torch.cat([torch.cat([one.support, one.query]) for one in single(loader)[:episodes]]).unique()
+        positions = EvaluationLoader(loader.dataset, episodes, loader.images).positions()
+        assert torch.equal(positions, whole if len(drawn) >= 0.9 * len(whole) else drawn)
+        nearly += 0.9 * len(whole) <= len(drawn) < len(whole)
+    assert nearly

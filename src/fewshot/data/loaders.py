@@ -11,6 +11,7 @@ import torch
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, Gather, MetaBatch, Share, stack
 
 EVALUATED_TOGETHER = 20  # episodes per process and meta-batch of validation and test; does not affect results
+NEARLY_ALL = 0.9  # of the images of a split
 Batch = TypeVar("Batch")
 
 
@@ -69,6 +70,11 @@ class EvaluationLoader:
         return len(range(0, len(self._own), EVALUATED_TOGETHER))
 
     def positions(self) -> torch.Tensor:
-        """Return the positions of all images in the episodes of all processes, int64, ascending."""
+        """Return the positions of the images in the episodes of all processes, int64, ascending.
+
+        If nearly all images of the split are among them, return all, so that kept embeddings serve other tasks, too.
+        """
         episodes = (self.dataset[EpisodeNumber(0, number)] for number in range(self.episodes))
-        return torch.cat([torch.cat([episode.support, episode.query]) for episode in episodes]).unique()
+        drawn = torch.cat([torch.cat([episode.support, episode.query]) for episode in episodes]).unique()
+        whole, _ = self.dataset.bank.labelled(self.dataset.split)
+        return whole if len(drawn) >= NEARLY_ALL * len(whole) else drawn
