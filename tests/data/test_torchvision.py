@@ -1,6 +1,7 @@
 """Data sets of torchvision as episodes: splits of classes, public splits, downloads, and what goes wrong."""
 
 import hashlib
+import json
 import pickle
 import tarfile
 import threading
@@ -15,6 +16,7 @@ from torchvision import datasets
 from fewshot.config import compose
 from fewshot.data.torchvision import DATA_SETS, torchvision
 from fewshot.errors import FewShotError
+from fewshot.evaluation import evaluate
 from fewshot.training import make_data, train
 
 NAMES = """
@@ -114,6 +116,27 @@ def test_a_data_set_of_files_is_trained_on(textures, cache_dir, tmp_path):
     assert [len(bank.classes(split)) for split in ("train", "val", "test")] == [6, 2, 2]
     other = make_data(compose(*settings, "dataset.source.split_seed=1")).bank
     assert other.class_names("test") != bank.class_names("test")
+
+
+def test_a_run_on_other_photos_is_tested_on_cifar_fs(cifar, textures, cache_dir, tmp_path):
+    little = [
+        "way=2",
+        "query=2",
+        "train.query=2",
+        "train.way=2",
+        "train.episodes=2",
+        "val.episodes=2",
+        "test.episodes=2",
+    ]
+    data = ["dataset=torchvision", "dataset.source.name=DTD", "dataset.size=20", f"data_dir={textures}"]
+    places = [f"cache_dir={cache_dir}", "hardware=cpu"]
+    train(compose(*data, *little, *places, "encoder.filters=2", f"run_dir={tmp_path / 'run'}"))
+    tested = [f"checkpoint={tmp_path / 'run'}", "dataset=cifar_fs", f"data_dir={cifar}", "way=5", "episodes=3"]
+    evaluate(compose(*tested, *places, f"out={tmp_path / 'out'}", name="evaluate"))
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (result["dataset"], result["trained_on"], result["way"]) == ("cifar_fs", "torchvision", 5)
+    assert (result["data"]["split"], result["data"]["classes"]["test"]) == ("cifar_fs", 20)
+    assert result["config"]["dataset"]["source"]["size"] == 20 and not result["left_out_classes"]
 
 
 def test_a_missing_data_set_is_downloaded(cifar, tmp_path, monkeypatch):
