@@ -196,15 +196,23 @@ class MetricMethod(FewShotMethod):
             embed_split: returns the embeddings of all images of a split, for example "train".
         """
 
+    def learn(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        """Learn from embeddings what ``classifier`` learns from images.
+
+        Args:
+            support: what ``embed_images`` returns, ``[support samples, ...]``.
+            labels: int64 ``[support samples]``, every class at least once.
+            way: the number of classes.
+
+        Returns:
+            A function from embeddings ``[images, ...]`` to logits ``[images, way]``.
+        """
+        return lambda query: self.compare(EmbeddedEpisode(support, labels, query, _unknown(query), way))
+
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
         """See ``FewShotMethod``; the support is embedded once, and images are embedded a batch at a time."""
-        embedded = self.embed_images(support)
-
-        def classify(images: torch.Tensor) -> torch.Tensor:
-            query = torch.cat([self.embed_images(batch) for batch in images.split(EMBEDDED_TOGETHER)])
-            return self.compare(EmbeddedEpisode(embedded, labels, query, _unknown(images), way))
-
-        return classify
+        learned = self.learn(self.embed_images(support), labels, way)
+        return lambda images: learned(torch.cat([self.embed_images(batch) for batch in images.split(EMBEDDED_TOGETHER)]))
 
     def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
         """Return the loss of the queries over all episodes of the meta-batch."""

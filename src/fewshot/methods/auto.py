@@ -1,0 +1,162 @@
+"""The classifier for photos of one's own: linear, chosen and calibrated by leaving examples out."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import minimize_scalar
+from sklearn.linear_model import LogisticRegression
+from torch.nn.functional import normalize
+
+from fewshot.data.episodes import EmbeddedEpisode
+from fewshot.errors import FewShotError
+from fewshot.held_out import HeldOut, hold_out
+from fewshot.methods.base import MetricMethod
+
+DEFAULT, MEANS, UNCENTRED = "logistic regression", "nearest class mean", "logistic regression without centring"
+PENALTIES = {DEFAULT: 3.0, UNCENTRED: 10.0}  # inverse, C of scikit-learn
+# The temperature to expect, and how far it may be from that, as a standard deviation of its logarithm. Fitted to
+# ``python src/benchmarks/photos.py study=true``; with one example a class, nothing else is known.
+TEMPERATURES = {DEFAULT: (0.126, 0.38), MEANS: (0.139, -0.35), UNCENTRED: (0.186, 0.31)}  # factor, power of the shots
+SPREAD = 0.2
+ERRORS = 2  # standard errors by which another classifier has to be better
+FEW_CLASSES = 0.55  # with fewer classes, probabilities are surer: the factor is 1 - FEW_CLASSES / (way - 1)
+
+
+class Linear(NamedTuple):
+    """A linear classifier of the directions of embeddings.
+
+    Attributes:
+        name: of the classifier.
+        why: it was taken.
+        centre: subtracted from normalised embeddings, ``[features]``.
+        weight: ``[way, features]``.
+        bias: ``[way]``.
+        temperature: divides the scores.
+        held_out: answers to the examples without having seen them; None: every class had a single one.
+    """
+
+    name: str
+    why: str
+    centre: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    temperature: float = 1.0
+    held_out: HeldOut | None = None
+
+    def __call__(self, query: torch.Tensor) -> torch.Tensor:
+        """Return logits ``[queries, way]`` of embeddings ``[queries, features]``."""
+        points = directions(query.float(), self.centre)
+        return (points @ self.weight.mT + self.bias) / self.temperature
+
+
+class Auto(MetricMethod):
+    """Logistic regression on centred directions of embeddings, with probabilities that mean something.
+
+    Embeddings are divided by their norm, centred at the mean of the class means, and divided by their norm again (Wang
+    et al., 2019, arXiv 1911.04623). If a class has two or more examples, they are left out in turn (see
+    ``fewshot.held_out.parts``). The answers decide whether another classifier is taken, which has to be better by more
+    than two standard errors, and the temperature of the probabilities (Guo et al., 2017, arXiv
+    1706.04599), together with the one that is expected for as many shots. With one example a class, the default and
+    the expected temperature are used. Classes count the same whatever their shots.
+
+    Args:
+        encoder: trained before, or pretrained; one vector per image.
+    """
+
+    trains_on = "nothing"
+
+    def learn(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
+        """See ``MetricMethod``; the result is linear, for export.
+
+        Raises:
+            FewShotError: an embedding is not a vector.
+        """
+        if support.dim() != 2:
+            raise FewShotError(
+                f"Auto takes one vector per image, but the encoder's embeddings are {list(support.shape[1:])}"
+            )
+        with torch.autocast(support.device.type, enabled=False):
+            return _choose(support.float(), labels, way)
+
+    def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
+        """See ``MetricMethod``."""
+        return self.learn(embedded.support, embedded.support_labels, embedded.way)(embedded.query)
+
+
+def directions(embeddings: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Return the unit vectors from the centre to normalised embeddings, ``[images, features]``."""
+    return normalize(normalize(embeddings, dim=-1) - centre, dim=-1)
+
+
+def class_means(points: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
+    """Average the points of each class: ``[way, features]``."""
+    sums = points.new_zeros(way, points.shape[1]).index_add_(0, labels, points)
+    return sums / labels.bincount(minlength=way)[:, None]
+
+
+def expected_temperature(name: str, shots: float, way: int) -> float:
+    """Return the temperature of a classifier on photos."""
+    factor, power = TEMPERATURES[name]
+    return factor * shots**power * (1 - FEW_CLASSES / (way - 1))
+
+
+def _choose(support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
+    shots = len(labels) / way
+    chosen, best = DEFAULT, None
+    temperatures, tried = {}, {}
+    for name in TEMPERATURES:
+        found = hold_out(lambda *learned, name=name: _fit(name, *learned), support, labels.cpu(), way)
+        if found is None:
+            temperature = expected_temperature(DEFAULT, shots, way)
+            why = "with one example a class, none can be left out to try another, or to fit the temperature"
+            return _fit(DEFAULT, support, labels, way)._replace(temperature=temperature, why=why)
+        fewer = max(1.0, shots - 1)
+        expected = expected_temperature(name, fewer, way)
+        temperatures[name] = _fit_temperature(found, expected)
+        tried[name], losses = found, found.losses(temperatures[name])
+        if best is None:
+            best = losses
+            continue
+        gain = best - losses
+        if gain.mean() > ERRORS * gain.std() / len(gain) ** 0.5:
+            chosen, best = name, losses
+    held_out, temperature = tried[chosen], temperatures[chosen]
+    held_out = held_out._replace(logits=held_out.logits / temperature)
+    ratio = expected_temperature(chosen, shots, way) / expected_temperature(chosen, max(1.0, shots - 1), way)
+    why = (
+        "no other answers examples that are left out better by more than two standard errors"
+        if chosen == DEFAULT
+        else "it answers examples that are left out better by more than two standard errors"
+    )
+    fitted = _fit(chosen, support, labels, way)
+    return fitted._replace(temperature=temperature * ratio, why=why, held_out=held_out)
+
+
+def _fit(name: str, support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
+    normalised = normalize(support, dim=-1)
+    centre = class_means(normalised, labels, way).mean(0)
+    if name == UNCENTRED:
+        centre = torch.zeros_like(centre)
+    points = directions(support, centre)
+    if name == MEANS:
+        means = class_means(points, labels, way)
+        return Linear(name, "", centre, 2 * means, -means.square().sum(1))
+    # The optimal weights lie in the span of the support, so the fit needs only as many numbers as examples.
+    basis, _ = torch.linalg.qr(points.mT.double())
+    model = LogisticRegression(C=PENALTIES[name], class_weight="balanced", max_iter=1000)
+    model.fit((points.double() @ basis).cpu(), labels.cpu())
+    weight, bias = (torch.from_numpy(values) for values in (model.coef_, model.intercept_))
+    if len(weight) == 1:  # two classes: one score, for the second
+        weight, bias = (torch.cat([-0.5 * values, 0.5 * values]) for values in (weight, bias))
+    return Linear(name, "", centre, (weight.to(basis) @ basis.mT).to(support), bias.to(support))
+
+
+def _fit_temperature(held_out: HeldOut, expected: float) -> float:
+    """Return the most probable temperature, given a log-normal distribution around the expected one."""
+
+    def surprise(log: float) -> float:
+        prior = (log / SPREAD) ** 2 / 2
+        return float(held_out.losses(expected * math.exp(log)).sum()) + prior
+
+    return expected * math.exp(float(minimize_scalar(surprise, bounds=(-3, 3), method="bounded").x))
