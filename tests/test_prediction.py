@@ -25,8 +25,9 @@ from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate
 from fewshot.export import export
 from fewshot.files import output_directory
+from fewshot.learned import Learned
 from fewshot.methods.protonet import PrototypicalNetwork
-from fewshot.prediction import Predictor, make_predictor, predict
+from fewshot.prediction import make_predictor, predict
 from fewshot.text import for_csv
 from fewshot.trained import load_trained
 from fewshot.training import make_data
@@ -119,13 +120,8 @@ def test_the_batch_changes_no_answer_of_a_method_that_classifies_one_by_one(run,
 
 def test_queries_are_read_a_batch_at_a_time(run, folders, monkeypatch):
     sizes = []
-    learn = Predictor.learn
-
-    def spy(self, support):
-        classify = learn(self, support)
-        return lambda queries: (sizes.append(len(queries)), classify(queries))[1]
-
-    monkeypatch.setattr(Predictor, "learn", spy)
+    answer = Learned.__call__
+    monkeypatch.setattr(Learned, "__call__", lambda *both: (sizes.append(len(both[1])), answer(*both))[1])
     predict(configure(folders, f"checkpoint={run('protonet')}", "batch=7"))
     assert sizes == [5, 5, 5]  # alike, so that none is left alone in the last batch
 

@@ -1,6 +1,6 @@
 """How good a classifier of a few examples is, found by leaving some of them out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,9 +35,7 @@ class HeldOut(NamedTuple):
 
     def losses(self, temperature: float) -> torch.Tensor:
         """Return the mean cross-entropy of the answers to each example, ``[examples with an answer]``."""
-        losses = torch.nn.functional.cross_entropy(
-            self.logits / temperature, self.labels[self.index], reduction="none"
-        )
+        losses = torch.nn.functional.cross_entropy(self.logits / temperature, self.labels[self.index], reduction="none")
         return self._mean(losses[:, None])[:, 0]
 
     def probabilities(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,26 +120,3 @@ def hold_out(learn: Learn, support: torch.Tensor, labels: torch.Tensor, way: int
         learned = learn(support[kept], labels.to(support.device)[kept], way)
         logits.append(learned(support[part.to(support.device)]).float().cpu())
     return HeldOut(torch.cat(logits), torch.cat(left_out), labels)
-
-
-def describe(held_out: HeldOut, classes: Sequence[str], names: Sequence[str]) -> Iterator[str]:
-    """Yield lines for a user: the accuracy to expect, the classes that are confused, and suspicious examples.
-
-    Args:
-        held_out: the answers.
-        classes: the name of each class.
-        names: of the examples.
-    """
-    accuracy, low, high = held_out.accuracy()
-    yield (
-        f"leave-one-out accuracy on the {held_out.examples:,} examples: {accuracy:.1%} (95% interval {low:.0%} to "
-        f"{high:.0%}), with one example of each class left out at a time"
-    )
-    pairs = [f"{classes[one]} and {classes[other]} ({share:.0%})" for share, one, other in held_out.confused()]
-    if pairs:
-        yield f"most often mistaken for each other: {', '.join(pairs)}"
-    for example, label, probability in held_out.suspects():
-        yield (
-            f"{names[example]} looks like {classes[label]} ({probability:.0%}) instead of "
-            f"{classes[held_out.labels[example]]}: is it in the wrong folder?"
-        )

@@ -1,6 +1,7 @@
 """Classify your own images, given a folder of examples for each class."""
 
 import csv
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,6 @@ import torch
 from hydra.utils import get_object
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich.progress import track
 
@@ -27,17 +27,19 @@ from fewshot.data.images import normalise
 from fewshot.data.locate import splits_named
 from fewshot.data.photos import CROPS, Photo, read_ahead, read_photo
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
+from fewshot.embeddings import EMBEDDED_TOGETHER
 from fewshot.errors import FewShotError, shortened
-from fewshot.files import atomic_writer, output_directory
+from fewshot.files import atomic_writer, output_directory, write_atomically
 from fewshot.hardware import check_hardware, precision_of
-from fewshot.methods.base import FewShotMethod, require_finite
+from fewshot.learned import Learned, Pixels
+from fewshot.methods.auto import Linear
+from fewshot.methods.base import Classifier, FewShotMethod, MetricMethod, require_finite
 from fewshot.metrics import largest
 from fewshot.text import for_csv, for_figure, for_terminal, make_table, say
 from fewshot.trained import load_trained, make_untrained, with_chosen_method
 
 NAMED = 5  # files left out that are named on the terminal; a file lists all of them
 WARNED = 20  # near-duplicate pairs that are named, one per line
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -93,45 +95,60 @@ class Predictor:
         """Read an image as the network sees it: uint8 ``[size, size, channels]``; see ``read_photo``."""
         return read_photo(file, self.size, self.channels, self.ink, self.crop, reduced=True)
 
-    def learn(self, support: Mapping[str, Sequence[Pixels]]) -> Callable[[Sequence[Pixels]], torch.Tensor]:
+    def learn(self, support: Mapping[str, Sequence[Pixels]]) -> Learned:
         """Learn classes from examples.
 
         Args:
             support: the images of each class, by its name, as returned by ``read``; at least one per class.
 
-        Returns:
-            A function from one or more such images to logits ``[images, way]`` on the CPU, the classes in the order of
-            ``support``. Their softmax gives the probabilities.
-
         Raises:
-            FewShotError: there are fewer than two classes, or one is empty; from the function: a logit is not finite.
+            FewShotError: there are fewer than two classes, or one is empty.
         """
         if len(support) < 2 or not all(support.values()):
             raise FewShotError("a support set needs at least two classes, and at least one image of each")
         labels = torch.arange(len(support)).repeat_interleave(
             torch.tensor([len(examples) for examples in support.values()])
         )
+        images = [image for examples in support.values() for image in examples]
+        return self.learn_examples(tuple(support), self.represent(images), labels)
+
+    def learn_examples(self, classes: tuple[Any, ...], examples: torch.Tensor, labels: torch.Tensor) -> Learned:
+        """Learn classes from what ``represent`` returns; see ``Learned``."""
         # Full context embeddings read the support set as a sequence, and were trained on shuffled ones.
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        images = self._input([image for examples in support.values() for image in examples])
+        classify = self._learn(examples[order], labels[order], len(classes))
+        if isinstance(classify, Linear) and classify.held_out is not None:
+            in_order = classify.held_out._replace(index=order[classify.held_out.index], labels=labels)
+            classify = classify._replace(held_out=in_order)
+        alone = isinstance(self.method, MetricMethod) and not self.method.transductive
+        return Learned(classes, examples, labels, self.represent, classify, self._learn if alone else None)
+
+    def represent(self, images: Sequence[Pixels]) -> torch.Tensor:
+        """Embed images if the method compares embeddings, ``[images, ...]``; else return them, uint8, on the CPU."""
+        pixels = torch.from_numpy(np.stack(images))
+        if not isinstance(self.method, MetricMethod):
+            return pixels
         with torch.no_grad(), self._fabric.autocast():
-            classify = self.method.classifier(images[order], labels[order].to(images.device), len(support))
+            return torch.cat([self.method.embed_images(self._input(part)) for part in pixels.split(EMBEDDED_TOGETHER)])
 
-        def predict_logits(queries: Sequence[Pixels]) -> torch.Tensor:
+    def _learn(self, examples: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        labels, method = labels.to(self._fabric.device), self.method
+        with torch.no_grad(), self._fabric.autocast():
+            if not isinstance(method, MetricMethod):
+                adapted = method.classifier(self._input(examples), labels, way)
+                return self._without_gradients(lambda images: adapted(self._input(images)))
+            learned = method.learn(examples, labels, way)
+            return learned if isinstance(learned, Linear) else self._without_gradients(learned)
+
+    def _without_gradients(self, classify: Classifier) -> Classifier:
+        def answer(queries: torch.Tensor) -> torch.Tensor:
             with torch.no_grad(), self._fabric.autocast():
-                logits = classify(self._input(queries)).float().cpu()
-            if not logits.isfinite().all():
-                raise FewShotError(
-                    "the network's logits for these images are not finite (NaN or infinite); choose "
-                    "hardware.precision=32-true, or a different checkpoint"
-                )
-            return logits
+                return classify(queries)
 
-        return predict_logits
+        return answer
 
-    def _input(self, images: Sequence[Pixels]) -> torch.Tensor:
-        pixels = torch.from_numpy(np.stack(images)).to(self._fabric.device)
-        return normalise(pixels, self.kind).to(self.method.dtype)
+    def _input(self, pixels: torch.Tensor) -> torch.Tensor:
+        return normalise(pixels.to(self._fabric.device), self.kind).to(self.method.dtype)
 
 
 def make_predictor(config: DictConfig) -> Predictor:
@@ -167,9 +184,10 @@ def predict(config: DictConfig) -> None:
     left_out: list[str] = []  # why, for each file
     support, known, files = _read_support(examples, predictor.read, left_out)
     unread = len(left_out)
-    classify, classes = predictor.learn(support), list(support)
+    learned, classes = predictor.learn(support), list(support)
     twins = Known([pixels for images in support.values() for pixels in images])
     out = output_directory(config.out, "predict")
+    _explain(learned, [file.name for file in files], out)
 
     shown: list[Prediction] = []
     drawn: list[tuple[Prediction, Pixels]] = []
@@ -187,7 +205,7 @@ def predict(config: DictConfig) -> None:
             readable = dict(_read_queries(islice(reading, len(batch)), known, left_out))
             if not readable:
                 continue
-            logits = classify(list(readable.values()))
+            logits = learned((list(readable.values()))
             for (name, pixels), prediction, best in zip(
                 readable.items(), _answers(readable, logits, classes), largest(logits).tolist(), strict=True
             ):
@@ -345,6 +363,19 @@ def _print_right(right: Mapping[bool, Sequence[float]], tied: int) -> None:
         say(f"without the {len(right[True]):,} that look the same as a support image: {np.mean(right[False]):.2%}")
 
 
+def _check_numbers(config: DictConfig) -> None:
+    for key, least in (("batch", 1), ("sheet", 0), ("shown", 0)):
+        if not isinstance(config[key], int) or config[key] < least:
+            raise FewShotError(f"{key}={config[key]} must be a whole number of at least {least}")
+
+
+def _explain(learned: Learned, names: Sequence[str], out: Path) -> None:
+    """Print how good the classifier will be, and record it in ``classifier.json``."""
+    for line in learned.describe(names):
+        say(line)
+    write_atomically(out / "classifier.json", json.dumps(learned.record(names), indent=2).encode())
+
+
 def _warn_of_copies(pairs: Sequence[str], consequence: str) -> None:
     for pair in pairs[:WARNED]:
         say(f"warning: {pair} (perhaps recompressed, resized or mirrored), {consequence}", error=True)
@@ -381,14 +412,16 @@ def _read_support(
 
 
 def _warn_of_twins(support: Mapping[str, Sequence[Pixels]], files: Sequence[ImageFile]) -> None:
-    """Name near-duplicate images, and images with equal pixels, in different classes."""
+    """Name near-duplicate images, and images with equal pixels."""
     images = [(name, pixels) for name, examples in support.items() for pixels in examples]
-    pairs = []
+    apart, together = [], []
     for one, other, mirror in candidates(thumbnails(np.stack([pixels for _, pixels in images]))):
         (first, pixels), (second, others) = images[one], images[other]
-        if first != second and are_twins(pixels, others, mirror):
-            pairs.append(f"{files[other].name} of the class {second} looks the same as {files[one].name} of {first}")
-    _warn_of_copies(list(dict.fromkeys(pairs)), "so they cannot be told apart")
+        if are_twins(pixels, others, mirror):
+            pair = f"{files[other].name} of the class {second} looks the same as {files[one].name}"
+            (together if first == second else apart).append(pair + ("" if first == second else f" of {first}"))
+    _warn_of_copies(list(dict.fromkeys(apart)), "so they cannot be told apart")
+    _warn_of_copies(list(dict.fromkeys(together)), "so it adds nothing, and the leave-one-out accuracy is too high")
 
 
 def _read_queries(

@@ -3,8 +3,10 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
+from numpy.typing import NDArray
+from scipy.optimize import minimize, minimize_scalar
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
@@ -19,6 +21,7 @@ PENALTIES = {DEFAULT: 3.0, UNCENTRED: 10.0}  # inverse, C of scikit-learn
 # ``python src/benchmarks/photos.py study=true``; with one example a class, nothing else is known.
 TEMPERATURES = {DEFAULT: (0.126, 0.38), MEANS: (0.139, -0.35), UNCENTRED: (0.186, 0.31)}  # factor, power of the shots
 SPREAD = 0.2
+STIFFNESS = 1e-3  # of biases: without it, those of classes that are far apart would have no optimum
 ERRORS = 2  # standard errors by which another classifier has to be better
 FEW_CLASSES = 0.55  # with fewer classes, probabilities are surer: the factor is 1 - FEW_CLASSES / (way - 1)
 
@@ -138,10 +141,13 @@ def _fit(name: str, support: torch.Tensor, labels: torch.Tensor, way: int) -> Li
     centre = class_means(normalised, labels, way).mean(0)
     if name == UNCENTRED:
         centre = torch.zeros_like(centre)
-    points = directions(support, centre)
+    points, shots = directions(support, centre), labels.bincount(minlength=way)
+    means = class_means(points, labels, way)
+    unequal = len(shots.unique()) > 1
+    noise = (points - means[labels]).square().sum() / (shots - 1).sum().clamp_min(1)
     if name == MEANS:
-        means = class_means(points, labels, way)
-        return Linear(name, "", centre, 2 * means, -means.square().sum(1))
+        # A mean of n examples is farther from its class's queries than the true mean is, by their noise / n.
+        return Linear(name, "", centre, 2 * means, noise / shots - means.square().sum(1))
     # The optimal weights lie in the span of the support, so the fit needs only as many numbers as examples.
     basis, _ = torch.linalg.qr(points.mT.double())
     model = LogisticRegression(C=PENALTIES[name], class_weight="balanced", max_iter=1000)
@@ -149,7 +155,51 @@ def _fit(name: str, support: torch.Tensor, labels: torch.Tensor, way: int) -> Li
     weight, bias = (torch.from_numpy(values) for values in (model.coef_, model.intercept_))
     if len(weight) == 1:  # two classes: one score, for the second
         weight, bias = (torch.cat([-0.5 * values, 0.5 * values]) for values in (weight, bias))
-    return Linear(name, "", centre, (weight.to(basis) @ basis.mT).to(support), bias.to(support))
+    weight, bias = (weight.to(basis) @ basis.mT).to(support), bias.to(support)
+    if unequal:
+        moved = 0.0 if name == UNCENTRED else 1 / (way * shots[labels])
+        bias = _rebalance(points, labels, weight, bias, PENALTIES[name], noise, moved)
+    return Linear(name, "", centre, weight, bias)
+
+
+def _rebalance(
+    points: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    penalty: float,
+    noise: torch.Tensor,
+    moved: torch.Tensor | float,
+) -> torch.Tensor:
+    """Fit the biases of a logistic regression again, as if the examples were not those that decided the weights.
+
+    A class with few examples has learned their noise, and scores them too high. So its bias is too low for queries,
+    which would rather be answered with a class of more examples.
+
+    Args:
+        points: ``[examples, features]``.
+        labels: int64 ``[examples]``.
+        weight: ``[way, features]``, optimal for the points.
+        bias: ``[way]``, the same.
+        penalty: C of scikit-learn, with balanced classes.
+        noise: mean squared distance of an example from the mean of its class.
+        moved: how far the noise of each example moved the centre, as a share, ``[examples]``.
+    """
+    way, shots = len(weight), labels.bincount(minlength=len(weight))
+    scores, truth = points @ weight.mT, torch.nn.functional.one_hot(labels, way).to(points)
+    balance = (len(labels) / way / shots)[labels][:, None]
+    # The gradient is zero at the optimum, where the weights are therefore the sum of these multiples of the points.
+    multiples = penalty * balance * (truth - (scores + bias).softmax(1))
+    scores = scores - noise * (multiples - torch.as_tensor(moved).to(points).reshape(-1, 1) * multiples.sum(0))
+    scores = scores.double().cpu()
+    truth, balance = truth.double().cpu(), balance.double().cpu()
+
+    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        logs = (scores + torch.from_numpy(values)).log_softmax(1)
+        gradient = (balance * (logs.exp() - truth)).sum(0).numpy() + STIFFNESS * values
+        return float(-(balance * truth * logs).sum()) + STIFFNESS / 2 * float(values @ values), gradient
+
+    return torch.from_numpy(minimize(loss, np.zeros(way), jac=True).x).to(bias)
 
 
 def _fit_temperature(held_out: HeldOut, expected: float) -> float:

@@ -212,7 +212,9 @@ class MetricMethod(FewShotMethod):
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
         """See ``FewShotMethod``; the support is embedded once, and images are embedded a batch at a time."""
         learned = self.learn(self.embed_images(support), labels, way)
-        return lambda images: learned(torch.cat([self.embed_images(batch) for batch in images.split(EMBEDDED_TOGETHER)]))
+        return lambda images: learned(
+            torch.cat([self.embed_images(batch) for batch in images.split(EMBEDDED_TOGETHER)])
+        )
 
     def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
         """Return the loss of the queries over all episodes of the meta-batch."""

@@ -22,14 +22,14 @@ class MatchingNetwork(MetricMethod):
         attention = (-self.distance(embedded.query, embedded.support)).log_softmax(dim=1)  # log a, section 2.1.1
         return sum_by_class(attention, embedded.support_labels, embedded.way)
 
-    def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
-        """See ``FewShotMethod``; a class gets the mean of the attention on its samples.
+    def learn(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        """See ``MetricMethod``; a class gets the mean of the attention on its samples.
 
         Equation 1 takes the sum, which would make a class with twice the samples twice as probable. With equal shots
         the two give the same result.
         """
-        classify, samples = super().classifier(support, labels, way), labels.bincount(minlength=way)
-        return lambda images: classify(images) - samples.log()
+        classify, samples = super().learn(support, labels, way), labels.bincount(minlength=way)
+        return lambda query: classify(query) - samples.log()
 
 
 class FullContextMatchingNetwork(MatchingNetwork):
