@@ -188,7 +188,7 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
             continue
         if "sweeper=search" in part:
             pytest.importorskip("optuna", minversion="5", reason="no Optuna: pip install -e '.[optuna]'")
-        if "encoder=timm" in part:
+        if "encoder=timm" in part or "encoder=lite0" in part:
             timm = pytest.importorskip("timm", reason="no timm: pip install -e '.[timm]'")
             network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
             torch.save(network.state_dict(), stand_ins / "lite0.pth")
@@ -273,7 +273,7 @@ def test_readme_is_short_and_links_to_every_guide():
 # What strangers ask, the link in the README that leads to the answer, and what is there.
 QUESTIONS = {
     "How do I train on my own photos?": ("data.md#your-own-images", "dataset=folder data_dir=PATH"),
-    "How do I classify photos without training?": ("predict.md", "encoder=pretrained method=protonet"),
+    "How do I classify photos without training?": ("predict.md", "encoder=pretrained support"),
     "Where do I put miniImageNet?": ("data.md", "Put the files into `data_dir`"),
     "How do I resume?": ("resuming.md", "fewshot train resume="),
     "How do I sweep over shots?": ("sweeps.md", "shot=1,5"),

@@ -205,7 +205,7 @@ def predict(config: DictConfig) -> None:
             readable = dict(_read_queries(islice(reading, len(batch)), known, left_out))
             if not readable:
                 continue
-            logits = learned((list(readable.values()))
+            logits = learned(list(readable.values()))
             for (name, pixels), prediction, best in zip(
                 readable.items(), _answers(readable, logits, classes), largest(logits).tolist(), strict=True
             ):
