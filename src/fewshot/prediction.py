@@ -219,9 +219,7 @@ def predict(config: DictConfig) -> None:
                 tied += sum(best) > 1
                 credit = dict(zip(classes, best, strict=True)).get(_class_of(name, config.query, support) or "")
                 right[copied is not None] += [] if credit is None else [credit / sum(best)]
-        if left_out:
-            with atomic_writer(out / "left_out.txt") as lines:
-                lines.writelines(f"{for_terminal(line)}\n" for line in left_out)
+        _list_left_out(left_out, out)
         if len(left_out) - unread == len(queries):
             raise FewShotError(f"there is no query left to classify; {out / 'left_out.txt'} says why each was left out")
 
@@ -263,6 +261,12 @@ def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, crop: 
             axes.set_title(f"{for_figure(label)}\n{prediction.probability:.0%}", fontsize=8)
         figure.savefig(path, dpi=120)
     return path
+
+
+def _list_left_out(left_out: Sequence[str], out: Path) -> None:
+    if left_out:
+        with atomic_writer(out / "left_out.txt") as lines:
+            lines.writelines(f"{for_terminal(line)}\n" for line in left_out)
 
 
 def _check_numbers(config: DictConfig) -> None:
