@@ -292,6 +292,24 @@ def test_accuracies_are_compared_only_on_the_same_split():
     assert [line.split for line in ran(own)] == [""]
 
 
+def test_a_line_names_the_command_that_measures_it_again(tmp_path):
+    def commands(*found):
+        return [line.command for line in collect(list(found), CONFIG.tables) if line.runs]
+
+    own = result("omniglot/maml_1st_20way_5shot", seed=3)
+    trained = "train experiment=omniglot/maml_1st way=20 shot=5 budget=cpu seed=3"
+    assert commands(own) == [trained]
+    assert commands(evaluation(own, 5, 1)) == [f"{trained}, then evaluate way=5 shot=1"]
+    assert commands({**own, "overrides": ["seed=3", "train.episodes=9"]}) == [
+        trained.replace("seed", "train.episodes=9 seed")
+    ]
+    assert commands({**own, "experiment": None}) == [""]
+    path = write(tmp_path / "omniglot" / "cell" / "3", own)
+    (path.parent if path.is_file() else path).joinpath("card.json").write_text("{}")
+    write_report(tmp_path, tmp_path / "out")
+    assert "| reproduce omniglot/cell/3 |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_the_report_compares_results_and_leaves_cells_without_runs_empty(tmp_path):
     write(tmp_path / "runs" / "x", result(seed=0, accuracy=0.99))
     write(tmp_path / "runs" / "y", result(seed=3, accuracy=0.98))
@@ -301,10 +319,14 @@ def test_the_report_compares_results_and_leaves_cells_without_runs_empty(tmp_pat
     others = "98.8 (vinyals) | 98.4 (vinyals) | 98.2 (lake)"
     ours = (
         "98.50 ± 0.20 (vinyals) | 0.71 (98.00 to 99.00) | 0, 3 | 1,000 | 5-way 1-shot, 4,000 episodes, 10 min | cpu | 1"
+        " | train experiment=omniglot/protonet way=5 shot=1 budget=cpu seed=0"
     )
     assert rows[1] == f"| Prototypical networks | 5-way 1-shot | {others} | {ours} |"
-    assert rows[2].endswith("| 99.7 (vinyals) | 99.6 (vinyals) | 99.4 (lake) |  |  |  |  |  |  |  |")
-    assert "| 60.00 ± 0.20 (ravi) |  | 0 | 1,000 | 5-way 5-shot, 4,000 episodes, 10 min | cpu |  |" in text.read_text()
+    assert rows[2].endswith("| 99.7 (vinyals) | 99.6 (vinyals) | 99.4 (lake) |  |  |  |  |  |  |  |  |")
+    assert (
+        "| 60.00 ± 0.20 (ravi) |  | 0 | 1,000 | 5-way 5-shot, 4,000 episodes, 10 min | cpu |  | train experiment="
+        in text.read_text()
+    )
     assert "Machine 1: abacus, 2 threads." in text.read_text()
     with table.open() as file:
         values = list(csv.DictReader(file))

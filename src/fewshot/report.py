@@ -20,8 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from fewshot.config import OF_ONE_TASK
 from fewshot.errors import FewShotError
-from fewshot.results import Result, by_settings, is_evaluation, read_results, run_config, seed_of, settings, split_of
+from fewshot.models import CARD
+from fewshot.results import Result, by_settings, is_evaluation, read_runs, run_config, seed_of, settings, split_of
 from fewshot.style import COLOURS, DPI, LINES, MARKERS, STYLE, WIDTH
 from fewshot.text import for_csv, for_markdown, for_terminal
 
@@ -39,7 +41,7 @@ REFERENCES = {"published": "printed", "others": "authors' code, run by others", 
 KNOWN = ("dataset", "method", "way", "shot", "split")
 OURS = ("ours", "ci95", "seeds_sd", "lowest", "highest", "seeds", "episodes")
 HOW = ("trial", "train_way", "train_shot", "chosen_at", "settings", "precision", "encoder_parameters")
-REST = ("train_episodes", "train_seconds", "machine", "experiment")
+REST = ("train_episodes", "train_seconds", "machine", "experiment", "command")
 SPLIT_MARKERS = {"vinyals": "o", "random": "s", "lake": "^", "ravi": "D"}
 # How reference accuracies are drawn: colour, offset within the cell's row, line style in the curves.
 WHO = {"published": (COLOURS[4], -0.24, ":"), "others": (COLOURS[3], -0.08, "--"), "article": (COLOURS[1], 0.08, "-.")}
@@ -181,6 +183,29 @@ class Line:
         machines = [run.get("machine") or {} for run in self.runs]
         return "; ".join(dict.fromkeys(_machine(machine) for machine in machines if machine))
 
+    @property
+    def command(self) -> str:
+        """How to measure the line again, after ``fewshot``: from its weights, if they are kept, or by a training."""
+        named = [run["model"] for run in self.runs if run.get("model")]
+        if named:
+            return f"reproduce {named[0]}"
+        experiment = self.runs[0].get("experiment")
+        if not experiment:
+            return ""
+        run = run_config(self.runs[0])
+        of_one_task = OF_ONE_TASK.fullmatch(experiment)
+        budget = self.runs[0].get("budget")
+        said = [
+            f"experiment={of_one_task[1] if of_one_task else experiment}",
+            f"way={run['way']}",
+            f"shot={run['shot']}",
+        ]
+        said += ["budget=cpu"] if budget == "cpu" else []
+        said += [change for change in changes(self.runs[0]) if not is_evaluation(self.runs[0])]
+        said += [f"seed={seed}" for seed in self.seeds[:1]]
+        tested = f", then evaluate way={self.way} shot={self.shot}" if is_evaluation(self.runs[0]) else ""
+        return f"train {' '.join(said)}{tested}"
+
     def compares(self, key: str) -> bool:
         """Whether our accuracy was measured on the split of a reference, so that the two are comparable."""
         return bool(self.runs) and key in self.references and self.references[key].split == self.split
@@ -208,7 +233,8 @@ def report(
     Raises:
         FewShotError: there are no results, or ``readme`` has no markers.
     """
-    lines = collect(read_results(runs, known_data=True), tables)
+    found = read_runs(runs, known_data=True)
+    lines = collect([{**result, "model": _model_at(path)} for path, result in found.items()], tables)
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / name for name in ("report.md", "report.csv", "report.png", "curves.png")]
@@ -223,6 +249,11 @@ def report(
         refresh(page, markdown(ran, sources, os.path.relpath(folder, page.resolve().parent)))
         written.append(page)
     return written
+
+
+def _model_at(path: Path) -> str | None:
+    """Return the name of the model next to a ``results.json``, see ``fewshot.models``; None if there is none."""
+    return "/".join(path.parts[-4:-1]) if path.with_name(CARD).is_file() else None
 
 
 def collect(results: Sequence[Result], tables: Mapping[str, Any]) -> list[Line]:
@@ -245,7 +276,7 @@ def collect(results: Sequence[Result], tables: Mapping[str, Any]) -> list[Line]:
                 references = {
                     key: Reference(method[key].accuracy[position], method[key].split)
                     for key in REFERENCES
-                    if method.get(key) is not None
+                    if method.get(key) is not None and method[key].accuracy[position] is not None
                 }
                 cell = Line(table.title, method.title, way, shot, references)
                 inside = [
@@ -281,7 +312,7 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
     """
     machines = list(dict.fromkeys(line.machine for line in lines if line.machine))
     columns = ["method", "task", *REFERENCES.values(), "ours", "spread over seeds", "seeds", "test episodes"]
-    columns += ["trained", "settings", "machine"]
+    columns += ["trained", "settings", "machine", "command"]
     text = []
     for dataset in dict.fromkeys(line.dataset for line in lines):
         text += [
@@ -305,7 +336,8 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
         "highest accuracy. *Trained*: task and number of the training episodes (for MAML, tasks) and the time of one "
         "training without validation and test; *chosen at*: the weights were chosen on the run's own task and tested "
         "on this one afterwards. *Settings*: the budget, `paper` (as published) or `cpu` (under an hour on two cores), "
-        "and differences from the experiment or from the first line of the cell.",
+        "and differences from the experiment or from the first line of the cell. *Command*: after `fewshot`, what "
+        "measures the line again: from its weights, without training, where they are kept.",
         "",
         *(f"*{name.capitalize()}*: {sources[key]}.\n" for key, name in REFERENCES.items()),
         *_verdicts(lines),
@@ -338,7 +370,11 @@ def as_csv(lines: Sequence[Line]) -> str:
             row |= {"seeds": " ".join(map(str, line.seeds)), "settings": line.settings, "precision": line.precision}
             row |= {"train_way": line.train["way"], "train_shot": line.train["shot"], "machine": line.machine}
             row |= {key: line.runs[0].get(key) for key in ("encoder_parameters", "experiment")}
-            row |= {"train_episodes": line.train["episodes"], "train_seconds": round(line.train_seconds)}
+            row |= {
+                "command": line.command,
+                "train_episodes": line.train["episodes"],
+                "train_seconds": round(line.train_seconds),
+            }
         table.writerow({key: for_csv(value) for key, value in row.items()})
     return text.getvalue()
 
@@ -476,7 +512,7 @@ def _reference(line: Line, key: str) -> str:
 
 def _ours(line: Line, machines: Sequence[str]) -> list[str]:
     if not line.runs:
-        return [""] * 7
+        return [""] * 8
     spread = ""
     if line.seeds_sd is not None:
         spread = f"{line.seeds_sd:.2f} ({min(line.accuracies):.2f} to {max(line.accuracies):.2f})"
@@ -496,6 +532,7 @@ def _ours(line: Line, machines: Sequence[str]) -> list[str]:
         ", ".join([*trained, _duration(line.train_seconds)]),
         line.settings,
         str(machines.index(line.machine) + 1) if line.machine else "",
+        line.command,
     ]
 
 
