@@ -160,6 +160,7 @@ def test_a_build_that_fails_leaves_nothing_and_the_next_one_works(file, tmp_path
         ("index.json", b"{"),
         ("index.json", b"{}"),
         ("index.json", b"[]"),
+        ("index.json", b"[" * 10**5),
         ("index.json", None),
     ],
 )
@@ -185,7 +186,15 @@ def test_the_index_of_a_different_bank_is_not_used(file, tmp_path):
     open_bank("toy", make_source(file), {}, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("*/index.json")
     index = json.loads(path.read_text())
-    for wrong in ({"offsets": [0, 3, 4, 6, 9]}, {"names": ["a"]}, {"splits": ["train"] * 5}, {"offsets": [2**70] * 5}):
+    for wrong in (
+        *({"offsets": [0, 3, 4, 6, 9]}, {"names": ["a"]}, {"splits": ["train"] * 5}, {"offsets": [2**70] * 5}),
+        {"offsets": [0, 10**9, *index["offsets"][2:]]},
+        {"offsets": [-1, *index["offsets"][1:]]},
+        {"offsets": [[offset] for offset in index["offsets"]]},
+        *({"names": [[]] * len(index["names"])}, {"splits": [{}] * len(index["splits"])}, {"findings": [3]}),
+        *({"splits": ["other"] * len(index["splits"])}, {"images_sha256": []}, {"split_rule": 3}),
+        {"class_digests": [None] * len(index["names"])},
+    ):
         path.write_text(json.dumps(index | wrong))
         assert open_bank("toy", make_source(file), {}, tmp_path / "cache").names == tuple(IMAGES)
         assert json.loads(path.read_text()) == index

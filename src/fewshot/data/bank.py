@@ -32,6 +32,8 @@ SPLITS = ("train", "val", "test")
 MakeSource = TypeVar("MakeSource", bound=Callable[..., Any])
 LOADED_TOGETHER = 160  # images that a thread loads at a time: for Omniglot, the four rotations of two characters
 MOST_THREADS = 8
+MISSING = (FileNotFoundError, NotADirectoryError)
+BROKEN = (EOFError, LookupError, OverflowError, RecursionError, TypeError, ValueError)
 FORMAT = 4  # increased when the contents of banks change, so that older caches are rebuilt
 
 
@@ -344,7 +346,18 @@ def _read(directory: Path) -> ImageBank | None:
             findings=tuple(index["findings"]),
         )
         lists = bank.names, bank.splits, bank.class_digests
-        whole = all(len(values) == len(bank.offsets) - 1 for values in lists) and len(images) == bank.offsets[-1]
-        return bank if whole and images.ndim == 4 and images.dtype == np.uint8 else None
-    except (FileNotFoundError, NotADirectoryError, EOFError, LookupError, OverflowError, TypeError, ValueError):
-        return None  # missing or broken
+        texts = {type(text) for text in (bank.images_sha256, *bank.findings, *bank.names, *bank.class_digests)}
+        whole = (
+            images.ndim == 4,
+            images.dtype == np.uint8,
+            bank.offsets.ndim == 1,
+            bank.offsets.tolist() == sorted(bank.offsets.tolist()),
+            (bank.offsets[0], bank.offsets[-1]) == (0, len(images)),
+            all(len(values) == len(bank.offsets) - 1 for values in lists),
+            all(split in SPLITS for split in bank.splits),
+            texts == {str},
+            isinstance(bank.split_rule, str | None),
+        )
+        return bank if all(whole) else None
+    except (*MISSING, *BROKEN):
+        return None
