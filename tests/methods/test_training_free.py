@@ -174,7 +174,7 @@ def test_fine_tuning_lowers_the_loss_of_the_support(head):
     support, labels = unit(task.support), one_hot(task.support_labels, WAY).float()
 
     def loss(weights):
-        return made.loss_of_layer(made.logits(support, weights), labels, made.logits(support, weights))
+        return made.loss_of_layer(weights, support, labels, support)
 
     before = loss(made.initial_layer(support, labels))
     from fewshot.methods.training_free import descend  # noqa: PLC0415

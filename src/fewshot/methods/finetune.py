@@ -50,7 +50,7 @@ class FineTuning(TrainingFree):
         """Return the logits of the trained layer."""
 
         def loss(weights: torch.Tensor) -> torch.Tensor:
-            return self.loss_of_layer(self.logits(support, weights), labels, self.logits(query, weights))
+            return self.loss_of_layer(weights, support, labels, query)
 
         return self.logits(query, descend(self.initial_layer(support, labels), loss, self.steps, self.learning_rate))
 
@@ -65,16 +65,19 @@ class FineTuning(TrainingFree):
             return self.scale * normalize(embeddings, dim=-1) @ normalize(weights[..., :-1], dim=-1).mT
         return self.scale * (embeddings @ weights[..., :-1].mT + weights[..., None, :, -1])
 
-    def loss_of_layer(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each task: the cross-entropy of the support.
+    def loss_of_layer(
+        self, weights: torch.Tensor, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss of each task, ``[tasks]``: the cross-entropy of the support.
 
         Args:
-            support: logits, ``[tasks, support samples, way]``.
-            labels: one-hot, the same shape.
-            query: logits, ``[tasks, queries, way]``, which this loss ignores.
+            weights: of the layer, see ``initial_layer``.
+            support: see ``TrainingFree.classify``.
+            labels: see ``TrainingFree.classify``.
+            query: see ``TrainingFree.classify``; this loss ignores it.
         """
         del query
-        return cross_entropy(support, labels)
+        return cross_entropy(self.logits(support, weights), labels)
 
 
 class TransductiveFineTuning(FineTuning):
@@ -85,9 +88,12 @@ class TransductiveFineTuning(FineTuning):
 
     transductive = True
 
-    def loss_of_layer(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    def loss_of_layer(
+        self, weights: torch.Tensor, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor
+    ) -> torch.Tensor:
         """Return the loss of each task, equation 8: the support's cross-entropy and the queries' Shannon entropy."""
-        return cross_entropy(support, labels) + entropy(query.softmax(-1)).mean(-1)
+        certain = entropy(self.logits(query, weights).softmax(-1)).mean(-1)
+        return super().loss_of_layer(weights, support, labels, query) + certain
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,20 @@
-"""Logistic regression on embeddings (Tian et al., 2020, arXiv 2003.11539), by scikit-learn."""
+"""Logistic regression on embeddings (Tian et al., 2020, arXiv 2003.11539), for all episodes at once."""
 
 from typing import Literal
 
 import torch
-from sklearn.linear_model import LogisticRegression as SklearnLogisticRegression
 from torch import nn
 
 from fewshot.methods.training_free import Features, TrainingFree, check_positive
 
+STEPS = 2000  # at most
+TOLERANCE = 1e-5  # of the weights, between two steps
+
 
 class LogisticRegression(TrainingFree):
-    """Multinomial logistic regression, fitted to the support of each episode with scikit-learn.
+    """Multinomial logistic regression on the support, with the objective of scikit-learn's ``LogisticRegression``.
+
+    Its own solvers take one episode at a time, and several times as long.
 
     Args:
         encoder: see ``TrainingFree``.
@@ -36,16 +40,31 @@ class LogisticRegression(TrainingFree):
     def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Return the linear scores. Classes count the same whatever their shots."""
         # The optimal weights lie in the span of the support, so the fit needs only as many numbers as samples.
-        basis, coordinates = torch.linalg.qr(support.mT)  # [tasks, features, samples], [tasks, samples, samples]
-        solutions = [
-            self._fit(*task)
-            for task in zip(coordinates.mT.double(), labels.argmax(-1), (query @ basis).double(), strict=True)
-        ]
-        return torch.stack(solutions).to(query)
+        basis = torch.linalg.qr(support.mT).Q  # [tasks, features, samples]
+        points, targets = _with_intercept((support @ basis).double()), labels.double()
+        way = targets.shape[2]
+        counts = self.inverse_penalty * (targets / targets.sum(1, keepdim=True)).sum(2, keepdim=True)
+        weighted = counts * (targets.shape[1] / way) * points
+        # Two classes have a single vector of weights in scikit-learn, which counts twice here.
+        penalty = torch.full(points.shape[2:], 2.0 if way == 2 else 1.0, dtype=points.dtype, device=points.device)
+        penalty[-1] = 0  # the intercept is free
+        # Boehning's bound of the Hessian (1992) makes each step lower the loss; Nesterov's momentum saves steps.
+        bound = torch.linalg.inv(weighted.mT @ points / 2 + penalty.diag())
+        weights = points.new_zeros(len(points), points.shape[2], way)
+        ahead, before = weights, points.new_ones(len(points), 1, 1)
+        for _ in range(STEPS):
+            slope = weighted.mT @ ((points @ ahead).softmax(2) - targets) + penalty[:, None] * ahead
+            moved = ahead - bound @ slope
+            change = moved - weights
+            # Momentum that points uphill starts again, in each task by itself (O'Donoghue & Candes, 2015).
+            uphill = ((ahead - moved) * change).sum((1, 2), keepdim=True) > 0
+            now = torch.where(uphill, 1.0, (1 + (1 + 4 * before.square()).sqrt()) / 2)
+            ahead = moved + torch.where(uphill, 0.0, (before - 1) / now) * change
+            weights, before = moved, now
+            if change.abs().max() < TOLERANCE:
+                break
+        return (_with_intercept((query @ basis).double()) @ weights).to(query)
 
-    def _fit(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        model = SklearnLogisticRegression(C=self.inverse_penalty, class_weight="balanced", max_iter=1000)
-        scores = model.fit(support.cpu(), labels.cpu()).decision_function(query.cpu())
-        if scores.ndim == 1:  # two classes: one score, for the second
-            scores = scores[:, None] * [-0.5, 0.5]
-        return torch.from_numpy(scores)
+
+def _with_intercept(points: torch.Tensor) -> torch.Tensor:
+    return torch.cat([points, torch.ones_like(points[..., :1])], dim=-1)
