@@ -200,11 +200,17 @@ def test_every_method_sweeps_over_shot_and_way(cli, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "setting"), [("joblib", "hydra.launcher.n_jobs=2"), ("ray", "+hydra.launcher.ray.init.num_cpus=2")]
+    ("launcher", "setting"),
+    [
+        ("joblib", "hydra.launcher.n_jobs=2"),
+        ("submitit_local", "hydra.launcher.timeout_min=10"),
+        ("ray", "+hydra.launcher.ray.init.num_cpus=2"),
+    ],
 )
 def test_jobs_of_other_processes_are_summarised_and_failures_reported(cli, tmp_path, launcher, setting):
+    plugin = launcher.partition("_")[0]
     pytest.importorskip(
-        f"hydra_plugins.hydra_{launcher}_launcher", reason=f"no {launcher} launcher: pip install -e '.[{launcher}]'"
+        f"hydra_plugins.hydra_{plugin}_launcher", reason=f"no {plugin} launcher: pip install -e '.[{plugin}]'"
     )
     done = cli("-m", f"hydra/launcher={launcher}", setting, *TINY, "way=5,1", f"hydra.sweep.dir={tmp_path}", fresh=True)
     assert done.returncode == 1
@@ -213,6 +219,26 @@ def test_jobs_of_other_processes_are_summarised_and_failures_reported(cli, tmp_p
     first, failed = [line for line in done.stderr.splitlines() if "_run_job" not in line][-2:]
     assert first == "error: 1 of the jobs failed" and failed.endswith("way=1 must be at least 2")
     assert "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_workers_shares_the_jobs(cli, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="no ray launcher: pip install -e '.[ray]'")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        connect = (
+            f"hydra.launcher.ray.init.address={cluster.address}",
+            "+hydra.launcher.ray.init.object_store_memory=null",
+        )
+        sweep = ["-m", "hydra/launcher=ray", *connect, *TINY, "seed=0,1,2,3", f"hydra.sweep.dir={tmp_path}"]
+        done = cli(*sweep, fresh=True)
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert list(pandas.read_csv(tmp_path / "results.csv").job) == [0, 1, 2, 3]
 
 
 LONGER = [*TINY, "train.episodes=60", "val.every=30", "checkpoint_every=2"]
