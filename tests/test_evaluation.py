@@ -231,7 +231,10 @@ def test_classes_of_another_data_set_that_were_trained_on_are_left_out(evaluate,
         ),
         ("protonet", ["distance=cosine"], "distance=cosine: name the method"),
         ("protonet", ["method=maml"], "method=maml has weights that nobody has trained: train it with encoder.init"),
-        ("protonet", ["method=matching_fce"], "method=matching_fce has weights that nobody has trained"),
+        *(
+            ("protonet", [f"method={name}"], f"method={name} has weights that nobody has trained")
+            for name in ("matching_fce", "feat", "relation", "r2d2", "metaoptnet_ridge", "meta_baseline", "classifier")
+        ),
         ("maml", ["method=protonet"], "normalises each batch by its own statistics"),
     ],
 )

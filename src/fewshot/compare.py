@@ -11,6 +11,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from fewshot.errors import FewShotError
@@ -353,8 +355,8 @@ def draw_times(tasks: Sequence[Task]) -> list[Figure]:
     columns = min(2, len(timed))
     rows = -(-len(timed) // columns)
     with mpl.rc_context(STYLE | {"font.size": 9}):
-        figure = Figure(figsize=(WIDTH, 2.4 * rows + 0.25 * len(lines) / 3 + 0.6), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False)
+        figure = Figure(figsize=(WIDTH, 2.4 * rows + 0.07 * len(lines) + 0.8), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
         handles = {}
         for axes, task in zip(panels.flat, timed, strict=False):
             for run in task.runs:
@@ -368,13 +370,20 @@ def draw_times(tasks: Sequence[Task]) -> list[Figure]:
                         color=COLOURS[number],
                         markerfacecolor="none" if number == 2 else COLOURS[number],
                         markersize=6,
-                        label=for_figure(f"{cut(run.line, 40)} ({run.kind})"),
+                        label=for_figure(cut(run.line, 36)),
                     )
-            axes.set(xscale="log", xlabel="ms per episode", ylabel="accuracy, %")
+            axes.set(xscale="log", ylabel="accuracy, %")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_title(for_figure(cut(task.title, 60)), loc="left", fontsize=9)
+        for axes in panels[-1]:
+            axes.set_xlabel("ms per episode")
         for axes in panels.flat[len(timed) :]:
             axes.set_visible(False)
-        figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=2)
+        shown = [KINDS.index(kind) for kind in dict.fromkeys(run.kind for task in timed for run in task.runs)]
+        kinds = [Patch(fill=number < 2, color=COLOURS[number], label=KINDS[number]) for number in sorted(shown)]
+        figure.legend(handles=[*handles.values(), *kinds], loc="outside lower center", ncols=3)
     return [figure]
 
 

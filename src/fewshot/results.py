@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,7 @@ def find_results(paths: Sequence[Path]) -> dict[Path, Result]:
     for root in paths:
         if not root.exists():
             _skip(root, "no such file or directory")
-        for path in [root] if root.is_file() else sorted(root.rglob("results.json")):
+        for path in [root] if root.is_file() else sorted(root.rglob("results.json"), key=natural):
             try:
                 result = read_json(path)
             except OSError as error:
@@ -151,6 +152,11 @@ def find_results(paths: Sequence[Path]) -> dict[Path, Result]:
                 else:
                     found[path.resolve()] = result
     return found
+
+
+def natural(path: Path) -> list[tuple[str, int]]:
+    """Sort key that orders 10 after 2."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
 
 
 def write_episodes(path: Path, right: "NDArray[np.float64]") -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from fewshot.config import SWEPT, options, search_path
 from fewshot.files import write_atomically
-from fewshot.results import Result, best_validation, find_results, is_evaluation
+from fewshot.results import Result, best_validation, find_results, is_evaluation, natural
 from fewshot.style import COLOURS, STYLE
 from fewshot.text import for_csv, for_figure, make_table, say
 
@@ -83,7 +82,7 @@ def _overrides(config: DictConfig) -> list[Override]:
 
 def failures(folder: Path) -> list[str]:
     """Return one line for each failed job of a sweep, with the reason."""
-    return [note.read_text(encoding="utf-8", errors="replace") for note in sorted(folder.rglob(FAILURE), key=_natural)]
+    return [note.read_text(encoding="utf-8", errors="replace") for note in sorted(folder.rglob(FAILURE), key=natural)]
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def read_jobs(folder: Path) -> list[Job]:
     found = find_results([folder])
     if not all(map(is_evaluation, found.values())):  # otherwise it is a sweep of evaluations
         found = {path: result for path, result in found.items() if not is_evaluation(result)}
-    paths = sorted(found, key=_natural)
+    paths = sorted(found, key=natural)
     return [
         Job(
             name=str(path.parent.relative_to(folder.resolve())),
@@ -213,8 +212,3 @@ def _percent(estimate: Mapping[str, Any]) -> tuple[float, float]:
 
 def _accuracy(accuracy: float, interval: float) -> str:
     return "" if isnan(accuracy) else f"{accuracy:.2f}" + ("" if isnan(interval) else f" ± {interval:.2f}")
-
-
-def _natural(path: Path) -> list[tuple[str, int]]:
-    """Sort key that orders 10 after 2."""
-    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
