@@ -224,9 +224,7 @@ def test_jobs_of_other_processes_are_summarised_and_failures_reported(cli, tmp_p
 @pytest.mark.slow
 def test_a_ray_cluster_of_two_workers_shares_the_jobs(cli, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="no ray launcher: pip install -e '.[ray]'")
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = pytest.importorskip("ray.cluster_utils").Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=1)
         connect = (
