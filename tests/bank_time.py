@@ -20,8 +20,8 @@ from fewshot.config import compose
 from fewshot.data import audit
 from fewshot.data.bank import open_bank
 
-CLASSES = {"omniglot": 1623, "miniimagenet": 20}  # the first ones of each data set
-TURNS = 3
+CLASSES = {"omniglot": 1623, "miniimagenet": 10}  # the first ones of each data set
+TURNS = 2
 
 
 def build(name: str, search: bool) -> float:

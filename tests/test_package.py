@@ -10,6 +10,7 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from graphlib import CycleError
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import fewshot
 from fewshot.commands import COMMANDS
 from fewshot.config import CONF, ROOT
 from fewshot.models import short_names
+from modules import imports, levels
 
 HEAVY = {"torch", "torchvision", "pytorch_lightning", "lightning_fabric", "matplotlib", "numpy"}
 MODEL = ("card.json", "episodes.csv", "weights.safetensors")
@@ -63,6 +65,15 @@ def test_the_names_of_commands_are_completed():
 def test_every_command_has_a_program_in_src_and_a_file_in_conf():
     assert {path.stem for path in (ROOT / "src").glob("*.py")} == set(COMMANDS)
     assert {path.stem for path in CONF.glob("*.yaml")} == set(COMMANDS)
+
+
+def test_no_module_imports_another_in_a_circle(tmp_path):
+    assert levels(imports())[-1] == ["fewshot.__main__"]
+    (tmp_path / "src" / "fewshot").mkdir(parents=True)
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / "src" / "fewshot" / f"{name}.py").write_text(f"def f():\n    from fewshot import {other}\n")
+    with pytest.raises(CycleError):
+        levels(imports(tmp_path))
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
