@@ -30,7 +30,7 @@ from fewshot.config import ROOT, compose
 from fewshot.data.files import ImageFile
 from fewshot.demo import FORGOTTEN, FORM, IDLE, VISITORS, Demo, Gate, Visit, Visits, _hosts, _sent, page_of, serve
 from fewshot.errors import FewShotError
-from fewshot.prediction import make_predictor
+from fewshot.predictor import make_predictor
 from fewshot.trained import load_trained
 from fewshot.training import make_data
 

@@ -22,7 +22,7 @@ from conftest import nothing_touched
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.encoders.conv4 import Conv4
 from fewshot.errors import FewShotError
-from fewshot.prediction import make_predictor
+from fewshot.predictor import make_predictor
 
 rng = np.random.default_rng(0)
 
@@ -178,7 +178,7 @@ def test_a_broken_or_hostile_file_is_rejected(run, examples, tmp_path):
     rejected("do not fit its classes", classes=["a", "a"])
     rejected("do not fit its classes", classes=["a", [1]])
     rejected("do not fit its classes", tensors | {"labels": tensors["labels"] + 1})
-    rejected("do not fit its classes", tensors | {"support": tensors["support"][:, 1:].contiguous()})
+    rejected("do not fit its classes", tensors | {"examples": tensors["examples"][:, 1:].contiguous()})
     rejected("is broken: its configuration has .*HOME.*placeholder", config="${oc.env:HOME}")
     rejected("is broken: its configuration is not a mapping", config="text")
     method = content["config"]["method"]

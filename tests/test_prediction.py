@@ -27,7 +27,8 @@ from fewshot.export import export
 from fewshot.files import output_directory
 from fewshot.learned import Learned
 from fewshot.methods.protonet import PrototypicalNetwork
-from fewshot.prediction import make_predictor, predict
+from fewshot.prediction import predict
+from fewshot.predictor import make_predictor
 from fewshot.text import for_csv
 from fewshot.trained import load_trained
 from fewshot.training import make_data
@@ -120,8 +121,8 @@ def test_the_batch_changes_no_answer_of_a_method_that_classifies_one_by_one(run,
 
 def test_queries_are_read_a_batch_at_a_time(run, folders, monkeypatch):
     sizes = []
-    answer = Learned.__call__
-    monkeypatch.setattr(Learned, "__call__", lambda *both: (sizes.append(len(both[1])), answer(*both))[1])
+    answer = Learned.answer
+    monkeypatch.setattr(Learned, "answer", lambda *both: (sizes.append(len(both[1])), answer(*both))[1])
     predict(configure(folders, f"checkpoint={run('protonet')}", "batch=7"))
     assert sizes == [5, 5, 5]  # alike, so that none is left alone in the last batch
 

@@ -38,6 +38,13 @@ def predict(config: DictConfig) -> None:
     predict(config)
 
 
+def teach(config: DictConfig) -> None:
+    """Learn classes from photos once, and write what was learned to one file."""
+    from fewshot.teaching import teach
+
+    teach(config)
+
+
 def report(config: DictConfig) -> None:
     """Compare the results of runs with published ones."""
     from fewshot.report import report
@@ -64,10 +71,13 @@ def figure(config: DictConfig) -> None:
 
 
 def export(config: DictConfig) -> None:
-    """Write the encoder of a checkpoint as ONNX, for other programs."""
-    from fewshot.export import export
+    """Write an encoder or a taught classifier as ONNX, for other programs."""
+    from fewshot.export import export, export_classifier
 
-    export(config.checkpoint, config.out, config.trust)
+    if config.model is not None:
+        export_classifier(config.model, config.out, config.trust)
+    else:
+        export(config.checkpoint, config.out, config.trust)
 
 
 def models(config: DictConfig) -> None:
@@ -108,7 +118,7 @@ def bench(config: DictConfig) -> None:
 
 COMMANDS = {
     command.__name__: command
-    for command in (train, evaluate, predict, report, compare, models, reproduce, figure, export, demo, bench)
+    for command in (train, evaluate, predict, teach, report, compare, models, reproduce, figure, export, demo, bench)
 }
 
 

@@ -23,12 +23,13 @@ from fewshot.data.files import ImageFile
 from fewshot.directories import newest_run
 from fewshot.distances import cosine, l2
 from fewshot.errors import FewShotError
+from fewshot.learned import Pixels
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.maml import MAML
 from fewshot.methods.matching import MatchingNetwork
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.metrics import largest
-from fewshot.prediction import Pixels, Predictor, make_predictor
+from fewshot.predictor import Predictor, make_predictor
 from fewshot.text import for_html, say
 
 LONGEST = 40  # characters of a class's name

@@ -9,21 +9,23 @@ import numpy as np
 import torch
 from hydra.utils import get_object
 from numpy.typing import ArrayLike, NDArray
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from fewshot.checkpoints import NOWHERE, read_weights, save_weights
+from fewshot.checkpoints import NOWHERE, read_weights
 from fewshot.config import compose
 from fewshot.data.bank import has_bright_ink
 from fewshot.data.files import ImageFile, plain, read_file
 from fewshot.data.photos import prepare, read_photo
 from fewshot.errors import FewShotError
+from fewshot.learned import Learned, Pixels
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.protonet import PrototypicalNetwork
-from fewshot.prediction import Pixels, Predictor
+from fewshot.predictor import Predictor
+from fewshot.taught import load_taught, save_taught
 from fewshot.trained import load_trained, restore
 from fewshot.trust import read_config
 
@@ -49,8 +51,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Attributes:
         classes_: the sorted labels, ``[way]``, in the order of ``predict_proba``.
-        support_: the examples as the model sees them, uint8 ``[examples, size, size, channels]``.
-        labels_: the class of each example, int64 ``[examples]``, as an index into ``classes_``.
+        support_: the examples of ``fit`` as the model sees them, uint8 ``[examples, size, size, channels]``; a loaded
+            classifier has none.
+        labels_: the class of each example, int64 ``[examples]``, as an index into ``classes_``, class by class.
     """
 
     def __init__(
@@ -91,7 +94,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if names.shape != (len(support),):
             raise FewShotError(f"labels have shape {list(names.shape)} for {len(support)} images; give one label each")
         classes, numbers = np.unique(names, return_inverse=True)
-        return self._learn(predictor, classes, np.array(support), numbers)
+        self.support_ = np.array(support)
+        # Class by class, as from folders.
+        grouped = np.argsort(numbers, kind="stable")
+        if len(classes) < 2:
+            raise FewShotError("a support set needs at least two classes, and at least one image of each")
+        examples = predictor.represent(list(self.support_[grouped]))
+        learned = predictor.learn_examples(tuple(classes.tolist()), examples, torch.from_numpy(numbers[grouped]))
+        return self._keep(predictor, learned)
 
     def decision_function(self, images: Iterable[Any]) -> NDArray[np.float32]:
         """Return logits ``[images, way]``.
@@ -107,9 +117,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             batch.append(_prepare(image, self._predictor))
             # A transductive method answers all images together.
             if len(batch) == self.batch and not self._predictor.method.transductive:
-                logits.append(self._classify(batch).numpy())
+                logits.append(self._learned(batch).numpy())
                 batch = []
-        return np.concatenate([*logits, self._classify(batch).numpy()] if batch else logits)
+        return np.concatenate([*logits, self._learned(batch).numpy()] if batch else logits)
 
     def predict_proba(self, images: Iterable[Any]) -> NDArray[np.float32]:
         """Return class probabilities, the softmax of the logits, ``[images, way]``."""
@@ -121,7 +131,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return np.asarray(self.classes_[best])
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the classifier to one safetensors file: weights, configuration and examples, no code.
+        """Write the classifier to one safetensors file, see ``fewshot.taught``: no code, and no photos but for MAML.
 
         Raises:
             FewShotError: it was made from a method or an encoder, which has no configuration.
@@ -131,9 +141,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if isinstance(self.model, nn.Module):
             raise FewShotError("only a classifier made from a run can be saved: its configuration describes the method")
         _, config = self._open(places=NOWHERE)
-        examples = {"support": torch.from_numpy(self.support_), "labels": torch.from_numpy(self.labels_)}
-        content = {"classes": self.classes_.tolist(), "config": config}
-        save_weights(Path(path), self._predictor.method.state_dict(), content, examples)
+        save_taught(Path(path), self._predictor, self._learned, config)
 
     @classmethod
     def load(cls, path: str | PathLike[str], **settings: Any) -> "FewShotClassifier":
@@ -147,35 +155,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             FewShotError: it is broken or not a saved classifier, or names code that is not trusted.
         """
         loaded = cls(path, **settings)
-        content, _, tensors = read_weights(Path(path))
-        classes, support, labels = content.get("classes"), tensors.get("support"), tensors.get("labels")
-        predictor = loaded._make_predictor()
-        shape = (predictor.size, predictor.size, predictor.channels)
-        fits = (
-            isinstance(classes, list)
-            and len({type(name) for name in classes} & {str, int, float}) == 1 == len({type(name) for name in classes})
-            and len(set(classes)) == len(classes)
-            and support is not None
-            and labels is not None
-            and (support.dtype, labels.dtype) == (torch.uint8, torch.int64)
-            and support.shape[1:] == shape
-            and labels.shape == support.shape[:1]
-            and labels.unique().tolist() == list(range(len(classes)))
-        )
-        if not fits:
-            raise FewShotError(f"{path} is broken: its examples do not fit its classes; save the classifier again")
-        return loaded._learn(predictor, np.array(classes), support.numpy(), labels.numpy())  # type: ignore[union-attr]
+        taught = load_taught(Path(path), _hardware(loaded.hardware), loaded.trust)
+        return loaded._keep(taught.predictor, taught.learned)
 
-    def _learn(
-        self, predictor: Predictor, classes: NDArray[Any], support: NDArray[np.uint8], labels: NDArray[np.int64]
-    ) -> "FewShotClassifier":
-        examples = {str(number): list(support[labels == number]) for number in range(len(classes))}
-        self._classify, self._predictor = predictor.learn(examples), predictor
-        self.classes_, self.support_, self.labels_ = classes, support, labels.astype(np.int64)
+    def _keep(self, predictor: Predictor, learned: Learned) -> "FewShotClassifier":
+        self._predictor, self._learned = predictor, learned
+        self.classes_, self.labels_ = np.array(learned.classes), learned.labels.numpy()
         return self
 
     def _make_predictor(self) -> Predictor:
-        hardware = compose(f"hardware={self.hardware}", name="predict").hardware
+        hardware = _hardware(self.hardware)
         if isinstance(self.model, nn.Module):
             method = self.model if isinstance(self.model, FewShotMethod) else PrototypicalNetwork(self.model)
             dataset = {"size": self.size, "channels": self.channels, "normalise": self.normalise}
@@ -199,11 +188,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return restore(path, config, weights), config
 
 
+def _hardware(option: str) -> DictConfig:
+    hardware: DictConfig = compose(f"hardware={option}", name="predict").hardware
+    return hardware
+
+
 def _prepare(image: Any, predictor: Predictor) -> Pixels:
-    size, channels, ink = predictor.size, predictor.channels, predictor.ink
+    size, channels, ink, crop = predictor.size, predictor.channels, predictor.ink, predictor.crop
     if isinstance(image, str | PathLike):
         path = Path(image).expanduser()
-        return read_photo(ImageFile(str(path), lambda: read_file(plain(path))), size, channels, ink)
+        return read_photo(ImageFile(str(path), lambda: read_file(plain(path))), size, channels, ink, crop)
     if not isinstance(image, Image.Image):
         pixels = np.asarray(image)
         if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
@@ -214,4 +208,4 @@ def _prepare(image: Any, predictor: Predictor) -> Pixels:
         if not pixels.size:
             raise FewShotError(f"an image has no pixels: {list(pixels.shape)}")
         image = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
-    return prepare(image, size, channels, ink)
+    return prepare(image, size, channels, ink, crop)

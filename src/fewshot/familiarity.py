@@ -1,6 +1,6 @@
 """Whether an image shows any of the known classes: how like their examples its embedding is."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.stats import norm, t
@@ -15,7 +15,8 @@ LEAST = 4  # examples left out, from which on their scores decide the threshold
 ONE_SHOT = (0.70, 0.18)
 
 
-class Familiarity(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Familiarity:
     """Scores from -2 to 2 of how like the classes an embedding is.
 
     The score is the cosine with the nearest class mean, plus the cosine with the nearest class mean after centring at
@@ -40,9 +41,10 @@ class Familiarity(NamedTuple):
 
     def __call__(self, query: torch.Tensor) -> torch.Tensor:
         """Score embeddings ``[queries, ...]``: ``[queries]``."""
-        return self._cosines(query).amax(-1).sum(-1)
+        return self.cosines(query).amax(-1).sum(-1)
 
-    def _cosines(self, query: torch.Tensor) -> torch.Tensor:
+    def cosines(self, query: torch.Tensor) -> torch.Tensor:
+        """Return the cosines with the class means, plain and centred: ``[queries, 2, way]``."""
         points = normalize(query.flatten(1).float(), dim=1)
         return torch.stack([points @ self.means.mT, normalize(points - self.centre, dim=1) @ self.centred.mT], 1)
 
@@ -72,11 +74,11 @@ def learn_familiarity(support: torch.Tensor, labels: torch.Tensor, way: int) -> 
         way: the number of classes.
     """
     learned = _means(support, labels, way)
-    found = hold_out(lambda *examples: _means(*examples)._cosines, support, labels.cpu(), way)
+    found = hold_out(lambda *examples: _means(*examples).cosines, support, labels.cpu(), way)
     if found is None or found.examples < LEAST:
         return learned
     scores = found.logits.amax(-1).sum(-1)
-    return learned._replace(mean=float(scores.mean()), spread=float(scores.std()), examples=found.examples)
+    return replace(learned, mean=float(scores.mean()), spread=float(scores.std()), examples=found.examples)
 
 
 def _means(support: torch.Tensor, labels: torch.Tensor, way: int) -> Familiarity:

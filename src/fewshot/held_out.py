@@ -1,7 +1,7 @@
 """How good a classifier of a few examples is, found by leaving some of them out."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from scipy.stats import binomtest
@@ -15,7 +15,8 @@ NAMED = 5  # pairs of classes, and examples, that are named
 Learn = Callable[[torch.Tensor, torch.Tensor, int], Classifier]  # see ``MetricMethod.learn``
 
 
-class HeldOut(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class HeldOut:
     """Answers to examples that their classifier had not seen.
 
     Attributes:

@@ -14,7 +14,7 @@ ROOT = PACKAGE.parents[1] if CHECKOUT else Path.cwd()  # the parent of outputs a
 CONF = (ROOT if CHECKOUT else PACKAGE) / "conf"
 # Keys that hold a path or a list of paths, in any of the commands.
 PATHS = (
-    *("data_dir", "cache_dir", "resume", "checkpoint", "against", "support", "query", "out", "readme"),
+    *("data_dir", "cache_dir", "resume", "checkpoint", "against", "model", "support", "query", "out", "readme"),
     *("run", "runs", "reference", "encoder.init", "encoder.file", "dataset.source.data_dir"),
 )
 WORDS = ("auto", "newest")  # values of these keys that are not paths

@@ -3,9 +3,8 @@
 import csv
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import has_magic
 from itertools import islice, takewhile
 from pathlib import Path
@@ -14,29 +13,23 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from hydra.utils import get_object
-from lightning_fabric import Fabric
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.progress import track
 
-from fewshot.data.bank import has_bright_ink
 from fewshot.data.files import ImageFile, file_at, list_folder
 from fewshot.data.folder import by_class
-from fewshot.data.images import normalise
 from fewshot.data.locate import splits_named
-from fewshot.data.photos import CROPS, Photo, read_ahead, read_photo
+from fewshot.data.photos import Photo, read_ahead
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
-from fewshot.embeddings import EMBEDDED_TOGETHER
 from fewshot.errors import FewShotError, shortened
 from fewshot.files import atomic_writer, output_directory, write_atomically
-from fewshot.hardware import check_hardware, precision_of
 from fewshot.learned import Learned, Pixels
-from fewshot.methods.auto import Linear
-from fewshot.methods.base import Classifier, FewShotMethod, MetricMethod, require_finite
 from fewshot.metrics import largest
+from fewshot.predictor import Predictor, make_predictor
+from fewshot.taught import load_taught
 from fewshot.text import for_csv, for_figure, for_terminal, make_table, say
-from fewshot.trained import load_trained, make_untrained, with_chosen_method
+from fewshot.trained import FROM_CHECKPOINT, REPLACEABLE, choices_of
 
 NAMED = 5  # files left out that are named on the terminal; a file lists all of them
 WARNED = 20  # near-duplicate pairs that are named, one per line
@@ -52,118 +45,16 @@ class Prediction:
         probability: of that class, by the softmax over the classes of the support set. It compares these classes; it
             does not say whether the image shows any of them.
         runner_up: the second most probable class.
+        familiarity: how like the classes the image is, see ``fewshot.familiarity``; None: not asked for.
+        unknown: it is less like them than images of the classes are.
     """
 
     file: str
     label: str
     probability: float
     runner_up: str
-
-
-class Predictor:
-    """Applies a method to images from files.
-
-    Args:
-        method: trained, or a method that needs no training.
-        dataset: ``size``, ``channels`` and ``normalise`` of the images that its encoder takes.
-        ink: it was trained on bright letters on black, see ``read_photo``.
-        hardware: the group of that name; one device is used.
-        crop: what becomes of images that are not square, see ``fewshot.data.photos.prepare``.
-
-    Raises:
-        FewShotError: ``hardware`` requests more than one device, or ``crop`` is unknown.
-    """
-
-    def __init__(
-        self, method: FewShotMethod, dataset: DictConfig, ink: bool, hardware: DictConfig, crop: str = "auto"
-    ) -> None:
-        if crop not in CROPS:
-            raise FewShotError(f"crop={crop} is unknown: choose {', '.join(CROPS)}")
-        if hardware.devices not in (1, "auto"):
-            raise FewShotError(f"hardware.devices={hardware.devices}: predictions are made on one, hardware.devices=1")
-        self.size, self.channels, self.kind, self.ink = dataset.size, dataset.channels, dataset.normalise, ink
-        self.crop = ("pad" if ink else "center") if crop == "auto" else crop
-        check_hardware(hardware)
-        precision: Any = precision_of(hardware)
-        self._fabric = Fabric(accelerator=hardware.accelerator, devices=1, precision=precision)
-        require_finite(method, "the network")
-        self.method = method.eval().to(self._fabric.device)
-        if precision.startswith("64"):
-            self.method.double()
-
-    def read(self, file: ImageFile) -> Pixels:
-        """Read an image as the network sees it: uint8 ``[size, size, channels]``; see ``read_photo``."""
-        return read_photo(file, self.size, self.channels, self.ink, self.crop, reduced=True)
-
-    def learn(self, support: Mapping[str, Sequence[Pixels]]) -> Learned:
-        """Learn classes from examples.
-
-        Args:
-            support: the images of each class, by its name, as returned by ``read``; at least one per class.
-
-        Raises:
-            FewShotError: there are fewer than two classes, or one is empty.
-        """
-        if len(support) < 2 or not all(support.values()):
-            raise FewShotError("a support set needs at least two classes, and at least one image of each")
-        labels = torch.arange(len(support)).repeat_interleave(
-            torch.tensor([len(examples) for examples in support.values()])
-        )
-        images = [image for examples in support.values() for image in examples]
-        return self.learn_examples(tuple(support), self.represent(images), labels)
-
-    def learn_examples(self, classes: tuple[Any, ...], examples: torch.Tensor, labels: torch.Tensor) -> Learned:
-        """Learn classes from what ``represent`` returns; see ``Learned``."""
-        # Full context embeddings read the support set as a sequence, and were trained on shuffled ones.
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        classify = self._learn(examples[order], labels[order], len(classes))
-        if isinstance(classify, Linear) and classify.held_out is not None:
-            in_order = classify.held_out._replace(index=order[classify.held_out.index], labels=labels)
-            classify = classify._replace(held_out=in_order)
-        alone = isinstance(self.method, MetricMethod) and not self.method.transductive
-        return Learned(classes, examples, labels, self.represent, classify, self._learn if alone else None)
-
-    def represent(self, images: Sequence[Pixels]) -> torch.Tensor:
-        """Embed images if the method compares embeddings, ``[images, ...]``; else return them, uint8, on the CPU."""
-        pixels = torch.from_numpy(np.stack(images))
-        if not isinstance(self.method, MetricMethod):
-            return pixels
-        with torch.no_grad(), self._fabric.autocast():
-            return torch.cat([self.method.embed_images(self._input(part)) for part in pixels.split(EMBEDDED_TOGETHER)])
-
-    def _learn(self, examples: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
-        labels, method = labels.to(self._fabric.device), self.method
-        with torch.no_grad(), self._fabric.autocast():
-            if not isinstance(method, MetricMethod):
-                adapted = method.classifier(self._input(examples), labels, way)
-                return self._without_gradients(lambda images: adapted(self._input(images)))
-            learned = method.learn(examples, labels, way)
-            return learned if isinstance(learned, Linear) else self._without_gradients(learned)
-
-    def _without_gradients(self, classify: Classifier) -> Classifier:
-        def answer(queries: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad(), self._fabric.autocast():
-                return classify(queries)
-
-        return answer
-
-    def _input(self, pixels: torch.Tensor) -> torch.Tensor:
-        return normalise(pixels.to(self._fabric.device), self.kind).to(self.method.dtype)
-
-
-def make_predictor(config: DictConfig) -> Predictor:
-    """Make the predictor that ``conf/predict.yaml`` describes, from a checkpoint or a method that needs no training.
-
-    Raises:
-        FewShotError: the checkpoint is broken, or does not go with the chosen method or groups, see
-            ``with_chosen_method``; or without a checkpoint, there are untrained weights.
-    """
-    if config.checkpoint is not None:
-        trained = with_chosen_method(load_trained(config.checkpoint, trust=config.trust), config.overrides)
-        ink = has_bright_ink(get_object(trained.config.dataset.source._target_))
-        return Predictor(trained.method, trained.config.dataset, ink, config.hardware, config.crop)
-    method = make_untrained(config.method, "this method or its encoder")
-    return Predictor(method, config.dataset, ink=False, hardware=config.hardware, crop=config.crop)
+    familiarity: float | None = None
+    unknown: bool = False
 
 
 def predict(config: DictConfig) -> None:
@@ -179,61 +70,56 @@ def predict(config: DictConfig) -> None:
             readable and outside of the support set.
     """
     _check_numbers(config)
-    examples, queries = _find_support(config.support), _find_queries(config.query)
-    predictor = make_predictor(config)
+    queries = _find_queries(config.query)
     left_out: list[str] = []  # why, for each file
-    support, known, files = _read_support(examples, predictor.read, left_out)
+    start = _start(config, left_out)
+    predictor, learned = start.predictor, start.learned
     unread = len(left_out)
-    learned, classes = predictor.learn(support), list(support)
-    twins = Known([pixels for images in support.values() for pixels in images])
+    limit = _limit(learned, config)
     out = output_directory(config.out, "predict")
-    _explain(learned, [file.name for file in files], out)
+    _explain(start, out)
 
-    shown: list[Prediction] = []
-    drawn: list[tuple[Prediction, Pixels]] = []
-    copies: list[str] = []
-    tied = 0
-    # For queries whose class is known: the credit for the answer, by whether the query is a copy.
-    right: dict[bool, list[float]] = {False: [], True: []}
+    tally = _Tally()
     with atomic_writer(written := out / "predictions.csv") as file:
         table = csv.writer(file)
-        table.writerow(["file", "label", "probability", "runner-up"])
+        table.writerow(
+            ["file", "label", "probability", "runner-up", *(["familiarity", "unknown"] * (limit is not None))]
+        )
         # A transductive method answers all queries together.
         count = 1 if predictor.method.transductive else math.ceil(len(queries) / config.batch)
         reading = read_ahead(queries, predictor.read)
         for batch in track(np.array_split(np.arange(len(queries)), count), description="classifying", transient=True):
-            readable = dict(_read_queries(islice(reading, len(batch)), known, left_out))
+            readable = dict(_read_queries(islice(reading, len(batch)), start.known, left_out))
             if not readable:
                 continue
-            logits = learned(list(readable.values()))
-            for (name, pixels), prediction, best in zip(
-                readable.items(), _answers(readable, logits, classes), largest(logits).tolist(), strict=True
+            represented = learned.represent(list(readable.values()))
+            logits = learned.answer(represented)
+            for pixels, prediction, best in zip(
+                readable.values(),
+                _answers(readable, logits, learned, represented, limit),
+                largest(logits).tolist(),
+                strict=True,
             ):
-                cells = (name, prediction.label, f"{prediction.probability:.4f}", prediction.runner_up)
-                table.writerow(map(for_csv, cells))
-                shown += [prediction] if len(shown) < config.shown else []
-                drawn += [(prediction, pixels)] if len(drawn) < config.sheet else []
-                copied = twins.find(pixels)
-                if copied is not None:
-                    copies.append(f"{name} looks the same as {files[copied].name} in the support set")
-                tied += sum(best) > 1
-                credit = dict(zip(classes, best, strict=True)).get(_class_of(name, config.query, support) or "")
-                right[copied is not None] += [] if credit is None else [credit / sum(best)]
+                table.writerow(map(for_csv, _cells(prediction)))
+                tally.add(config, start, prediction, pixels, best)
         _list_left_out(left_out, out)
         if len(left_out) - unread == len(queries):
             raise FewShotError(f"there is no query left to classify; {out / 'left_out.txt'} says why each was left out")
 
     classified = len(queries) - (len(left_out) - unread)
-    _print(shown, classified, support)
+    _print(tally.shown, classified, learned)
+    if limit is not None:
+        rate = f"so are about {config.false_alarm:.0%} of the images of a class"
+        say(f"{tally.unknown:,} of {classified:,} queries are like none of the classes; {rate}")
     if predictor.method.transductive:
         say(_few_queries(type(predictor.method).__name__, classified))
-    _print_right(right, tied)
-    _warn_of_copies(copies, "which gives away its class")
+    _print_right(tally.right, tally.tied)
+    _warn_of_copies(tally.copies, "which gives away its class")
     if left_out:
         say(f"{len(left_out):,} files were left out; {out / 'left_out.txt'} lists them with the reasons")
     say(written)
-    if drawn:
-        say(contact_sheet(drawn, out / "predictions.png", predictor.crop))
+    if tally.drawn:
+        say(contact_sheet(tally.drawn, out / "predictions.png", predictor.crop))
 
 
 def contact_sheet(drawn: Sequence[tuple[Prediction, Pixels]], path: Path, crop: str, columns: int = 6) -> Path:
@@ -275,7 +161,16 @@ def _check_numbers(config: DictConfig) -> None:
             raise FewShotError(f"{key}={config[key]} must be a whole number of at least {least}")
 
 
-def _find_support(place: str | None) -> dict[str, list[ImageFile]]:
+def find_support(place: str | None, least: int = 2) -> dict[str, list[ImageFile]]:
+    """Find the image files of each class.
+
+    Args:
+        place: a folder with one folder per class.
+        least: number of classes.
+
+    Raises:
+        FewShotError: there is no such folder, a class is empty, or there are fewer than two.
+    """
     if place is None or not Path(place).expanduser().is_dir():
         why = "there is no support set" if place is None else f"there is no folder {place}"
         raise FewShotError(f"{why}; name a folder that contains one folder of images per class: support=DIR")
@@ -292,7 +187,7 @@ def _find_support(place: str | None) -> dict[str, list[ImageFile]]:
     empty = [path for path in empty if not path.name.startswith(".")]
     if empty:
         raise FewShotError(f"class {empty[0].name} has no image in {empty[0]}; add one, or remove the folder")
-    if len(classes) < 2:
+    if len(classes) < least:
         raise FewShotError(
             f"{place} has {len(classes)} folder{'s' * (len(classes) != 1)} with files, and at least two classes are "
             "needed: put the images of each class into a folder with its name"
@@ -367,17 +262,82 @@ def _print_right(right: Mapping[bool, Sequence[float]], tied: int) -> None:
         say(f"without the {len(right[True]):,} that look the same as a support image: {np.mean(right[False]):.2%}")
 
 
-def _check_numbers(config: DictConfig) -> None:
-    for key, least in (("batch", 1), ("sheet", 0), ("shown", 0)):
-        if not isinstance(config[key], int) or config[key] < least:
-            raise FewShotError(f"{key}={config[key]} must be a whole number of at least {least}")
+@dataclass
+class _Tally:
+    """What is said about the queries at the end."""
+
+    shown: list[Prediction] = field(default_factory=list)
+    drawn: list[tuple[Prediction, Pixels]] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+    # For queries whose class is known: the credit for the answer, by whether the query is a copy.
+    right: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
+    tied: int = 0
+    unknown: int = 0
+
+    def add(
+        self, config: DictConfig, start: "_Start", prediction: Prediction, pixels: Pixels, best: Sequence[bool]
+    ) -> None:
+        name, classes = prediction.file, start.learned.classes
+        self.shown += [prediction] if len(self.shown) < config.shown else []
+        self.drawn += [(prediction, pixels)] if len(self.drawn) < config.sheet else []
+        copied = start.twins.find(pixels) if start.twins is not None else None
+        if copied is not None:
+            self.copies.append(f"{name} looks the same as {start.names[copied]} in the support set")
+        self.tied += sum(best) > 1
+        self.unknown += prediction.unknown
+        credit = dict(zip(classes, best, strict=True)).get(_class_of(name, config.query, classes) or "")
+        self.right[copied is not None] += [] if credit is None else [credit / sum(best)]
 
 
-def _explain(learned: Learned, names: Sequence[str], out: Path) -> None:
+@dataclass(frozen=True)
+class _Start:
+    """What is there before the queries: from a support set, or from a file without its photos."""
+
+    predictor: Predictor
+    learned: Learned
+    lines: Sequence[str]  # for the user
+    record: Mapping[str, Any]
+    names: Sequence[str] = ()  # of the examples
+    known: Mapping[bytes, ImageFile] = field(default_factory=dict)
+    twins: Known | None = None
+
+
+def _start(config: DictConfig, left_out: list[str]) -> _Start:
+    if config.model is not None:
+        decided = choices_of(config.overrides, (*FROM_CHECKPOINT, *REPLACEABLE, "checkpoint", "support"))
+        if decided:
+            raise FewShotError(f"{decided[0]}: model={config.model} decides that; remove one of them")
+        crop = None if config.crop == "auto" else config.crop
+        taught = load_taught(config.model, config.hardware, config.trust, crop)
+        figures = taught.summary.get("leave_one_out")
+        lines = [
+            f"{len(taught.learned.labels):,} examples of {len(taught.learned.classes)} classes, from {config.model}"
+        ]
+        if isinstance(figures, dict) and isinstance(figures.get("accuracy"), float):
+            lines.append(f"leave-one-out accuracy when it was taught: {figures['accuracy']:.1%}")
+        return _Start(taught.predictor, taught.learned, lines, taught.summary)
+    examples = find_support(config.support)
+    predictor = make_predictor(config)
+    support, known, files = read_support(examples, predictor.read, left_out)
+    learned, names = predictor.learn(support), [file.name for file in files]
+    twins = Known([pixels for images in support.values() for pixels in images])
+    return _Start(predictor, learned, list(learned.describe(names)), learned.record(names), names, known, twins)
+
+
+def _limit(learned: Learned, config: DictConfig) -> float | None:
+    """The familiarity below which a query is unknown; None: nobody asked."""
+    if not config.unknown:
+        return None
+    if learned.familiarity is None:
+        raise FewShotError("unknown=true needs a method that compares embeddings; choose another one: method=auto")
+    return learned.familiarity.threshold(config.false_alarm)
+
+
+def _explain(start: _Start, out: Path) -> None:
     """Print how good the classifier will be, and record it in ``classifier.json``."""
-    for line in learned.describe(names):
+    for line in start.lines:
         say(line)
-    write_atomically(out / "classifier.json", json.dumps(learned.record(names), indent=2).encode())
+    write_atomically(out / "classifier.json", json.dumps(start.record, indent=2).encode())
 
 
 def _warn_of_copies(pairs: Sequence[str], consequence: str) -> None:
@@ -387,7 +347,7 @@ def _warn_of_copies(pairs: Sequence[str], consequence: str) -> None:
         say(f"warning: and {len(pairs) - WARNED:,} more such pairs", error=True)
 
 
-def _read_support(
+def read_support(
     examples: Mapping[str, Sequence[ImageFile]], read: Callable[[ImageFile], Pixels], left_out: list[str]
 ) -> tuple[dict[str, list[Pixels]], dict[bytes, ImageFile], list[ImageFile]]:
     """Read the images of each class; also return each file by the hash of its bytes, and the files in order."""
@@ -418,7 +378,8 @@ def _read_support(
 def _warn_of_twins(support: Mapping[str, Sequence[Pixels]], files: Sequence[ImageFile]) -> None:
     """Name near-duplicate images, and images with equal pixels."""
     images = [(name, pixels) for name, examples in support.items() for pixels in examples]
-    apart, together = [], []
+    apart: list[str] = []
+    together: list[str] = []
     for one, other, mirror in candidates(thumbnails(np.stack([pixels for _, pixels in images]))):
         (first, pixels), (second, others) = images[one], images[other]
         if are_twins(pixels, others, mirror):
@@ -440,10 +401,25 @@ def _read_queries(
             yield file.name, photo.pixels
 
 
-def _answers(names: Mapping[str, Pixels], logits: torch.Tensor, classes: Sequence[str]) -> Iterator[Prediction]:
+def _cells(prediction: Prediction) -> list[str]:
+    cells = [prediction.file, prediction.label, f"{prediction.probability:.4f}", prediction.runner_up]
+    if prediction.familiarity is not None:
+        cells += [f"{prediction.familiarity:.4f}", "yes" if prediction.unknown else "no"]
+    return cells
+
+
+def _answers(
+    names: Iterable[str], logits: torch.Tensor, learned: Learned, represented: torch.Tensor, limit: float | None
+) -> Iterator[Prediction]:
     top = logits.softmax(dim=1).topk(2)
-    for name, (probability, _), (first, second) in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
-        yield Prediction(name, classes[first], probability, classes[second])
+    scores: list[float | None] = [None] * len(logits)
+    if limit is not None and learned.familiarity is not None:
+        scores = learned.familiarity(represented).tolist()
+    for name, (probability, _), (first, second), score in zip(
+        names, top.values.tolist(), top.indices.tolist(), scores, strict=True
+    ):
+        unknown = score is not None and limit is not None and score < limit
+        yield Prediction(name, learned.classes[first], probability, learned.classes[second], score, unknown)
 
 
 def _leave_out(why: FewShotError, left_out: list[str]) -> None:
@@ -452,12 +428,20 @@ def _leave_out(why: FewShotError, left_out: list[str]) -> None:
         say(f"left out: {why}", error=True)
 
 
-def _print(shown: Sequence[Prediction], queries: int, support: Mapping[str, Sequence[Pixels]]) -> None:
-    shots = Counter(map(len, support.values()))
-    images = f"{min(shots)} to {max(shots)} images" if len(shots) > 1 else f"{min(shots)} image{'s' * (min(shots) > 1)}"
-    rows = [(Path(answer.file).name, answer.label, f"{answer.probability:.1%}", answer.runner_up) for answer in shown]
+def _print(shown: Sequence[Prediction], queries: int, learned: Learned) -> None:
+    shots = learned.labels.bincount().unique().tolist()
+    images = f"{shots[0]} to {shots[-1]} images" if len(shots) > 1 else f"{shots[0]} image{'s' * (shots[0] > 1)}"
+    rows = [
+        (
+            Path(answer.file).name,
+            f"none of these ({answer.label}?)" if answer.unknown else answer.label,
+            f"{answer.probability:.1%}",
+            answer.runner_up,
+        )
+        for answer in shown
+    ]
     if shown:
-        title = f"{queries:,} queries, {len(support)} classes with {images} each"
+        title = f"{queries:,} queries, {len(learned.classes)} classes with {images} each"
         say(make_table(title, ["file", "label", "probability", "runner-up"], rows, numbers=("probability",)))
     if len(shown) < queries:
         say(f"... and {queries - len(shown):,} more:")

@@ -35,7 +35,7 @@ from fewshot.evaluation import evaluate
 from fewshot.methods.base import MetricMethod
 from fewshot.methods.classifier import Baseline
 from fewshot.methods.maml import MAML
-from fewshot.prediction import make_predictor
+from fewshot.predictor import make_predictor
 from fewshot.training import make_data, make_method, make_trainer, train
 
 GPUS = torch.cuda.device_count()

@@ -14,7 +14,7 @@ from fewshot.distances import cosine, l2
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate
 from fewshot.methods.classifier import Baseline
-from fewshot.prediction import make_predictor
+from fewshot.predictor import make_predictor
 from fewshot.trained import load_trained
 from fewshot.training import train
 

@@ -1,7 +1,7 @@
 """The classifier for photos of one's own: linear, chosen and calibrated by leaving examples out."""
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ ERRORS = 2  # standard errors by which another classifier has to be better
 FEW_CLASSES = 0.55  # with fewer classes, probabilities are surer: the factor is 1 - FEW_CLASSES / (way - 1)
 
 
-class Linear(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Linear:
     """A linear classifier of the directions of embeddings.
 
     Attributes:
@@ -51,6 +52,10 @@ class Linear(NamedTuple):
         """Return logits ``[queries, way]`` of embeddings ``[queries, features]``."""
         points = directions(query.float(), self.centre)
         return (points @ self.weight.mT + self.bias) / self.temperature
+
+    def to(self, device: torch.device) -> "Linear":
+        """Return the same on another device."""
+        return replace(self, centre=self.centre.to(device), weight=self.weight.to(device), bias=self.bias.to(device))
 
 
 class Auto(MetricMethod):
@@ -113,7 +118,7 @@ def _choose(support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
         if found is None:
             temperature = expected_temperature(DEFAULT, shots, way)
             why = "with one example a class, none can be left out to try another, or to fit the temperature"
-            return _fit(DEFAULT, support, labels, way)._replace(temperature=temperature, why=why)
+            return replace(_fit(DEFAULT, support, labels, way), temperature=temperature, why=why)
         fewer = max(1.0, shots - 1)
         expected = expected_temperature(name, fewer, way)
         temperatures[name] = _fit_temperature(found, expected)
@@ -125,7 +130,7 @@ def _choose(support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
         if gain.mean() > ERRORS * gain.std() / len(gain) ** 0.5:
             chosen, best = name, losses
     held_out, temperature = tried[chosen], temperatures[chosen]
-    held_out = held_out._replace(logits=held_out.logits / temperature)
+    held_out = replace(held_out, logits=held_out.logits / temperature)
     ratio = expected_temperature(chosen, shots, way) / expected_temperature(chosen, max(1.0, shots - 1), way)
     why = (
         "no other answers examples that are left out better by more than two standard errors"
@@ -133,7 +138,7 @@ def _choose(support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
         else "it answers examples that are left out better by more than two standard errors"
     )
     fitted = _fit(chosen, support, labels, way)
-    return fitted._replace(temperature=temperature * ratio, why=why, held_out=held_out)
+    return replace(fitted, temperature=temperature * ratio, why=why, held_out=held_out)
 
 
 def _fit(name: str, support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:

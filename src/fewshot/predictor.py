@@ -1,0 +1,164 @@
+"""Applies a method to images from files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import get_object
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+
+from fewshot.data.bank import has_bright_ink
+from fewshot.data.files import ImageFile
+from fewshot.data.images import normalise
+from fewshot.data.photos import CROPS, read_photo
+from fewshot.embeddings import EMBEDDED_TOGETHER
+from fewshot.errors import FewShotError
+from fewshot.hardware import check_hardware, precision_of
+from fewshot.learned import Learned, Pixels
+from fewshot.methods.auto import Linear
+from fewshot.methods.base import Classifier, FewShotMethod, MetricMethod, require_finite
+from fewshot.trained import Trained, load_trained, make_untrained, with_chosen_method
+
+
+class Predictor:
+    """Applies a method to images from files.
+
+    Args:
+        method: trained, or a method that needs no training.
+        dataset: ``size``, ``channels`` and ``normalise`` of the images that its encoder takes.
+        ink: it was trained on bright letters on black, see ``read_photo``.
+        hardware: the group of that name; one device is used.
+        crop: what becomes of images that are not square, see ``fewshot.data.photos.prepare``.
+
+    Raises:
+        FewShotError: ``hardware`` requests more than one device, or ``crop`` is unknown.
+    """
+
+    def __init__(
+        self, method: FewShotMethod, dataset: DictConfig, ink: bool, hardware: DictConfig, crop: str = "auto"
+    ) -> None:
+        if crop not in CROPS:
+            raise FewShotError(f"crop={crop} is unknown: choose {', '.join(CROPS)}")
+        if hardware.devices not in (1, "auto"):
+            raise FewShotError(f"hardware.devices={hardware.devices}: predictions are made on one, hardware.devices=1")
+        self.size, self.channels, self.kind, self.ink = dataset.size, dataset.channels, dataset.normalise, ink
+        self.crop = ("pad" if ink else "center") if crop == "auto" else crop
+        check_hardware(hardware)
+        precision: Any = precision_of(hardware)
+        self._fabric = Fabric(accelerator=hardware.accelerator, devices=1, precision=precision)
+        require_finite(method, "the network")
+        self.method = method.eval().to(self._fabric.device)
+        if precision.startswith("64"):
+            self.method.double()
+
+    def read(self, file: ImageFile) -> Pixels:
+        """Read an image as the network sees it: uint8 ``[size, size, channels]``; see ``read_photo``."""
+        return read_photo(file, self.size, self.channels, self.ink, self.crop, reduced=True)
+
+    def learn(self, support: Mapping[str, Sequence[Pixels]]) -> Learned:
+        """Learn classes from examples.
+
+        Args:
+            support: the images of each class, by its name, as returned by ``read``; at least one per class.
+
+        Raises:
+            FewShotError: there are fewer than two classes, or one is empty.
+        """
+        if len(support) < 2 or not all(support.values()):
+            raise FewShotError("a support set needs at least two classes, and at least one image of each")
+        labels = torch.arange(len(support)).repeat_interleave(
+            torch.tensor([len(examples) for examples in support.values()])
+        )
+        images = [image for examples in support.values() for image in examples]
+        return self.learn_examples(tuple(support), self.represent(images), labels)
+
+    def learn_examples(
+        self, classes: tuple[Any, ...], examples: torch.Tensor, labels: torch.Tensor, fitted: Linear | None = None
+    ) -> Learned:
+        """Learn classes from what ``represent`` returns.
+
+        Args:
+            classes: see ``Learned``; so are the next two.
+            examples: on any device.
+            labels: on the CPU.
+            fitted: a classifier that was learned from them before.
+        """
+        examples = examples.to(self._fabric.device) if isinstance(self.method, MetricMethod) else examples
+        # Full context embeddings read the support set as a sequence, and were trained on shuffled ones.
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        classify = (
+            fitted.to(self._fabric.device)
+            if fitted is not None
+            else self._learn(examples[order], labels[order], len(classes))
+        )
+        if isinstance(classify, Linear) and classify.held_out is not None:
+            in_order = replace(classify.held_out, index=order[classify.held_out.index], labels=labels)
+            classify = replace(classify, held_out=in_order)
+        alone = isinstance(self.method, MetricMethod) and not self.method.transductive
+        return Learned(classes, examples, labels, self.represent, classify, self._learn if alone else None)
+
+    def represent(self, images: Sequence[Pixels]) -> torch.Tensor:
+        """Embed images if the method compares embeddings, ``[images, ...]``; else return them, uint8, on the CPU."""
+        pixels = torch.from_numpy(np.stack(images))
+        if not isinstance(self.method, MetricMethod):
+            return pixels
+        with torch.no_grad(), self._fabric.autocast():
+            return torch.cat([self.method.embed_images(self._input(part)) for part in pixels.split(EMBEDDED_TOGETHER)])
+
+    def _learn(self, examples: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
+        labels, method = labels.to(self._fabric.device), self.method
+        with torch.no_grad(), self._fabric.autocast():
+            if not isinstance(method, MetricMethod):
+                adapted = method.classifier(self._input(examples), labels, way)
+                return self._without_gradients(lambda images: adapted(self._input(images)))
+            learned = method.learn(examples, labels, way)
+            return learned if isinstance(learned, Linear) else self._without_gradients(learned)
+
+    def _without_gradients(self, classify: Classifier) -> Classifier:
+        def answer(queries: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), self._fabric.autocast():
+                return classify(queries)
+
+        return answer
+
+    def _input(self, pixels: torch.Tensor) -> torch.Tensor:
+        return normalise(pixels.to(self._fabric.device), self.kind).to(self.method.dtype)
+
+
+def make_predictor(config: DictConfig) -> Predictor:
+    """Make the predictor that ``conf/predict.yaml`` describes, from a checkpoint or a method that needs no training.
+
+    Raises:
+        FewShotError: see ``make_trained``.
+    """
+    return predictor_of(make_trained(config), config.hardware, config.crop)
+
+
+def predictor_of(trained: Trained, hardware: DictConfig, crop: str) -> Predictor:
+    """Make the predictor of a method; see ``Predictor``."""
+    ink = has_bright_ink(get_object(trained.config.dataset.source._target_))
+    return Predictor(trained.method, trained.config.dataset, ink, hardware, crop)
+
+
+def make_trained(config: DictConfig, places: Mapping[str, str] | None = None) -> Trained:
+    """Make the method that ``conf/predict.yaml`` describes.
+
+    Args:
+        config: the composed configuration.
+        places: see ``load_trained``.
+
+    Raises:
+        FewShotError: the checkpoint is broken, or does not go with the chosen method or groups, see
+            ``with_chosen_method``; or without a checkpoint, there are untrained weights.
+    """
+    if config.checkpoint is not None:
+        return with_chosen_method(load_trained(config.checkpoint, trust=config.trust, places=places), config.overrides)
+    method = make_untrained(config.method, "this method or its encoder")
+    # The images are in folders of any place.
+    source = {"_target_": "fewshot.data.folder.folder", "size": config.dataset.size}
+    dataset = {**config.dataset, "source": {**source, "channels": config.dataset.channels, "data_dir": ""}}
+    node = OmegaConf.to_container(config.method, resolve=True)
+    return Trained(None, method, OmegaConf.create({"method": node, "dataset": dataset}), {})

@@ -1,0 +1,48 @@
+"""Learn classes from photos once, for later use without them."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from fewshot.checkpoints import NOWHERE
+from fewshot.errors import FewShotError
+from fewshot.prediction import find_support, read_support
+from fewshot.predictor import make_trained, predictor_of
+from fewshot.taught import extend, load_taught, save_taught
+from fewshot.text import say
+from fewshot.trained import FROM_CHECKPOINT, REPLACEABLE, choices_of
+
+
+def teach(config: DictConfig) -> None:
+    """Learn classes from photos, and write what was learned to one file; see ``fewshot.taught``.
+
+    Args:
+        config: the composed ``conf/teach.yaml``.
+
+    Raises:
+        FewShotError: see ``predict``.
+    """
+    out, left_out = Path(config.out).expanduser(), list[str]()
+    if config.model is not None:
+        decided = choices_of(config.overrides, (*FROM_CHECKPOINT, *REPLACEABLE, "checkpoint", "crop"))
+        if decided:
+            raise FewShotError(f"{decided[0]}: model={config.model} decides that; remove one of them")
+        taught = load_taught(config.model, config.hardware, config.trust)
+        predictor, run = taught.predictor, taught.config
+        support, _, files = read_support(find_support(config.support, least=1), predictor.read, left_out)
+        learned = extend(taught, support)
+        names = [f"example {number + 1}" for number in range(len(taught.learned.labels))]
+    else:
+        trained = make_trained(config, NOWHERE)
+        predictor, run, names = predictor_of(trained, config.hardware, config.crop), trained.config, []
+        support, _, files = read_support(find_support(config.support), predictor.read, left_out)
+        learned = predictor.learn(support)
+    names = [*names, *(file.name for file in files)]
+    for line in learned.describe(names):
+        say(line)
+    save_taught(out, predictor, learned, run, names)
+    kept = "their embeddings" if learned.examples.is_floating_point() else "the examples themselves"
+    say(
+        f"{out}: {len(learned.classes)} classes, {len(learned.labels):,} examples ({kept}), "
+        f"{out.stat().st_size:,} bytes; use it with fewshot predict model={out} query=DIR"
+    )
