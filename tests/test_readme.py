@@ -22,6 +22,7 @@ import fewshot
 import programs
 from fewshot.config import ROOT, compose, compose_unresolved
 from fewshot.sweeps import Sweep, as_csv, read_jobs
+from fewshot.teaching import teach
 from fewshot.training import train
 
 README = ROOT / "README.md"
@@ -194,6 +195,9 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
             timm = pytest.importorskip("timm", reason="no timm: pip install -e '.[timm]'")
             network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
             torch.save(network.state_dict(), stand_ins / "lite0.pth")
+        if "model=mine" in part:
+            given = ["encoder=pretrained", f"support={stand_ins / 'examples'}", f"out={stand_ins / 'mine.fewshot'}"]
+            teach(compose(*small("teach", given, stand_ins, tmp_path), name="teach"))
         if name == "export" and ".onnx" in part and find_spec("onnx") is None:
             pytest.skip("onnx is not installed: pip install -e '.[export]'")
         script = ROOT / "src" / f"{name}.py"
