@@ -28,8 +28,25 @@ import fewshot.cli  # noqa: F401  for the help
 from conftest import METHODS, free_port, wait_for
 from fewshot.config import ROOT, compose
 from fewshot.data.files import ImageFile
-from fewshot.demo import FORGOTTEN, FORM, IDLE, VISITORS, Demo, Gate, Visit, Visits, _hosts, _sent, page_of, serve
+from fewshot.demo import (
+    FORGOTTEN,
+    FORM,
+    IDLE,
+    VISITORS,
+    Demo,
+    Gate,
+    Visit,
+    Visits,
+    _hosts,
+    _sent,
+    fitting,
+    is_drawing,
+    open_networks,
+    page_of,
+    serve,
+)
 from fewshot.errors import FewShotError
+from fewshot.models import short_names
 from fewshot.predictor import make_predictor
 from fewshot.trained import load_trained
 from fewshot.training import make_data
@@ -101,10 +118,9 @@ def test_an_answer_has_the_probabilities_and_the_scores_of_the_method(demo, lett
 def test_the_distances_are_those_of_the_embeddings(demo, letters):
     page = demo()
     visit = shown(page, letters)
-    embed = page.predictor.method.encoder
-    with torch.no_grad():
-        prototypes = torch.stack([embed(page.predictor._input(images)).mean(0) for images in visit.support.values()])
-        expected = (embed(page.predictor._input([visit.query])) - prototypes).square().sum(1)
+    embed = page.predictor.represent
+    prototypes = torch.stack([embed(images).mean(0) for images in visit.support.values()])
+    expected = (embed([visit.query]) - prototypes).square().sum(1)
     found = rows(page.answer(visit)[0])
     assert expected.min() > 0.01
     assert [found[name][1] for name in visit.support] == pytest.approx(expected.tolist(), abs=1e-3)
@@ -128,6 +144,36 @@ def test_maml_notes_more_classes_than_it_was_trained_for(demo, letters):
     assert page.answer(shown(page, letters, way=5))[1] == []
     answer, notes = page.answer(shown(page, letters, way=6, shot=1))
     assert len(rows(answer)) == 6 and notes == ["this network was trained for 5 classes: with 6 it is less accurate"]
+
+
+def test_the_network_that_fits_the_examples_is_found(run, letters):
+    networks = open_networks(compose(f"checkpoint={run('protonet')}", name="demo"))
+    assert list(networks) == [str(run("protonet")), *short_names()]
+    for name, model in list(networks.items())[1:]:
+        assert model.predictor.channels == (3 if name.startswith("mini") else 1)
+    listed = {name: networks[name] for name in ("miniimagenet/protonet", "omniglot/protonet", "glyphs/protonet")}
+    photos = [png(np.random.default_rng(seed).integers(0, 256, (90, 120, 3), dtype=np.uint8)) for seed in range(3)]
+
+    def found(*contents):
+        return fitting(listed, {name: page.add(Visit(), "a", files(*contents))[0] for name, page in listed.items()})
+
+    assert found() == "miniimagenet/protonet"
+    assert found(letters[0][0]) == "omniglot/protonet"
+    assert found(*photos) == found(*photos[:2], letters[0][0]) == "miniimagenet/protonet"
+    assert found(photos[0], *letters[0][:2]) == "omniglot/protonet"
+    asked = {name: page.ask(Visit(), files(letters[0][0]))[0] for name, page in listed.items()}
+    assert fitting(listed, asked) == "omniglot/protonet"
+
+
+def test_a_drawing_is_ink_on_a_plain_ground():
+    ground = np.full((84, 84, 3), 240, dtype=np.uint8)
+    ground[30:50, 20:60] = 10
+    assert is_drawing(ground) and is_drawing(255 - ground)
+    coloured, filled = ground.copy(), ground.copy()
+    coloured[..., 0] = 120
+    filled[10:80, 10:80] = np.arange(70, dtype=np.uint8)[:, None, None]
+    assert not is_drawing(coloured) and not is_drawing(filled)
+    assert not is_drawing(np.random.default_rng(0).integers(0, 256, (84, 84, 3), dtype=np.uint8))
 
 
 def test_equal_scores_are_noted(demo, letters):
@@ -478,6 +524,27 @@ def test_in_a_browser_files_are_answered_as_the_predictor_answers_them(browser, 
     asked = browser.execute_script("return performance.getEntriesByType('resource').map(of => of.name)")
     assert asked and all(link.startswith((served, "data:")) for link in asked)
     assert not Tab(browser, served, tmp_path).all(".class")  # another visitor
+
+
+@pytest.mark.slow
+def test_in_a_browser_another_network_answers_for_the_same_examples(browser, served, letters, tmp_path):
+    tab = Tab(browser, served, tmp_path)
+    for number in range(2):
+        tab.examples(f"letter {number}", letters[number][:2], 2 * number + 2)
+    tab.upload([letters[0][4]], 1)
+    tab.until(lambda: tab.all(".scores"), "the answer")
+    assert not any(name in " ".join(tab.texts("small")) for name in short_names())  # that of the command
+    (chooser,) = tab.all("input[role=combobox]")
+    assert chooser.get_attribute("value").endswith("protonet0")
+    for chosen, used in (
+        ("miniimagenet/protonet", "miniimagenet/protonet"),
+        ("the one that fits the examples", "protonet0"),
+    ):
+        chooser.click()
+        tab.until(lambda: len(tab.all("[role=option]")) == len(short_names()) + 2, "the list")
+        next(option for option in tab.all("[role=option]") if option.text.endswith(chosen)).click()
+        tab.until(lambda: any(f"{text} ".find(f"{used} ") > 0 for text in tab.texts("small")), f"the answer of {used}")  # noqa: B023
+        assert len(tab.all(".class img")) == 4 and tab.all(".scores") and not tab.texts(".notes p")
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from fewshot.config import ROOT
@@ -29,8 +30,10 @@ from fewshot.methods.maml import MAML
 from fewshot.methods.matching import MatchingNetwork
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.metrics import largest
+from fewshot.models import find, short_names
 from fewshot.predictor import Predictor, make_predictor
 from fewshot.text import for_html, say
+from fewshot.trained import choices_of
 
 LONGEST = 40  # characters of a class's name
 THUMBNAIL = 64  # pixels, the most that a picture in the page has on a side
@@ -46,6 +49,11 @@ ASKED = re.compile(
     r"|gradio_api/(startup-events|(queue|heartbeat)/.*))"
 )
 LOCAL = ("localhost", "127.0.0.1", "::1")
+FITTING = "the one that fits the examples"  # a choice in the list of networks
+# Of drawings: the mean difference between the colours of a pixel, and the share of pixels that are near the ground, of
+# all and at the edges. So all of Omniglot's test characters (their first drawing) and 2% of miniImageNet's test photos
+# count as drawings.
+MOST_COLOUR, NEAR_GROUND, LEAST_GROUND, LEAST_AT_EDGES = 8, 48, 0.6, 0.9
 FORM = 2**20  # bytes of a request in addition to the images
 Message = Mapping[str, Any]  # of ASGI
 Receive = Callable[[], Awaitable[Message]]
@@ -320,14 +328,7 @@ def page_of(config: DictConfig) -> Iterator[Any]:
     except ImportError as error:
         raise FewShotError("gradio is not installed; install the extra: pip install -e '.[demo]'") from error
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio polls its own server
-    predictor = make_predictor(config)
-    if predictor.method.transductive:
-        raise FewShotError(
-            f"{type(predictor.method).__name__} is transductive: it needs many queries together, and the page "
-            "classifies one image at a time; choose another method, such as method=simpleshot, or "
-            "classify a folder with predict"
-        )
-    page = make_page(Demo(predictor, config), config)
+    page = make_page(open_networks(config), config)
     largest = FORM + _together(config) * 4 // 3  # in base64
     try:
         page.launch(
@@ -355,6 +356,57 @@ def page_of(config: DictConfig) -> Iterator[Any]:
         page.close(verbose=False)
 
 
+def open_networks(config: DictConfig) -> dict[str, Demo]:
+    """Load the network of the command line, and those in the package, by the names that the page lists.
+
+    Args:
+        config: the composed ``conf/demo.yaml``.
+
+    Raises:
+        FewShotError: see ``make_predictor``; or the method of the command line is transductive.
+    """
+    predictor = make_predictor(config)
+    own = str(config.checkpoint or config.encoder.get("name", "without training")).removeprefix(f"{ROOT}/")
+    if predictor.method.transductive:
+        raise FewShotError(
+            f"{type(predictor.method).__name__} is transductive: it needs many queries together, and the page "
+            "classifies one image at a time; choose another method, such as method=simpleshot, or "
+            "classify a folder with predict"
+        )
+    networks = {own: Demo(predictor, config)}
+    for name in short_names():
+        named = OmegaConf.merge(config, {"checkpoint": name, "overrides": []})
+        if name not in networks and find(name) is not None:
+            networks[name] = Demo(make_predictor(cast(DictConfig, named)), config)
+    return networks
+
+
+def fitting(networks: Mapping[str, Demo], visits: Mapping[str, Visit]) -> str:
+    """Return the first network that expects what most examples show, drawings or photos; else the first of all.
+
+    Args:
+        networks: by name.
+        visits: the images as each network sees them, by its name.
+    """
+    colour = next((name for name, demo in networks.items() if demo.predictor.channels == 3), next(iter(networks)))
+    visit = visits[colour]
+    images = [image for images in visit.support.values() for image in images]
+    images += [visit.query] if visit.query is not None and not images else []
+    if not images:
+        return next(iter(networks))
+    drawings = sum(map(is_drawing, images)) > len(images) / 2
+    return next((name for name, demo in networks.items() if demo.predictor.ink == drawings), next(iter(networks)))
+
+
+def is_drawing(pixels: Pixels) -> bool:
+    """Whether an image is ink on a plain ground: nearly grey, its edges and most of it close to their median."""
+    colour = pixels.astype(np.int16)
+    grey = colour.mean(axis=2)
+    edges = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    share, at_edges = ((abs(part - np.median(edges)) < NEAR_GROUND).mean() for part in (grey, edges))
+    return bool(np.ptp(colour, axis=2).mean() < MOST_COLOUR and share > LEAST_GROUND and at_edges > LEAST_AT_EDGES)
+
+
 def _together(config: DictConfig) -> int:
     """Return the bytes of images allowed in one request, at least those of one image."""
     return int(max(config.max_together, config.max_megabytes) * 2**20 + 1)
@@ -369,40 +421,53 @@ def _hosts(host: str) -> frozenset[str] | None:
     return None
 
 
-def make_page(demo: Demo, config: DictConfig) -> Any:
-    """Make the page, a ``gradio.Blocks``; its actions are those of ``Demo``."""
+def make_page(networks: Mapping[str, Demo], config: DictConfig) -> Any:
+    """Make the page, a ``gradio.Blocks``; its actions are those of ``Demo``.
+
+    Every network keeps the images of a visitor as it sees them, so that another one can answer at once.
+    """
     import gradio as gr  # noqa: PLC0415
 
-    visits = Visits()
+    kept = {name: Visits() for name in networks}
 
-    def shown(request: gr.Request, act: Callable[[Visit], tuple[Visit, Sequence[str]]]) -> list[Any]:
-        session = str(request.session_hash)
-        visit, forgotten = visits.take(session)
-        visit, left_out = act(visit)
-        visits.put(session, visit)
-        answer, notes = demo.answer(visit)
-        return [_gallery(visit), answer, _notes([*forgotten, *left_out, *notes]), "", ""]
+    def shown(request: gr.Request, chosen: str, act: Callable[[Demo, Visit], tuple[Visit, Sequence[str]]]) -> list[Any]:
+        session, visits, notes = str(request.session_hash), dict[str, Visit](), dict[str, list[str]]()
+        for name, demo in networks.items():
+            visit, forgotten = kept[name].take(session)
+            visits[name], left_out = act(demo, visit)
+            kept[name].put(session, visits[name])
+            notes[name] = [*forgotten, *left_out]
+        used = chosen if chosen in networks else fitting(networks, visits)
+        answer, more = networks[used].answer(visits[used])
+        named = f"<small>network: <code>{for_html(used)}</code></small>"
+        return [_gallery(visits[used]), answer, _notes([*notes[used], *more]), "", "", named]
 
-    def add(name: str, sent: str, request: gr.Request) -> list[Any]:
-        return shown(request, lambda visit: demo.add(visit, name, _sent(sent)))
+    def add(name: str, sent: str, chosen: str, request: gr.Request) -> list[Any]:
+        return shown(request, chosen, lambda demo, visit: demo.add(visit, name, _sent(sent)))
 
-    def ask(sent: str, request: gr.Request) -> list[Any]:
-        return shown(request, lambda visit: demo.ask(visit, _sent(sent)))
+    def ask(sent: str, chosen: str, request: gr.Request) -> list[Any]:
+        return shown(request, chosen, lambda demo, visit: demo.ask(visit, _sent(sent)))
 
-    def remove(event: gr.EventData, request: gr.Request) -> list[Any]:
-        return shown(request, lambda visit: (demo.remove(visit, str(event.name)), []))
+    def remove(chosen: str, event: gr.EventData, request: gr.Request) -> list[Any]:
+        return shown(request, chosen, lambda demo, visit: (demo.remove(visit, str(event.name)), []))
 
-    def start_again(request: gr.Request) -> list[Any]:
-        return shown(request, lambda _: (Visit(), []))
+    def start_again(chosen: str, request: gr.Request) -> list[Any]:
+        return shown(request, chosen, lambda *_: (Visit(), []))
+
+    def answer_again(chosen: str, request: gr.Request) -> list[Any]:
+        return shown(request, chosen, lambda _, visit: (visit, []))
 
     def choose(event: gr.EventData) -> str:
         return str(event.name)
 
     pad: dict[str, Any] = {"html_template": PAD, "js_on_load": PEN, "elem_classes": "pad", "apply_default_css": False}
     pad |= {"bytes": config.max_megabytes * 2**20, "images": config.max_images, "together": _together(config)}
-    network = str(config.checkpoint or config.encoder.name).removeprefix(f"{ROOT}/")
+    theirs = config.checkpoint is not None or choices_of(config.overrides, ("encoder", "method", "distance"))
     with gr.Blocks(title="fewshot", analytics_enabled=False) as page:
-        gr.HTML(f"<h2>A few examples of each class, and an answer</h2><code>{for_html(network)}</code>")
+        gr.HTML("<h2>A few examples of each class, and an answer</h2>")
+        network = gr.Dropdown(
+            [FITTING, *networks], value=next(iter(networks)) if theirs else FITTING, label="Network", filterable=False
+        )
         notes = gr.HTML(elem_classes="notes")
         with gr.Row():
             with gr.Column():
@@ -416,15 +481,17 @@ def make_page(demo: Demo, config: DictConfig) -> Any:
                 gr.HTML("<h3>Query</h3>")
                 query = gr.HTML(query=True, **pad)
                 answer = gr.HTML(apply_default_css=False)
+                used = gr.HTML(apply_default_css=False)
         # One at a time: MAML changes its network while it adapts, and other threads would see that.
         how: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "trigger_mode": "multiple"}
         how |= {"api_visibility": "private", "show_progress": "hidden"}
-        how |= {"outputs": [support, answer, notes, examples, query]}
-        examples.submit(add, [name, examples], **how)
-        query.submit(ask, [query], **how)
-        support.remove(remove, [], **how)
+        how |= {"outputs": [support, answer, notes, examples, query, used]}
+        examples.submit(add, [name, examples, network], **how)
+        query.submit(ask, [query, network], **how)
+        network.change(answer_again, [network], **how)
+        support.remove(remove, [network], **how)
         support.choose(choose, [], **how | {"outputs": [name]})
-        again.click(start_again, [], **how)
+        again.click(start_again, [network], **how)
     return page
 
 
