@@ -82,12 +82,18 @@ def read(run_dir, tmp_path_factory):
         "evaluate": evaluate,
         "resume": lambda: resume("resume"),
         "auto": lambda: resume("auto"),
+        "shared": lambda: vars(load_trained(str(there / "shared.safetensors"))),
     }
 
     def outcomes_of(config):
         torch.save({**whole, "hyper_parameters": config}, there / "checkpoints" / "last.ckpt")
+        used = dict(readers)
+        try:
+            save_weights(there / "shared.safetensors", whole["state_dict"], {"config": config})
+        except (TypeError, ValueError):  # not JSON
+            del used["shared"]
         outcomes = {}
-        for name, reader in readers.items():
+        for name, reader in used.items():
             try:
                 with nothing_touched():
                     outcomes[name] = reader()
