@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks import maml, training, without
+from benchmarks import maml, reading, training, without
 from benchmarks.contest import Contest
 from fewshot.errors import FewShotError
 from fewshot.hardware import why_no_gpu
@@ -27,7 +27,7 @@ def choose(only: Sequence[str] | None, device: str = "cpu") -> dict[str, Contest
     if device == "cuda" and not torch.cuda.is_available():
         raise FewShotError(f"device=cuda: {why_no_gpu()}; choose device=cpu")
     if device == "cpu":
-        known = training.contests() | maml.contests() | without.contests()
+        known = training.contests() | maml.contests() | without.contests() | reading.contests()
     else:
         known = training.device_contests(device) | maml.device_contests(device)
     if only is None:

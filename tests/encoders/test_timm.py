@@ -104,6 +104,25 @@ def test_lite0_takes_the_file_of_the_package_and_that_of_timm(rename, tmp_path):
         torch.testing.assert_close(weight, state[name], rtol=0, atol=0)
 
 
+def test_presets_are_models_of_timm_with_weights_and_take_files(tmp_path):
+    for preset in ("fast", "best"):
+        made = compose(f"encoder={preset}", "encoder.pretrained=false", f"run_dir={tmp_path}").encoder
+        assert timm.get_pretrained_cfg(made.name).has_weights
+        state = timm.create_model(made.name).state_dict()
+        if preset == "best":
+            state["mask_token"] = torch.zeros(1, 384)  # as in the file of the authors
+        torch.save(state, tmp_path / "weights.pth")
+        found = instantiate(made, file=str(tmp_path / "weights.pth"))
+        assert found.size == 224
+        assert found.eval()(torch.rand(1, 3, 224, 224)).shape == (1, found.features)
+
+
+def test_image_towers_of_clip_are_embedded_as_clip_does():
+    found = encoder(name="vit_xsmall_patch16_clip_224.tinyclip_yfcc15m").eval()
+    torch.testing.assert_close(found.mean.flatten(), torch.tensor([0.48145466, 0.4578275, 0.40821073]))
+    assert found(torch.rand(1, 3, 224, 224)).shape == (1, found.features)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

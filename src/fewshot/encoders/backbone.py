@@ -98,7 +98,8 @@ def load_weights(
     Args:
         network: changed in place.
         file: its tensors are at the top level, or under "state_dict" or "model".
-        rename: regular expressions and their replacements, applied in order to each name in the file.
+        rename: regular expressions and their replacements, applied in order to each name in the file; a weight whose
+            name becomes empty is ignored.
         last_layers: names of layers whose weights are ignored.
 
     Raises:
@@ -110,7 +111,9 @@ def load_weights(
         for pattern, replacement in (rename or {}).items():
             state = {re.sub(pattern, replacement, name): weight for name, weight in state.items()}
         left_out = tuple(f"{layer}." for layer in last_layers)
-        network.load_state_dict({name: weight for name, weight in state.items() if not name.startswith(left_out)})
+        network.load_state_dict(
+            {name: weight for name, weight in state.items() if name and not name.startswith(left_out)}
+        )
     except OSError as error:
         raise FewShotError(
             f"cannot read encoder.file={path}: {error.strerror}; specify a file with the weights"
