@@ -79,7 +79,9 @@ COMPOSED: dict[tuple[str, ...], str | None] = {
     ("experiment=omniglot/protone",): r"Choose one of .*miniimagenet/\.\.\., .*did you mean omniglot/protonet\?",
     ("experiment=omniglot/protonet_5way_1shot",): None,
     ("experiment=nothing",): r"Choose one of matching_distance/\.\.\., .*omniglot/\.\.\.",
-    ("encoder=resnet",): r"Choose one of best, conv4, fast, lite0, pretrained, resnet12, timm \(did you mean resnet12\?\)",
+    (
+        "encoder=resnet",
+    ): r"Choose one of best, conv4, fast, lite0, pretrained, resnet12, timm \(did you mean resnet12\?\)",
     ("dataset=cifar",): r"Choose one of cifar_fs, cub, fc100, folder, glyphs, miniimagenet, omniglot, torchvision",
     (
         "hydra.launcher.n_jobs=2",

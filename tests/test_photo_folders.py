@@ -2,16 +2,20 @@
 
 import csv
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.models import get_model
 
 import fewshot.prediction
 from fewshot.config import compose
+from fewshot.data.files import list_zip
+from fewshot.data.kinds import is_drawn
+from fewshot.data.photos import read_photo
 from fewshot.errors import FewShotError
 from fewshot.prediction import predict
 from fewshot.text import for_csv
@@ -122,3 +126,50 @@ def test_the_same_photo_in_two_classes_is_named(places, weights, capsys):
     (places / "support" / "class 1" / "again.jpg").write_bytes((places / "support" / "class 0" / "0.jpg").read_bytes())
     answer(places, weights)
     assert "again.jpg is the same image as" in capsys.readouterr().err
+
+
+def letter(path, seed):
+    """Write a drawing of one stroke."""
+    image = Image.new("L", (60, 60), 255)
+    ImageDraw.Draw(image).line(np.random.default_rng(seed).integers(0, 60, 6).tolist(), fill=0, width=4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+PHOTOS_TO_LETTERS = "6 of the 6 {} look like photos, but this network knows letters, .*; for photos, choose encoder=pre"
+LETTERS_TO_PHOTOS = "6 of the 6 {} look like letters or drawings, but this network knows photos, .*: checkpoint=RUN_DIR"
+
+
+@pytest.mark.parametrize("drawn", [(), ("support",), ("query",), ("support", "query")])
+@pytest.mark.parametrize("network", ["letters", "photos"])
+def test_a_network_of_letters_that_is_shown_photos_says_so_and_the_other_way_round(
+    run, places, weights, capsys, network, drawn
+):
+    for folder in drawn:
+        for path in sorted((places / folder).rglob("*.jpg")):
+            letter(path, int(path.stem) + 100 * (folder == "query"))
+    if network == "photos":
+        answer(places, weights)
+    else:
+        paths = [f"{name}={places / name}" for name in ("support", "query", "out")]
+        predict(compose(f"checkpoint={run('protonet')}", *paths, name="predict"))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "look like" in line]
+    message = PHOTOS_TO_LETTERS if network == "letters" else LETTERS_TO_PHOTOS
+    strange = [
+        name
+        for folder, name in (("support", "examples"), ("query", "queries"))
+        if (folder in drawn) == (network == "photos")
+    ]
+    assert len(warnings) == len(strange)
+    for line, name in zip(warnings, strange, strict=True):
+        assert re.search(message.format(name), line)
+
+
+@pytest.mark.real_data
+def test_characters_and_photos_are_distinguished(real_data):
+    characters = list_zip(real_data / "omniglot" / "images_evaluation.zip")
+    photos = list_zip(real_data / "miniimagenet" / "images_val.zip")
+    for size, channels in ((28, 1), (84, 3)):
+        drawn = [is_drawn(read_photo(file, size, channels)) for file in list(characters.values())[::150]]
+        taken = [is_drawn(read_photo(file, size, channels)) for file in list(photos.values())[::100]]
+        assert min(len(drawn), len(taken)) > 50 and all(drawn) and np.mean(taken) < 0.2

@@ -1,6 +1,7 @@
 """Photos of twelve megapixels, from files to labels: ours and other programs; and what reduced decoding costs.
 
-The contest is part of ``src/bench.py``. As a program, this module counts the labels that reduced decoding changes:
+The contest is part of ``src/bench.py``. As a program, this module measures processor time, which other programs on a
+busy machine change less, and counts the labels that reduced decoding changes:
 
     FEWSHOT_DATA_DIR=DIR python src/benchmarks/reading.py encoder=lite0 encoder.file=PATH
 
@@ -10,8 +11,9 @@ The keys are those of ``conf/predict.yaml``.
 import io
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -33,7 +35,7 @@ from fewshot.data.files import ImageFile, file_at
 from fewshot.data.miniimagenet import miniimagenet
 from fewshot.data.photos import Photo, read_ahead, read_photo
 from fewshot.prediction import Predictor, make_predictor
-from fewshot.text import say
+from fewshot.text import make_table, say
 
 WIDTH, HEIGHT = 4000, 3000  # pixels of a photo
 QUALITY = 90  # of its JPEG
@@ -50,18 +52,17 @@ def detail(seed: int, width: int = WIDTH, height: int = HEIGHT) -> NDArray[np.fl
         ``[height, width, 3]``, mean 0, in grey values.
     """
     random = np.random.default_rng(seed)
-    found = random.normal(0, 3, (height, width, 3)).astype(np.float32)
-    for octave in range(2, 10):
-        shape = (max(2, height * 2**octave // 4096), max(2, width * 2**octave // 4096))
-        grey, *colours = (
-            Image.fromarray(random.normal(0, scale, shape).astype(np.float32)).resize(
-                (width, height), Image.Resampling.BICUBIC
-            )
-            for scale in (20, 5, 5, 5)
-        )
-        for channel, colour in enumerate(colours):
-            found[..., channel] += np.asarray(grey) + np.asarray(colour)
-    return found
+    noise = 3 * random.standard_normal((height, width, 1), dtype=np.float32)
+    octaves = range(2, 10)
+    grey = sum(_octave(random, octave, 20, width, height) for octave in octaves)
+    colours = [sum(_octave(random, octave, 8, width, height) for octave in octaves[:3]) for _ in range(3)]
+    return np.stack([grey + colour for colour in colours], -1) + noise
+
+
+def _octave(random: np.random.Generator, octave: int, contrast: float, width: int, height: int) -> NDArray[np.float32]:
+    shape = (max(2, height * 2**octave // 4096), max(2, width * 2**octave // 4096))
+    rough = Image.fromarray(contrast * random.standard_normal(shape, dtype=np.float32))
+    return np.asarray(rough.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _jpeg(pixels: NDArray[np.floating[Any]]) -> bytes:
@@ -70,9 +71,14 @@ def _jpeg(pixels: NDArray[np.floating[Any]]) -> bytes:
     return content.getvalue()
 
 
+@cache
+def _made(seed: int, width: int, height: int) -> bytes:
+    return _jpeg(128 + detail(seed, width, height))
+
+
 def _files(photos: int, width: int, height: int) -> list[ImageFile]:
     folder = Path(tempfile.mkdtemp())
-    contents = [_jpeg(128 + detail(seed, width, height)) for seed in range(DIFFERENT)]
+    contents = [_made(seed, width, height) for seed in range(DIFFERENT)]
     paths = [folder / f"{number}.jpg" for number in range(photos)]
     for number, path in enumerate(paths):
         path.write_bytes(contents[number % DIFFERENT])
@@ -168,18 +174,42 @@ def contests() -> dict[str, Contest]:
         Entrant("encoder alone", encoder_alone, shape, keep_memory=True),
         Entrant("decoder alone", decoder_alone, shape, keep_memory=True),
     ]
-    title = f"Classifying {shape['photos']} JPEGs of {WIDTH}x{HEIGHT} pixels by ResNet-18"
+    title = f"Classifying JPEGs of {WIDTH}x{HEIGHT} pixels by ResNet-18"
     found = {"photos": Contest(title, entrants, (shape["photos"], "photos"), tolerance=0.1, rounds=3)}
     if find_spec("timm"):
         encoders = [
             Entrant(f"encoder={name}", one_core, {"encoder": name, "photos": 8}, keep_memory=True)
             for name in ("pretrained", "fast", "lite0", "best")
         ]
-        found["encoders"] = Contest("Embedding 8 photos on one core", encoders, (8, "photos"))
+        found["encoders"] = Contest("Embedding photos on one core", encoders, (8, "photos"))
     return found
 
 
-def count_changed(arguments: Sequence[str], classes: int = 5, shot: int = 5, queries: int = 40) -> None:
+def processor_times(name: str, **settings: int) -> None:
+    """Print the processor time that each program of a contest takes for a photo, in turns, the median of 3.
+
+    Args:
+        name: of the contest.
+        settings: for all programs, instead of their own.
+    """
+    contest = contests()[name]
+    made = [{**entrant.settings, **settings} for entrant in contest.entrants]
+    works = [entrant.build(**each) for entrant, each in zip(contest.entrants, made, strict=True)]
+    seconds = np.empty((3, len(works)))
+    for row in track(seconds, contest.title, transient=True):
+        for column, work in enumerate(works):
+            start = time.process_time()
+            work()  # type: ignore[operator]
+            row[column] = time.process_time() - start
+    photo = 1e3 * np.median(seconds, axis=0) / made[0]["photos"]
+    rows = [
+        [entrant.name, f"{ms:.1f}", f"{ms / photo[0]:.2f}"] for entrant, ms in zip(contest.entrants, photo, strict=True)
+    ]
+    numbers = ("ms of one core for a photo", "times ours")
+    say(make_table(f"{contest.title}, measured with {made[0]['photos']}", ["", *numbers], rows, numbers))
+
+
+def count_changed(arguments: Sequence[str], classes: int = 5, shot: int = 5, queries: int = 10) -> None:
     """Print how many labels reduced decoding changes, for test photos of miniImageNet that were enlarged to 3000x3000.
 
     They have 84x84 pixels, so detail is added, with the contrast of an octave in a photo.
@@ -221,4 +251,6 @@ def count_changed(arguments: Sequence[str], classes: int = 5, shot: int = 5, que
 
 
 if __name__ == "__main__":
+    processor_times("photos", photos=16)
+    processor_times("encoders")
     count_changed(sys.argv[1:])

@@ -19,6 +19,7 @@ from rich.progress import track
 
 from fewshot.data.files import ImageFile, file_at, list_folder
 from fewshot.data.folder import by_class
+from fewshot.data.kinds import is_drawn, warn_of_strangers
 from fewshot.data.locate import splits_named
 from fewshot.data.photos import Photo, read_ahead
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
@@ -113,6 +114,7 @@ def predict(config: DictConfig) -> None:
         say(f"{tally.unknown:,} of {classified:,} queries are like none of the classes; {rate}")
     if predictor.method.transductive:
         say(_few_queries(type(predictor.method).__name__, classified))
+    warn_of_strangers(predictor.knows, tally.hand_drawn, "queries")
     _print_right(tally.right, tally.tied)
     _warn_of_copies(tally.copies, "which gives away its class")
     if left_out:
@@ -273,6 +275,7 @@ class _Tally:
     right: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
     tied: int = 0
     unknown: int = 0
+    hand_drawn: list[bool] = field(default_factory=list)
 
     def add(
         self, config: DictConfig, start: "_Start", prediction: Prediction, pixels: Pixels, best: Sequence[bool]
@@ -285,6 +288,7 @@ class _Tally:
             self.copies.append(f"{name} looks the same as {start.names[copied]} in the support set")
         self.tied += sum(best) > 1
         self.unknown += prediction.unknown
+        self.hand_drawn.append(is_drawn(pixels))
         credit = dict(zip(classes, best, strict=True)).get(_class_of(name, config.query, classes) or "")
         self.right[copied is not None] += [] if credit is None else [credit / sum(best)]
 
@@ -319,6 +323,9 @@ def _start(config: DictConfig, left_out: list[str]) -> _Start:
     examples = find_support(config.support)
     predictor = make_predictor(config)
     support, known, files = read_support(examples, predictor.read, left_out)
+    warn_of_strangers(
+        predictor.knows, [is_drawn(pixels) for images in support.values() for pixels in images], "examples"
+    )
     learned, names = predictor.learn(support), [file.name for file in files]
     twins = Known([pixels for images in support.values() for pixels in images])
     return _Start(predictor, learned, list(learned.describe(names)), learned.record(names), names, known, twins)

@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from fewshot.data.bank import has_bright_ink
 from fewshot.data.files import ImageFile
 from fewshot.data.images import normalise
+from fewshot.data.kinds import Kind
 from fewshot.data.photos import CROPS, read_photo
 from fewshot.embeddings import EMBEDDED_TOGETHER
+from fewshot.encoders.backbone import Backbone
 from fewshot.errors import FewShotError
 from fewshot.hardware import check_hardware, precision_of
 from fewshot.learned import Learned, Pixels
@@ -53,6 +55,14 @@ class Predictor:
         self.method = method.eval().to(self._fabric.device)
         if precision.startswith("64"):
             self.method.double()
+
+    @property
+    def knows(self) -> Kind | None:
+        """What its network was trained on; None: data of a user's own, of either kind."""
+        if self.ink:
+            return "letters"
+        encoder = getattr(self.method, "encoder", None)
+        return "photos" if isinstance(encoder, Backbone) and encoder.frozen else None
 
     def read(self, file: ImageFile) -> Pixels:
         """Read an image as the network sees it: uint8 ``[size, size, channels]``; see ``read_photo``."""

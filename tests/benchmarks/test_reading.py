@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import reading
-from benchmarks.reading import contests, count_changed
+from benchmarks.reading import contests, count_changed, processor_times
 
 SMALL = {"photos": 6, "width": 600, "height": 450}
 
@@ -19,6 +19,12 @@ def test_all_programs_give_the_same_answers_to_photos():
     for result in others:
         assert np.linalg.norm(result - ours) <= contest.tolerance * np.linalg.norm(ours)
     assert np.linalg.norm(ours[0] - ours[1]) > 0  # the photos differ
+
+
+def test_processor_times_are_shown_for_each_program(capsys):
+    processor_times("photos", photos=2, width=300, height=200)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("measured with 2", "ours", "plain loop", "encoder alone", "1.00"))
 
 
 def test_encoders_are_timed_one_by_one():
