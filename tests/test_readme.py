@@ -70,6 +70,7 @@ ELSEWHERE = {
     r"launcher=(submitit|ray|joblib)": "needs a cluster, or processes that import everything; see tests/test_sweeps.py",
     r"figure=(maml_graph|time_profile)": "takes minutes; see tests/figures",
     r"device=cuda": "needs a GPU; see tests/benchmarks",
+    r"bench only=": "takes minutes; see tests/benchmarks",
     r"miniimagenet/pretrained|(checkpoint|init)=miniimagenet": "embeds miniImageNet; see tests/test_experiments.py",
     r"reproduce omniglot|reproduce .*train=true|cards=true": "takes minutes, or writes here; see tests/test_models.py",
     r"dataset=torchvision": "is downloaded; see tests/data/test_torchvision.py",
