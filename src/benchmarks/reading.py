@@ -192,6 +192,7 @@ def processor_times(name: str, **settings: int) -> None:
         name: of the contest.
         settings: for all programs, instead of their own.
     """
+    torch.set_num_threads(1)  # threads that wait for each other would count, too
     contest = contests()[name]
     made = [{**entrant.settings, **settings} for entrant in contest.entrants]
     works = [entrant.build(**each) for entrant, each in zip(contest.entrants, made, strict=True)]

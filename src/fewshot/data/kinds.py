@@ -45,7 +45,7 @@ def warn_of_strangers(known: Kind | None, drawn: Sequence[bool], name: str) -> N
     if known is not None and strange > len(drawn) / 2:
         seen = "photos" if known == "letters" else "letters or drawings"
         say(
-            f"warning: {strange:,} of the {len(drawn):,} {name} look like {seen}, but this network knows {known}, so its "
-            f"answers mean little; {FIXES[known]}",
+            f"warning: {strange:,} of the {len(drawn):,} {name} look like {seen}, but this network knows {known}, so "
+            f"its answers mean little; {FIXES[known]}",
             error=True,
         )
