@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import tomllib
 from pathlib import Path
@@ -37,6 +38,19 @@ def test_every_card_is_what_the_command_writes_today(tmp_path):
     written = {path.relative_to(copy): path.read_text() for path in copy.rglob("card.json")}
     committed = {path.relative_to(MODELS): path.read_text() for path in MODELS.rglob("card.json")}
     assert committed and written == committed, "write them again: fewshot models cards=true"
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_the_command_of_a_card_has_its_settings(name):
+    card = require(name).card
+    program, command, *overrides = shlex.split(card["command"])
+    config = compose(*overrides, "run_dir=x")
+    assert (program, command, config.seed) == ("fewshot", "train", card["seed"])
+    for key, value in card["settings"].items():
+        assert OmegaConf.select(config, key) == value, key
+    assert (config.choices.dataset, config.choices.method) == (card["dataset"], card["method"])
+    initial = config.encoder.init
+    assert initial is None or find(initial) is not None
 
 
 def test_the_weights_are_small_and_whole():
