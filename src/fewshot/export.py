@@ -71,7 +71,7 @@ class Photos(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Crop and resize."""
         height, width = pixels.shape[1:3]
-        shorter = torch.sym_min(height, width)
+        shorter: int = torch.sym_min(height, width)  # type: ignore[assignment]  # symbolic in the export
         rows, columns = (shorter, shorter) if self.crop == "center" else (height, width)
         wide = pixels.float().movedim(3, 2) @ self._weights(width, columns).mT  # [images, height, channels, size]
         wide = wide.round().clamp(0, 255).movedim(2, 1)
@@ -82,7 +82,8 @@ class Photos(nn.Module):
         scale = used / self.size
         places = torch.arange(length, dtype=torch.float32) - (length - used) // 2
         centres = (torch.arange(self.size, dtype=torch.float32) + 0.5)[:, None] * scale
-        distances = (places + 0.5 - centres) / torch.sym_max(scale, 1.0)
+        wide: Any = torch.sym_max(scale, 1.0)
+        distances = (places + 0.5 - centres) / wide
         inside = (distances.abs() < LOBES) & (places >= 0) & (places < used)
         weights = torch.where(inside, torch.sinc(distances) * torch.sinc(distances / LOBES), torch.zeros(()))
         return weights / weights.sum(1, keepdim=True)

@@ -10,8 +10,7 @@ from fewshot.errors import FewShotError
 from fewshot.held_out import hold_out
 
 LEAST = 4  # examples left out, from which on their scores decide the threshold
-# Mean and standard deviation of the scores of classes with one example, see ``python src/benchmarks/photos.py
-# study=true``.
+# Mean and standard deviation of the scores of classes with one example, see ``src/benchmarks/photos.py --study``.
 ONE_SHOT = (0.70, 0.18)
 
 

@@ -56,7 +56,7 @@ def save_taught(path: Path, predictor: Predictor, learned: Learned, config: Any,
         names: of the examples, for messages about them.
     """
     method = predictor.method
-    plain = copy.deepcopy(OmegaConf.to_container(config) if isinstance(config, DictConfig) else config)
+    plain: Any = copy.deepcopy(OmegaConf.to_container(config) if isinstance(config, DictConfig) else config)
     # The weights are in the file; where they came from is private.
     encoder = plain["method"].get("encoder", {})
     encoder.update({key: None for key in INITIAL_WEIGHTS if key in encoder})

@@ -18,7 +18,7 @@ from fewshot.methods.base import MetricMethod
 DEFAULT, MEANS, UNCENTRED = "logistic regression", "nearest class mean", "logistic regression without centring"
 PENALTIES = {DEFAULT: 3.0, UNCENTRED: 10.0}  # inverse, C of scikit-learn
 # The temperature to expect, and how far it may be from that, as a standard deviation of its logarithm. Fitted to
-# ``python src/benchmarks/photos.py study=true``; with one example a class, nothing else is known.
+# ``src/benchmarks/photos.py --study``; with one example a class, nothing else is known.
 TEMPERATURES = {DEFAULT: (0.126, 0.38), MEANS: (0.139, -0.35), UNCENTRED: (0.186, 0.31)}  # factor, power of the shots
 SPREAD = 0.2
 STIFFNESS = 1e-3  # of biases: without it, those of classes that are far apart would have no optimum
