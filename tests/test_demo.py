@@ -575,3 +575,15 @@ def test_in_a_browser_drawings_are_classified_added_and_taken_out(browser, serve
     tab.until(lambda: not tab.all(".answer"), "the end of the answer")
     next(button for button in tab.all("button") if button.text == "Remove everything").click()
     tab.until(lambda: not tab.all(".class"), "the beginning")
+
+
+def test_the_page_says_how_good_the_answers_will_be_and_whether_the_query_is_like_a_class(demo, letters):
+    page = demo()
+    answer, _ = page.answer(shown(page, letters, way=3, shot=1))
+    assert "add a second example of a class" in answer
+    visit = shown(page, letters, way=3, shot=2)
+    answer, _ = page.answer(visit)
+    assert "leave-one-out accuracy on 6 examples: " in answer
+    assert "like the examples: familiarity" in answer or "perhaps none of these: familiarity" in answer
+    assert page.answer(visit)[0] == answer and len(visit.learned) == 1
+    assert not page.remove(visit, "letter 2").learned

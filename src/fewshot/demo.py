@@ -24,7 +24,7 @@ from fewshot.data.files import ImageFile
 from fewshot.directories import newest_run
 from fewshot.distances import cosine, l2
 from fewshot.errors import FewShotError
-from fewshot.learned import Pixels
+from fewshot.learned import Learned, Pixels
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.maml import MAML
 from fewshot.methods.matching import MatchingNetwork
@@ -38,6 +38,7 @@ from fewshot.trained import choices_of
 LONGEST = 40  # characters of a class's name
 THUMBNAIL = 64  # pixels, the most that a picture in the page has on a side
 VISITORS = 20  # the most recently active ones, whose images are kept
+FALSE_ALARM = 0.05  # share of the images of a class that the page calls perhaps none of these
 IDLE = 3600  # seconds without activity after which a visitor's images are removed
 FORGOTTEN = (
     f"your images have been removed: the page keeps those of the {VISITORS} most recent visitors, for up to "
@@ -161,10 +162,12 @@ class Visit:
     Attributes:
         support: the images of each class, by its name; no class is empty.
         query: the image to classify.
+        learned: what was learned from the support set, by the page's network.
     """
 
     support: Mapping[str, tuple[Pixels, ...]] = field(default_factory=dict)
     query: Pixels | None = None
+    learned: "dict[Demo, Learned]" = field(default_factory=dict, compare=False, repr=False)
 
 
 class Visits:
@@ -235,11 +238,12 @@ class Demo:
                 images.append(self._read(file))
             except FewShotError as error:
                 notes.append(str(error))
-        return replace(visit, support={**visit.support, name: tuple(images)}) if images else visit, notes
+        return replace(visit, support={**visit.support, name: tuple(images)}, learned={}) if images else visit, notes
 
     def remove(self, visit: Visit, name: str) -> Visit:
         """Remove a class, if it exists."""
-        return replace(visit, support={other: images for other, images in visit.support.items() if other != name})
+        support = {other: images for other, images in visit.support.items() if other != name}
+        return replace(visit, support=support, learned={})
 
     def ask(self, visit: Visit, files: Sequence[ImageFile]) -> tuple[Visit, list[str]]:
         """Use the first of some images as the query; without images, keep the query.
@@ -263,7 +267,9 @@ class Demo:
         if visit.query is None:
             return "", []
         try:
-            logits = self.predictor.learn(visit.support)([visit.query])[0]
+            learned = self._learn(visit)
+            represented = learned.represent([visit.query])
+            logits = learned.answer(represented)[0]
         except FewShotError as error:
             return "", [str(error)]
         method, way = self.predictor.method, len(visit.support)
@@ -274,7 +280,14 @@ class Demo:
             notes.append(
                 f"this network was trained for {method.head.out_features} classes: with {way} it is less accurate"
             )
-        return _answer(visit.query, list(visit.support), logits, *measure(method)), notes
+        figures = [*_how_good(learned), *_how_familiar(learned, represented)]
+        return _answer(visit.query, list(visit.support), logits, *measure(method), figures), notes
+
+    def _learn(self, visit: Visit) -> Learned:
+        """Learn the support set, once."""
+        if self not in visit.learned:
+            visit.learned[self] = self.predictor.learn(visit.support)
+        return visit.learned[self]
 
     def _read(self, file: ImageFile) -> Pixels:
         def within() -> bytes:
@@ -287,6 +300,24 @@ class Demo:
         if pixels.min() == pixels.max():
             raise FewShotError(f"{file.name} is blank: it has only one colour")
         return pixels
+
+
+def _how_good(learned: Learned) -> list[str]:
+    if learned.held_out is None:
+        return ["add a second example of a class to see how good the answers will be"] if learned.learn else []
+    accuracy, low, high = learned.held_out.accuracy()
+    interval = f"95% interval {low:.0%} to {high:.0%}"
+    return [f"leave-one-out accuracy on {learned.held_out.examples} examples: {accuracy:.0%} ({interval})"]
+
+
+def _how_familiar(learned: Learned, represented: torch.Tensor) -> list[str]:
+    """How like the classes the query is; the answer stays as it is."""
+    if learned.familiarity is None:
+        return []
+    familiarity, limit = float(learned.familiarity(represented)[0]), learned.familiarity.threshold(FALSE_ALARM)
+    verdict = "perhaps none of these" if familiarity < limit else "like the examples"
+    others = f"{1 - FALSE_ALARM:.0%} of the images of a class have at least {limit:.2f}"
+    return [f"{verdict}: familiarity {familiarity:.2f}; {others}"]
 
 
 def measure(method: FewShotMethod) -> tuple[str, str, int]:
@@ -602,17 +633,26 @@ def _gallery(visit: Visit) -> str:
     )
 
 
-def _answer(query: Pixels, classes: Sequence[str], logits: torch.Tensor, measured: str, meaning: str, sign: int) -> str:
+def _answer(
+    query: Pixels,
+    classes: Sequence[str],
+    logits: torch.Tensor,
+    measured: str,
+    meaning: str,
+    sign: int,
+    figures: Sequence[str],
+) -> str:
     probabilities, order = logits.softmax(0).tolist(), logits.argsort(descending=True).tolist()
     rows = "".join(
         f'<tr><td>{for_html(classes[i])}</td><td><div class="bar" style="width: {probabilities[i]:.1%}"></div></td>'
         f'<td class="number">{probabilities[i]:.1%}</td><td class="number">{sign * logits[i]:.3f}</td></tr>'
         for i in order
     )
+    lines = "".join(f"{for_html(line)}<br>" for line in figures)
     return (
         f'<div class="answer">{_picture(query)}<b>{for_html(classes[order[0]])}</b> {probabilities[order[0]]:.1%}</div>'
         f'<table class="scores"><tr><th>class</th><th class="wide">probability</th><th></th>'
-        f'<th class="number">{measured}</th></tr>{rows}</table><small>{measured}: {meaning}</small>'
+        f'<th class="number">{measured}</th></tr>{rows}</table><small>{lines}{measured}: {meaning}</small>'
     )
 
 
