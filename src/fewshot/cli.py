@@ -276,6 +276,10 @@ def _wrong_overrides() -> Iterator[str]:
     if missing:
         yield f"--config-dir or hydra.searchpath names {', '.join(missing)}, which does not exist"
         return  # other names may be defined there
+    instead = list(option_values(sys.argv[1:], "--config-path", "-cp"))
+    if instead and not any(source_at(place).is_config(_program()) for place in (*instead, *places)):
+        yield f"--config-path takes the place of fewshot's own files; add yours to them with --config-dir {instead[0]}"
+        return
     if not any(source.is_config(name) for source in search_path(*places)):
         return  # not one of our programs
     groups: list[Override] = []
