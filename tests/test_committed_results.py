@@ -1,5 +1,6 @@
 """Committed results: what the guides say of them, and that they name nobody's directories."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -67,3 +68,19 @@ def test_the_table_of_the_classifier_shows_the_committed_results():
             assert (result["way"], result["shot"], result["episodes"], wrong(result)) == (5, shot, 10_000, None)
             cells.append(f"{100 * result['accuracy']:.2f} ± {100 * result['ci95']:.2f}")
         assert f"| {name} | {cells[0]} | {cells[1]} |" in guide
+
+
+@pytest.mark.parametrize("study", ["classifiers", "cross_domain"])
+def test_the_tables_of_studies_show_the_committed_results(study):
+    guide = (GUIDE.parent / "classifiers.md").read_text(encoding="utf-8")
+    with (RESULTS / "studies" / study / "results.csv").open(encoding="utf-8") as file:
+        results = list(csv.DictReader(file))
+    for result in results:
+        shown = f"{100 * float(result['accuracy']):.2f} ± {100 * float(result['ci95']):.2f}"
+        if study == "classifiers":
+            first = rf"{result['method']} \| [^|]+ \| {int(result['episodes']):,}"
+        else:
+            first = rf"{result['trained_on']} \| {result['dataset']}"
+        assert re.search(rf"^\| {first} \|.* {re.escape(shown)} \|", guide, re.MULTILINE), result
+        assert not result["checkpoint"].startswith("/")
+    assert len(results) >= 16

@@ -132,7 +132,7 @@ def small(name: str, arguments: list[str], stand_ins: Path, tmp_path: Path) -> l
         r"=(examples|pictures|images\.npz)$": rf"={stand_ins}/\1",
         r"out=\w+\.onnx": f"out={tmp_path / 'encoder.onnx'}",
         r"out=weights": f"out={tmp_path / 'weights'}",
-        r"=notebooks/": f"={ROOT}/notebooks/",
+        r"(?<=[=,])notebooks/": f"{ROOT}/notebooks/",
         r"=lite0\.pth$": f"={stand_ins / 'lite0.pth'}",
         r"model=mine\.fewshot": f"model={stand_ins / 'mine.fewshot'}",
         r"out=(mine|more)\.(\w+)": rf"out={stand_ins}/\1.\2",
