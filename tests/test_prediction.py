@@ -139,7 +139,7 @@ def test_broken_files_are_named_and_the_others_are_read(run, folders, capsys):
         "3.png",
     ]
     assert all(line.startswith("left out: cannot read the image ") for line in message.err.splitlines())
-    assert len(table(folders)) == 14 and "3 files were left out" in message.out
+    assert len(table(folders)) == 14 and "files left out: 3;" in message.out
     listed = (folders / "out" / "left_out.txt").read_text().splitlines()
     assert [f"left out: {line}" for line in listed] == message.err.splitlines()
 
@@ -157,7 +157,7 @@ def test_many_files_that_are_left_out_are_summed_up_and_listed_in_a_file(run, fo
         (folders / "query" / f"notes {number}.txt").write_text("hello")
     predict(configure(folders, f"checkpoint={run('protonet')}"))
     message = capsys.readouterr()
-    assert len(message.err.splitlines()) == 5 and "30 files were left out" in message.out
+    assert len(message.err.splitlines()) == 5 and "files left out: 30;" in message.out
     assert len((folders / "out" / "left_out.txt").read_text().splitlines()) == 30
 
 

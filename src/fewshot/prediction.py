@@ -118,7 +118,7 @@ def predict(config: DictConfig) -> None:
     _print_right(tally.right, tally.tied)
     _warn_of_copies(tally.copies, "which gives away its class")
     if left_out:
-        say(f"{len(left_out):,} files were left out; {out / 'left_out.txt'} lists them with the reasons")
+        say(f"files left out: {len(left_out):,}; {out / 'left_out.txt'} lists them with the reasons")
     say(written)
     if tally.drawn:
         say(contact_sheet(tally.drawn, out / "predictions.png", predictor.crop))
