@@ -30,8 +30,8 @@ def build(name: str, search: bool) -> float:
     source = instantiate(config.source)
     classes = source.classes()[: CLASSES[name]]
     if not search:
-        audit.thumbnails = lambda images: np.zeros((len(images), 0), np.uint8)
-        audit.candidates = lambda _: iter(())
+        audit.thumbnails = lambda images: np.zeros((len(images), 0), np.uint8)  # type: ignore
+        audit.candidates = lambda _: iter(())  # type: ignore
     with tempfile.TemporaryDirectory() as cache:
         begun = time.process_time()
         open_bank(name, replace(source, classes=lambda: classes), {}, cache)

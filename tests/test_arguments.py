@@ -80,7 +80,7 @@ def test_paths_start_where_the_command_was_typed(tmp_path, monkeypatch):
             **{"dataset": {"source": {"data_dir": "${data_dir}"}}, "reference": "../run"},
         }
     )
-    make_absolute(config)
+    make_absolute(config, is_model=lambda _: False)
     assert OmegaConf.to_container(config, resolve=True) == {
         **{"data_dir": f"{tmp_path}/data", "cache_dir": f"{Path.home()}/cache", "resume": "auto"},
         **{"checkpoint": "newest", "out": None, "support": "/a/b", "query": f"{tmp_path}/photos/*.jpg"},

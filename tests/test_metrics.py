@@ -117,6 +117,7 @@ def test_the_estimate_and_its_interval_are_exact_with_ties_of_every_size():
         {EpisodeNumber(0, 0): largest(logits)[0].numpy()},
         estimate,
         None,
+        0.0,
     )
     assert evaluation.right == pytest.approx(credits[:1].sum(1))
 

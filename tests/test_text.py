@@ -201,6 +201,9 @@ def test_all_output_passes_through_the_functions_of_text():
         ("data/bank.py", "track"),
         ("data/bank.py", "escape"),  # Rich's, applied to printable text
         ("benchmarks/contest.py", "track"),  # a constant
+        ("benchmarks/photos.py", "track"),  # the name of a split
+        ("benchmarks/reading.py", "track"),  # constants
+        ("figures/scale.py", "track"),  # a constant
         ("prediction.py", "track"),  # a constant
         ("prediction.py", "csv.writer"),  # each row passes through for_csv
         ("report.py", "csv.DictWriter"),

@@ -78,7 +78,8 @@ def predict(config: DictConfig) -> None:
     unread = len(left_out)
     limit = _limit(learned, config)
     out = output_directory(config.out, "predict")
-    _explain(start, out)
+    for line in start.lines:
+        say(line)
 
     tally = _Tally()
     with atomic_writer(written := out / "predictions.csv") as file:
@@ -107,6 +108,7 @@ def predict(config: DictConfig) -> None:
         if len(left_out) - unread == len(queries):
             raise FewShotError(f"there is no query left to classify; {out / 'left_out.txt'} says why each was left out")
 
+    write_atomically(out / "classifier.json", json.dumps(start.record, indent=2).encode())
     classified = len(queries) - (len(left_out) - unread)
     _print(tally.shown, classified, learned)
     if limit is not None:
@@ -338,13 +340,6 @@ def _limit(learned: Learned, config: DictConfig) -> float | None:
     if learned.familiarity is None:
         raise FewShotError("unknown=true needs a method that compares embeddings; choose another one: method=auto")
     return learned.familiarity.threshold(config.false_alarm)
-
-
-def _explain(start: _Start, out: Path) -> None:
-    """Print how good the classifier will be, and record it in ``classifier.json``."""
-    for line in start.lines:
-        say(line)
-    write_atomically(out / "classifier.json", json.dumps(start.record, indent=2).encode())
 
 
 def _warn_of_copies(pairs: Sequence[str], consequence: str) -> None:
