@@ -24,6 +24,7 @@ from fewshot.data.files import ImageFile
 from fewshot.directories import newest_run
 from fewshot.distances import cosine, l2
 from fewshot.errors import FewShotError
+from fewshot.familiarity import FALSE_ALARM
 from fewshot.learned import Learned, Pixels
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.maml import MAML
@@ -38,7 +39,6 @@ from fewshot.trained import choices_of
 LONGEST = 40  # characters of a class's name
 THUMBNAIL = 64  # pixels, the most that a picture in the page has on a side
 VISITORS = 20  # the most recently active ones, whose images are kept
-FALSE_ALARM = 0.05  # share of the images of a class that the page calls perhaps none of these
 IDLE = 3600  # seconds without activity after which a visitor's images are removed
 FORGOTTEN = (
     f"your images have been removed: the page keeps those of the {VISITORS} most recent visitors, for up to "

@@ -15,6 +15,7 @@ from fewshot.checkpoints import NOWHERE, SHARED, save_weights
 from fewshot.config import compose
 from fewshot.data.images import normalise
 from fewshot.errors import FewShotError, reason
+from fewshot.familiarity import FALSE_ALARM
 from fewshot.files import write_atomically
 from fewshot.learned import Learned
 from fewshot.methods.auto import Linear
@@ -26,7 +27,6 @@ from fewshot.trained import Trained, load_trained
 
 TOLERANCE = 1e-3  # allowed difference, relative to the largest embedding value: float32 sums differ in their order
 LOBES = 3  # of Pillow's Lanczos filter, on each side
-FALSE_ALARM = 0.05  # of the threshold in the metadata
 BATCHES = (1, 5)  # batch sizes of the check
 
 
@@ -164,12 +164,7 @@ def export_classifier(model: str, out: str, trust: str | Iterable[str] | None = 
         entry.key, entry.value = key, value
     content: bytes = program.SerializeToString()
     difference = _largest_change(recogniser, content, predictor.size, predictor.channels)
-    if not difference <= TOLERANCE:  # also rejects NaN
-        raise FewShotError(
-            f"a probability by ONNX Runtime differs from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}, so "
-            "nothing was written; try different versions of onnxruntime and torch"
-        )
-    write_atomically(path, content)
+    _write(path, content, difference, f"a probability by ONNX Runtime differs from PyTorch's by {difference:.2g}")
     say(
         f"{path}: photos, uint8 [images, height, width, {predictor.channels}], to probabilities of "
         f"{len(learned.classes)} classes; differs from PyTorch by at most {difference:.1g}"
@@ -232,17 +227,21 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
     embedder = Embedder(trained.method.encoder.float(), dataset.normalise).eval()
     content = _to_onnx(embedder, (max(BATCHES), size, size, channels))
     difference = _largest_difference(embedder, content, (size, size, channels))
-    if not difference <= TOLERANCE:  # also rejects NaN
-        raise FewShotError(
-            f"ONNX Runtime differs from PyTorch by {difference:.2g} of the largest value, more than {TOLERANCE:g}, so "
-            "nothing was written; try different versions of onnxruntime and torch"
-        )
-    write_atomically(path, content)
+    _write(path, content, difference, f"ONNX Runtime differs from PyTorch by {difference:.2g} of the largest value")
     say(
         f"{path}: pixels, uint8 [images, {size}, {size}, {channels}], to embeddings, float32 [images, features]; "
         f"differs from PyTorch by {difference:.1g} of the largest value"
     )
     return difference
+
+
+def _write(path: Path, content: bytes, difference: float, words: str) -> None:
+    """Write an ONNX file, unless its check found too large a difference."""
+    if not difference <= TOLERANCE:  # also rejects NaN
+        raise FewShotError(
+            f"{words}, more than {TOLERANCE:g}, so nothing was written; try different versions of onnxruntime and torch"
+        )
+    write_atomically(path, content)
 
 
 def _share(trained: Trained, path: Path) -> None:

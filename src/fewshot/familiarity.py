@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from fewshot.errors import FewShotError
 from fewshot.held_out import hold_out
 
+FALSE_ALARM = 0.05  # share of the images of a class that the page and ONNX files call perhaps none of these
 LEAST = 4  # examples left out, from which on their scores decide the threshold
 # Mean and standard deviation of the scores of classes with one example, see ``src/benchmarks/photos.py --study``.
 ONE_SHOT = (0.70, 0.18)
