@@ -22,6 +22,7 @@ from fewshot.evaluation import evaluate
 from fewshot.methods.feat import FEAT
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.methods.pt_map import sinkhorn
+from fewshot.methods.training_free import descend, in_span
 from fewshot.prediction import predict
 from fewshot.training import make_data, train
 
@@ -172,14 +173,43 @@ def test_fine_tuning_lowers_the_loss_of_the_support(head):
     made = method("finetune", head=head, learning_rate=0.05)
     task = episodes(noise=1.0)
     support, labels = unit(task.support), one_hot(task.support_labels, WAY).float()
+    start, inputs = made.initial_layer(support, labels), made.inputs(support)
 
     def loss(weights):
-        return made.loss_of_layer(weights, support, labels, support)
+        return made.loss_of_layer(weights, inputs, labels, inputs)
 
-    before = loss(made.initial_layer(support, labels))
-    from fewshot.methods.training_free import descend  # noqa: PLC0415
+    trained = descend(start, loss, 100, 0.05)
+    assert (loss(trained) < 0.5 * loss(start)).all()
+    # The layer is that of the paper: W f(x) + b, or cosines, which have no bias.
+    weight, bias = trained[..., :-1], trained[..., -1]
+    if head == "cosine":
+        assert (bias == 0).all()
+        expected = 10.0 * unit(support) @ unit(weight).mT
+    else:
+        assert (bias != 0).any()
+        expected = 10.0 * (support @ weight.mT + bias[:, None])
+    assert torch.allclose(made.logits(inputs, trained), expected, atol=1e-4)
 
-    assert (loss(descend(made.initial_layer(support, labels), loss, 100, 0.05)) < 0.5 * before).all()
+
+@pytest.mark.parametrize("features", [3, 500])
+def test_coordinates_in_the_span_keep_the_distances(features):
+    made = torch.rand(2, 10, features, generator=torch.Generator().manual_seed(0)) - 0.5
+    made[1, 4] = made[1, 0]  # an image twice
+    support, query = in_span(made[:, :4], made[:, 4:])
+    assert support.shape == (2, 4, min(features, 10)) and query.shape == (2, 6, min(features, 10))
+    expected = torch.cdist(made[:, 4:], made[:, :4]).square()
+    assert torch.allclose(torch.cdist(query, support).square(), expected, atol=1e-4 * features)
+
+
+@pytest.mark.parametrize("name", [*INDUCTIVE, *TRANSDUCTIVE])
+def test_more_features_than_images_change_no_answer(name):
+    """Zeros as further features, as some methods count on few images."""
+    task, made = episodes(noise=0.8), method(name)
+    more = task.apply(lambda tensor: torch.nn.functional.pad(tensor, (0, 40)) if tensor.is_floating_point() else tensor)
+    wide = method(name)
+    if wide._train_mean is not None:
+        wide._train_mean = torch.nn.functional.pad(wide._train_mean, (0, 40))
+    assert torch.allclose(wide.compare_tasks(more).softmax(-1), made.compare_tasks(task).softmax(-1), atol=1e-2)
 
 
 def test_soft_k_means_moves_prototypes_by_equation_3():

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from fewshot.errors import FewShotError
 from fewshot.methods.training_free import Features, TrainingFree, check_positive, check_steps, descend, prototypes
@@ -48,22 +48,31 @@ class FineTuning(TrainingFree):
 
     def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Return the logits of the trained layer."""
+        start = self.initial_layer(support, labels)
+        support, query = self.inputs(support), self.inputs(query)
 
         def loss(weights: torch.Tensor) -> torch.Tensor:
             return self.loss_of_layer(weights, support, labels, query)
 
-        return self.logits(query, descend(self.initial_layer(support, labels), loss, self.steps, self.learning_rate))
+        return self.logits(query, descend(start, loss, self.steps, self.learning_rate))
 
     def initial_layer(self, support: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return weights and a bias of zero, ``[tasks, way, features + 1]``: the normalised class means."""
         means = normalize(prototypes(support, labels), dim=-1)
         return torch.cat([means, means.new_zeros(*means.shape[:-1], 1)], dim=-1)
 
-    def logits(self, embeddings: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Apply the layer: ``[tasks, images, way]``."""
+    def inputs(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return what the layer multiplies, ``[tasks, images, features + 1]``; the last one is for the bias."""
         if self.head == "cosine":
-            return self.scale * normalize(embeddings, dim=-1) @ normalize(weights[..., :-1], dim=-1).mT
-        return self.scale * (embeddings @ weights[..., :-1].mT + weights[..., None, :, -1])
+            return pad(normalize(embeddings, dim=-1), (0, 1))  # no bias: it stays zero
+        return pad(embeddings, (0, 1), value=1.0)
+
+    def logits(self, inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Apply the layer: ``[tasks, images, way]``."""
+        outputs = self.scale * (weights @ inputs.mT)  # in this order, the gradient has the layout of the weights
+        if self.head == "cosine":
+            outputs = outputs / weights.norm(dim=-1, keepdim=True)
+        return outputs.mT
 
     def loss_of_layer(
         self, weights: torch.Tensor, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor
@@ -72,9 +81,9 @@ class FineTuning(TrainingFree):
 
         Args:
             weights: of the layer, see ``initial_layer``.
-            support: see ``TrainingFree.classify``.
+            support: the ``inputs`` of the support.
             labels: see ``TrainingFree.classify``.
-            query: see ``TrainingFree.classify``; this loss ignores it.
+            query: the ``inputs`` of the queries; this loss ignores them.
         """
         del query
         return cross_entropy(self.logits(support, weights), labels)
@@ -98,8 +107,8 @@ class TransductiveFineTuning(FineTuning):
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the mean over classes of their samples' cross-entropies: ``[tasks]`` of ``[tasks, samples, way]``."""
-    losses = -(labels * logits.log_softmax(-1)).sum(-1, keepdim=True)
-    return ((labels / labels.sum(1, keepdim=True)) * losses).sum((1, 2)) / labels.shape[-1]
+    shares = labels / labels.sum(1, keepdim=True)
+    return -(shares * logits.log_softmax(-1)).sum((1, 2)) / labels.shape[-1]
 
 
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:

@@ -64,8 +64,8 @@ class LaplacianShot(TrainingFree):
         between = squared_distances(query, query)
         between.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         neighbours = between.topk(min(self.neighbours, query.shape[1] - 1), largest=False).indices
-        affinity = torch.zeros_like(between).scatter_(2, neighbours, 1.0)
+        tasks = torch.arange(len(query), device=query.device)[:, None, None]
         logits = -unary
         for _ in range(self.steps):
-            logits = self.weight * affinity @ logits.softmax(-1) - unary
+            logits = self.weight * logits.softmax(-1)[tasks, neighbours].sum(2) - unary
         return logits

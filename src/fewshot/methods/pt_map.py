@@ -5,7 +5,14 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from fewshot.errors import FewShotError
-from fewshot.methods.training_free import TrainingFree, check_positive, check_steps, prototypes, squared_distances
+from fewshot.methods.training_free import (
+    TrainingFree,
+    check_positive,
+    check_steps,
+    in_span,
+    prototypes,
+    squared_distances,
+)
 
 SINKHORN_STEPS = 100  # at most, for each movement of the centres: the next one continues from there
 TOLERANCE = 1e-4  # of the sum over the classes of a query, which is 1
@@ -48,7 +55,7 @@ class PTMAP(TrainingFree):
 
     def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Return the logarithm of the last transport plan: algorithm 1 of the paper."""
-        support, query = self.preprocess(support), self.preprocess(query)
+        support, query = in_span(self.preprocess(support), self.preprocess(query))
         centres = prototypes(support, labels)
         log_plan, classes = sinkhorn(squared_distances(query, centres), self.regularisation)  # equation 3
         for _ in range(self.steps):

@@ -13,8 +13,8 @@ from fewshot.methods.training_free import (
     check_positive,
     check_steps,
     descend,
+    in_span,
     prototypes,
-    squared_distances,
 )
 
 
@@ -68,23 +68,26 @@ class TIM(TrainingFree):
 
     def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Return the logits of the adapted prototypes, equation 1."""
-        centres = prototypes(support, labels)
         if self.solver == "adm":
-            # Prototypes and data stay in the span of the embeddings, of few dimensions.
-            basis = torch.linalg.qr(torch.cat([support, query], dim=1).mT).Q
-            support, query, centres = support @ basis, query @ basis, centres @ basis
+            support, query = in_span(support, query)
+            centres = prototypes(support, labels)
             for _ in range(self.steps):
                 centres = self.alternate(support, labels, query, centres)
             return self.logits(query, centres)
 
-        def loss(weights: torch.Tensor) -> torch.Tensor:
-            return self.loss_of_prototypes(self.logits(support, weights), labels, self.logits(query, weights))
+        both = torch.cat([support, query], dim=1)
 
-        return self.logits(query, descend(centres, loss, self.steps, self.learning_rate))
+        def loss(weights: torch.Tensor) -> torch.Tensor:
+            known, answers = self.logits(both, weights).tensor_split([support.shape[1]], dim=1)
+            return self.loss_of_prototypes(known, labels, answers)
+
+        return self.logits(query, descend(prototypes(support, labels), loss, self.steps, self.learning_rate))
 
     def logits(self, embeddings: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-        """Return the logarithms of equation 1 without its constant: ``[tasks, images, way]``."""
-        return -self.temperature / 2 * squared_distances(embeddings, centres)
+        """Return the logarithms of equation 1 without what all classes have in common: ``[tasks, images, way]``."""
+        # In this order, the gradient has the layout of the centres.
+        products = centres @ embeddings.mT - centres.square().sum(-1, keepdim=True) / 2
+        return self.temperature * products.mT
 
     def loss_of_prototypes(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Return the loss of each task, equation 4, from logits ``[tasks, images, way]``."""
