@@ -18,8 +18,8 @@ from torch import nn
 from fewshot.checkpoints import NOWHERE, read_weights
 from fewshot.config import compose
 from fewshot.data.bank import has_bright_ink
-from fewshot.data.files import ImageFile, plain, read_file
-from fewshot.data.photos import prepare, read_photo
+from fewshot.data.files import file_at
+from fewshot.data.photos import prepare
 from fewshot.errors import FewShotError
 from fewshot.learned import Learned, Pixels
 from fewshot.methods.base import FewShotMethod
@@ -194,10 +194,8 @@ def _hardware(option: str) -> DictConfig:
 
 
 def _prepare(image: Any, predictor: Predictor) -> Pixels:
-    size, channels, ink, crop = predictor.size, predictor.channels, predictor.ink, predictor.crop
     if isinstance(image, str | PathLike):
-        path = Path(image).expanduser()
-        return read_photo(ImageFile(str(path), lambda: read_file(plain(path))), size, channels, ink, crop)
+        return predictor.read(file_at(Path(image).expanduser()))
     if not isinstance(image, Image.Image):
         pixels = np.asarray(image)
         if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
@@ -208,4 +206,4 @@ def _prepare(image: Any, predictor: Predictor) -> Pixels:
         if not pixels.size:
             raise FewShotError(f"an image has no pixels: {list(pixels.shape)}")
         image = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
-    return prepare(image, size, channels, ink, crop)
+    return prepare(image, predictor.size, predictor.channels, predictor.ink, predictor.crop)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError, features
 
+from fewshot.data import images
 from fewshot.data.files import ImageFile
 from fewshot.data.images import decode
 from fewshot.data.photos import read_ahead, read_photo
@@ -218,6 +219,35 @@ def test_a_file_that_cannot_be_read_or_is_cut_short_or_too_large_is_named(monkey
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(FewShotError, match=message):
             read_photo(file_of(PHOTO), 8, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_of_more_pixels_than_pillow_allows_is_read_at_a_reduced_size(mode, monkeypatch):
+    photo = file_of(PHOTO.resize((800, 640)).convert(mode), "jpeg", quality=95)
+    expected = read_photo(photo, 28, 3, reduced=True)
+    for limit in (300_000, 100_000):  # Pillow itself refuses twice its limit
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        np.testing.assert_array_equal(read_photo(photo, 28, 3, reduced=True), expected)
+        with pytest.raises(FewShotError, match=f"it has 512,000 pixels, and at most {limit:,} are read; replace"):
+            read_photo(photo, 28, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # more than a quarter of the sides
+    with pytest.raises(FewShotError, match=r"it has 512,000 pixels, and at most 10,000 are read"):
+        read_photo(photo, 64, 3, reduced=True)
+
+
+def test_a_jpeg_that_would_need_memory_for_all_of_its_pixels_is_refused(monkeypatch):
+    large = PHOTO.resize((800, 640))
+    content = file_of(large, "jpeg").read()
+    start = content.index(b"\xff\xda\x00\x0c\x03")
+    one_channel = content[:start] + b"\xff\xda\x00\x08\x01" + content[start + 5 : start + 7] + content[start + 11 :]
+    progressive = file_of(large, "jpeg", progressive=True).read()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    for hostile in (one_channel, progressive):
+        with pytest.raises(FewShotError, match=r"x: it has 512,000 pixels, .* \(256,000,000 of a JPEG that is not pro"):
+            read_photo(ImageFile("x", lambda hostile=hostile: hostile), 28, 3, reduced=True)
+    monkeypatch.setattr(images, "LARGEST_JPEG", 511_999)
+    with pytest.raises(FewShotError, match=r"x: it has 512,000 pixels, .* \(511,999 of a JPEG"):
+        read_photo(ImageFile("x", lambda: content), 28, 3, reduced=True)
 
 
 def test_images_are_read_ahead_in_order_and_on_several_threads():

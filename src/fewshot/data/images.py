@@ -1,6 +1,7 @@
 """Images: from encoded files to uint8 pixels, and from pixels to the input of an encoder."""
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from fewshot.data.files import ImageFile
 from fewshot.errors import FewShotError
@@ -20,6 +22,7 @@ with suppress(ImportError):  # the extra "photos"
     pillow_heif.register_heif_opener()
 
 MODES = {1: "L", 3: "RGB"}
+LARGEST_JPEG = 256 * 10**6  # pixels of a JPEG decoded at a reduced size: phones have sensors of 200 million
 # By the brand in the first bytes of a file: the format, and what reads it.
 BRANDS = {
     **dict.fromkeys(
@@ -33,11 +36,14 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @contextmanager
-def opened(file: ImageFile) -> Iterator[Image.Image]:
+def opened(file: ImageFile, least: int | None = None, channels: int = 3) -> Iterator[Image.Image]:
     """Open an untrusted image file; it is decoded on use.
 
     Args:
         file: the image file.
+        least: decode a JPEG at a half, a quarter or an eighth of its size, but with sides of at least so many pixels.
+            Then it may have ``LARGEST_JPEG`` pixels, if that takes no memory for all of them. None: at its own size.
+        channels: of the result: 1 for grey, 3 for RGB.
 
     Raises:
         FewShotError: the file cannot be read, is not an image or a broken one, or has more pixels than Pillow allows;
@@ -46,12 +52,15 @@ def opened(file: ImageFile) -> Iterator[Image.Image]:
     content = b""
     try:
         content = file.read()
-        with Image.open(io.BytesIO(content)) as image:
+        with _open(content) as image:
             if image.format == "EPS":
                 raise ValueError("PostScript is a program and is not run")
-            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-            if limit is not None and pixels > limit:
-                raise ValueError(f"it has {pixels:,} pixels, and at most {limit:,} are read")
+            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS or math.inf
+            if least is not None and (pixels <= limit or (pixels <= LARGEST_JPEG and _is_row_by_row(image, content))):
+                image.draft(MODES[channels], (least, least))
+            if image.width * image.height > limit:
+                more = f" ({LARGEST_JPEG:,} of a JPEG that is not progressive)" if least is not None else ""
+                raise ValueError(f"it has {pixels:,} pixels, and at most {limit:,} are read{more}")
             yield image
     except FewShotError:
         raise
@@ -63,6 +72,29 @@ def opened(file: ImageFile) -> Iterator[Image.Image]:
                 format_, fix = BRANDS[content[8:12]]
                 reason = f"nothing installed reads {format_}"
         raise FewShotError(f"cannot read the image {file.name}: {reason}; {fix}") from error
+
+
+def _open(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError:
+        if not content.startswith(b"\xff\xd8\xff"):
+            raise
+        return JpegImageFile(io.BytesIO(content))  # ``opened`` counts the pixels
+
+
+def _is_row_by_row(image: Image.Image, content: bytes) -> bool:
+    """Return whether a JPEG has all channels in one scan; of others, the decoder keeps the coefficients of all pixels.
+
+    Args:
+        image: opened, but not decoded: the decoder is at the end of the header of the first scan.
+        content: of the file.
+    """
+    if not isinstance(image, JpegImageFile) or image.info.get("progressive"):
+        return False
+    # Of a scan with so many channels, which begins so many bytes before: two for its mark, two for its length.
+    header = 8 + 2 * image.layers
+    return content[image.fp.tell() - header :][:2] == b"\xff\xda"
 
 
 def decode(file: ImageFile, size: int, channels: int) -> NDArray[np.uint8]:

@@ -83,15 +83,13 @@ def read_photo(
         channels: 1 for grey, 3 for RGB.
         ink: see ``prepare``.
         crop: see ``prepare``.
-        reduced: decode a JPEG at a half, a quarter or an eighth of its size, but at least twice the size of the
-            result. That takes a fraction of the time, and changes pixels by a few grey values.
+        reduced: decode a JPEG at a reduced size, see ``opened``, but at least twice the size of the result. That takes
+            a fraction of the time, and changes pixels by a few grey values.
 
     Raises:
         FewShotError: see ``opened``; or a side is more than ``LONGEST`` times the other.
     """
-    with opened(file) as image:
-        if reduced:
-            image.draft(MODES[channels], (2 * size, 2 * size))
+    with opened(file, 2 * size if reduced else None, channels) as image:
         return prepare(image, size, channels, ink, crop)
 
 
