@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from fewshot.errors import FewShotError
 from fewshot.held_out import FITS, HeldOut, hold_out, parts
 from fewshot.methods import auto
-from fewshot.methods.auto import DEFAULT, MEANS, Auto, class_means, directions, expected_temperature
+from fewshot.methods.auto import CENTRED, DEFAULT, MEANS, Auto, class_means, directions, expected_temperature, fit
 from fewshot.methods.protonet import PrototypicalNetwork
 
 
@@ -80,15 +80,30 @@ def test_the_estimate_is_what_queries_get_with_one_example_less():
     assert abs(np.mean(accuracies) - np.mean(estimates)) < 0.06
 
 
-def test_the_default_is_scikit_learns_logistic_regression_on_centred_directions():
-    support, labels, query, _ = clusters([1, 1, 1, 1])
+@pytest.mark.parametrize("shots", [[1] * 4, [3] * 5, [10] * 2])
+def test_the_default_is_scikit_learns_logistic_regression_on_normalised_embeddings(shots):
+    support, labels, query, _ = clusters(shots)
+    model = LogisticRegression(max_iter=1000).fit(normalize(support, dim=1), labels)
+    expected = torch.from_numpy(model.decision_function(normalize(query, dim=1)))
+    expected = expected if expected.dim() > 1 else expected[:, None] * torch.tensor([-0.5, 0.5])
+    np.testing.assert_allclose(fit(DEFAULT, support, labels, len(shots))(query), expected, atol=0.005)
+
+
+def test_with_one_example_a_class_the_default_is_taken_at_a_fixed_temperature():
+    support, labels, query, _ = clusters([1] * 4)
     learned = Auto(torch.nn.Identity()).learn(support, labels, 4)
     assert learned.name == DEFAULT and learned.held_out is None and "one example a class" in learned.why
+    expected = fit(DEFAULT, support, labels, 4)(query) / expected_temperature(DEFAULT, 1, 4)
+    np.testing.assert_allclose(learned(query), expected, rtol=1e-5)
+
+
+def test_the_centred_one_is_the_same_on_centred_directions():
+    support, labels, query, _ = clusters([3] * 4)
     centre = class_means(normalize(support, dim=1), labels, 4).mean(0)
-    model = LogisticRegression(C=auto.PENALTIES[DEFAULT], max_iter=1000)
+    model = LogisticRegression(C=auto.PENALTIES[CENTRED], max_iter=1000)
     model.fit(directions(support, centre).double(), labels)
-    expected = model.decision_function(directions(query, centre).double()) / expected_temperature(DEFAULT, 1, 4)
-    np.testing.assert_allclose(learned(query), expected, atol=0.02)
+    expected = model.decision_function(directions(query, centre).double())
+    np.testing.assert_allclose(fit(CENTRED, support, labels, 4)(query), expected, atol=0.005)
 
 
 @pytest.mark.parametrize("shots", [[2, 2], [5] * 5, [1, 4, 2]])
@@ -115,7 +130,7 @@ def test_more_examples_make_no_class_more_likely():
 def test_another_classifier_is_taken_if_it_is_clearly_better(monkeypatch):
     support, labels, _, _ = clusters([6] * 4, noise=1.0)
     monkeypatch.setitem(auto.PENALTIES, DEFAULT, 1e-12)  # learns nothing
-    monkeypatch.setitem(auto.PENALTIES, auto.UNCENTRED, 1e-12)
+    monkeypatch.setitem(auto.PENALTIES, CENTRED, 1e-12)
     learned = Auto(torch.nn.Identity()).learn(support, labels, 4)
     assert learned.name == MEANS and "two standard errors" in learned.why
 

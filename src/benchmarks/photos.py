@@ -1,15 +1,18 @@
 """Compare classifiers of a few photos a class: accuracy, calibration, and how well unseen classes are noticed.
 
-    python src/benchmarks/photos.py encoder=lite0 encoder.file=efficientnet-lite0-57934424.pth
+    python src/benchmarks/photos.py encoder=lite0 encoder.file=efficientnet-lite0-57934424.pth --photos clothing=DIR
 
-prints the table of notebooks/guides/predict.md, for miniImageNet's test classes and the halves of its training classes.
-``--study`` prints what the constants of ``method=auto`` and ``fewshot.familiarity`` were set by, on validation classes.
+prints the table of notebooks/guides/predict.md, for miniImageNet's test classes, the halves of its training classes,
+and folders of photos. ``--study`` prints what the constants of ``method=auto`` and ``fewshot.familiarity`` were set by,
+on validation classes.
 """
 
 import argparse
 import hashlib
+import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +32,12 @@ from sklearn.metrics import roc_auc_score  # noqa: E402
 from torch.nn.functional import cross_entropy, normalize  # noqa: E402
 
 from fewshot.config import compose  # noqa: E402
-from fewshot.data.photos import prepare  # noqa: E402
+from fewshot.data.files import ImageFile, list_folder  # noqa: E402
 from fewshot.errors import FewShotError  # noqa: E402
 from fewshot.familiarity import learn_familiarity  # noqa: E402
-from fewshot.methods.auto import DEFAULT, PENALTIES, Auto, class_means, directions  # noqa: E402
-from fewshot.predictor import make_predictor  # noqa: E402
+from fewshot.methods.auto import TEMPERATURES, Auto, class_means, fit  # noqa: E402
+from fewshot.predictor import Predictor, make_predictor  # noqa: E402
+from fewshot.taught import digest  # noqa: E402
 from fewshot.text import say  # noqa: E402
 from fewshot.training import make_data  # noqa: E402
 
@@ -62,27 +66,45 @@ class Score(NamedTuple):
     area: float
 
 
-def embed(overrides: Sequence[str], split: str, cache: Path) -> torch.Tensor:
-    """Embed the first ``IMAGES`` photos of each class of a split: ``[classes, IMAGES, features]``."""
-    key = hashlib.sha256(repr((sorted(overrides), IMAGES)).encode()).hexdigest()[:12]
-    file = cache / "photos" / f"{split}-{key}.safetensors"
-    if file.exists():
-        return load_file(file)["embeddings"]
+def embed(predictor: Predictor, name: str, photos: Mapping[str, Sequence[ImageFile]], cache: Path) -> torch.Tensor:
+    """Embed the first ``IMAGES`` photos of each class that has so many: ``[classes, IMAGES, features]``."""
+    files = [file for files in photos.values() if len(files) >= IMAGES for file in files[:IMAGES]]
+    known = [digest(predictor.method), predictor.size, predictor.crop, [Path(file.name).name for file in files]]
+    path = cache / "photos" / f"{name}-{hashlib.sha256(repr(known).encode()).hexdigest()[:12]}.safetensors"
+    if path.exists():
+        return load_file(path)["embeddings"]
+    read = [predictor.read(file) for file in track(files, description=f"reading {name}")]
+    parts = [read[start : start + 32] for start in range(0, len(read), 32)]
+    batches = [predictor.represent(part).cpu() for part in track(parts, description=f"embedding {name}")]
+    embeddings = torch.cat(batches).unflatten(0, (-1, IMAGES))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"embeddings": embeddings}, path)
+    return embeddings
+
+
+def of_split(split: str, cache: Path) -> dict[str, list[ImageFile]]:
+    """Return the photos of each class of a split of miniImageNet, 84x84 pixels."""
     data = make_data(compose("dataset=miniimagenet", f"cache_dir={cache}"))
     data.setup()
     positions, labels = data.bank.labelled(split)
-    chosen = torch.cat([positions[labels == label][:IMAGES] for label in labels.unique()])
-    predictor = make_predictor(compose(*overrides, name="predict"))
-    batches = [
-        predictor.represent(
-            [prepare(Image.fromarray(image), predictor.size, 3) for image in data.bank.images[part].numpy()]
-        ).cpu()
-        for part in track(chosen.split(32), description=f"embedding {split}")
-    ]
-    embeddings = torch.cat(batches).unflatten(0, (-1, IMAGES))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"embeddings": embeddings}, file)
-    return embeddings
+
+    def read(position: int) -> bytes:
+        content = io.BytesIO()
+        Image.fromarray(data.bank.images[position].numpy()).save(content, "bmp")
+        return content.getvalue()
+
+    return {
+        str(label): [ImageFile(str(i), partial(read, i)) for i in positions[labels == label].tolist()]
+        for label in labels.unique().tolist()
+    }
+
+
+def of_folder(folder: Path) -> dict[str, list[ImageFile]]:
+    """Return the photos of each class, named after the folder that contains them, at any depth and in any split."""
+    found: dict[str, list[ImageFile]] = {}
+    for name, file in list_folder(folder).items():
+        found.setdefault(Path(name).parent.name, []).append(file)
+    return found
 
 
 def draws(embeddings: torch.Tensor, way: int, shot: int, count: int) -> Iterator[Draw]:
@@ -152,42 +174,45 @@ def score(draw: Draw, answer: Answer, by_familiarity: bool) -> Score:
 
 
 def compare(name: str, embeddings: torch.Tensor, count: int) -> Iterator[str]:
-    """Yield the rows of a set of classes."""
+    """Yield the rows of a set of classes; of few, half are in a draw, and the others are unseen."""
+    way = min(WAY, len(embeddings) // 2)
     for shot in SHOTS:
         found: dict[str, list[Score]] = {}
-        for draw in draws(embeddings, WAY, shot, count):
+        for draw in draws(embeddings, way, shot, count):
             for label, learn in CLASSIFIERS.items():
                 found.setdefault(label, []).append(score(draw, learn(draw), learn is auto))
-        for label, scores in found.items():
-            values = 100 * np.array(scores)
-            accuracy = _interval(values[:, 0])
-            confidence, error, area = values[:, 1:].mean(0)
-            yield f"| {name} | {shot} | {label} | {accuracy} | {confidence:.1f} | {error:.1f} | {area:.1f} |"
-        pair = 100 * np.array([[score.accuracy for score in found[label]] for label in list(CLASSIFIERS)[1:]])
-        yield f"| {name} | {shot} | difference of the last two | {_interval(pair[1] - pair[0])} | | | |"
+        scores = {label: 100 * np.array(values) for label, values in found.items()}
+        accuracies = [values[:, 0] for values in scores.values()]
+        cells = [name, str(way), str(shot), *map(_interval, accuracies), _interval(accuracies[-1] - accuracies[-2])]
+        for column in (2, 3):  # calibration errors, areas
+            cells.append(", ".join(f"{values[:, column].mean():.1f}" for values in scores.values()))
+        yield f"| {' | '.join(cells)} |"
 
 
 def study(embeddings: torch.Tensor, count: int) -> Iterator[str]:
-    """Yield, for ways and shots, the best temperature of the default, and the scores of known and unknown queries."""
+    """Yield, for ways and shots, the best temperature of each classifier, and the scores of known queries."""
     for way in (2, 5, 10):
         for shot in SHOTS:
-            logits, truths, scores = [], [], []
-            for draw in draws(embeddings[: way + UNSEEN] if len(embeddings) < way else embeddings, way, shot, count):
-                centre = class_means(normalize(draw.support, dim=1), draw.labels, way).mean(0)
-                model = LogisticRegression(C=PENALTIES[DEFAULT], max_iter=1000)
-                model.fit(directions(draw.support, centre), draw.labels)
-                found = torch.from_numpy(model.decision_function(directions(draw.query, centre)))
-                logits.append(found if found.ndim > 1 else found[:, None] * torch.tensor([-0.5, 0.5]))
+            logits: dict[str, list[torch.Tensor]] = {}
+            truths, scores = [], []
+            for draw in draws(embeddings, way, shot, count):
+                for name in TEMPERATURES:
+                    answer = fit(name, draw.support, draw.labels, way)(draw.query)
+                    logits.setdefault(name, []).append(answer.double())
                 truths.append(draw.truth)
                 scores.append(learn_familiarity(draw.support, draw.labels, way)(draw.query))
-            both, truth, known = torch.cat(logits), torch.cat(truths), torch.cat(scores)
-            best = minimize_scalar(
-                lambda log, both=both, truth=truth: float(cross_entropy(both / np.exp(log), truth)),
-                bounds=(-6, 3),
-                method="bounded",
-            )
+            truth, known = torch.cat(truths), torch.cat(scores)
+            best = {}
+            for name, answers in logits.items():
+                both = torch.cat(answers)
+                found = minimize_scalar(
+                    lambda log, both=both, truth=truth: float(cross_entropy(both / np.exp(log), truth)),
+                    bounds=(-6, 3),
+                    method="bounded",
+                )
+                best[name] = f"{np.exp(found.x):.3f} ({name})"
             yield (
-                f"way {way}, shot {shot}: best temperature {np.exp(best.x):.3f}; familiarity of queries: mean "
+                f"way {way}, shot {shot}: best temperature {', '.join(best.values())}; familiarity of queries: mean "
                 f"{known.mean():.2f}, standard deviation {known.std():.2f}, 5% below {known.quantile(0.05):.2f}"
             )
 
@@ -203,17 +228,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=40)
     parser.add_argument("--study", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/fewshot"), help="directory of the embeddings")
+    parser.add_argument("--photos", action="append", default=[], metavar="NAME=DIR", help="another set, in folders")
     options = parser.parse_args(arguments)
-    cache = options.cache.expanduser()
+    cache, predictor = options.cache.expanduser(), make_predictor(compose(*options.overrides, name="predict"))
     if options.study:
-        for line in study(embed(options.overrides, "val", cache), options.draws):
+        for line in study(embed(predictor, "val", of_split("val", cache), cache), options.draws):
             say(line)
         return
-    training = embed(options.overrides, "train", cache)
-    sets = {"test": embed(options.overrides, "test", cache)}
+    training = embed(predictor, "train", of_split("train", cache), cache)
+    sets = {"test": embed(predictor, "test", of_split("test", cache), cache)}
     sets |= {"training, first half": training[: len(training) // 2], "second half": training[len(training) // 2 :]}
-    say("| classes | shot | classifier | accuracy, % | stated confidence | calibration error | ROC area |")
-    say("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, _, folder in (photos.partition("=") for photos in options.photos):
+        sets[name] = embed(predictor, name, of_folder(Path(folder).expanduser()), cache)
+    names = ["protonet, %", "scikit-learn, %", "auto, %", "difference", "calibration error of each", "ROC area of each"]
+    say(f"| classes | way | shot | {' | '.join(names)} |")
+    say("| --- " * 9 + "|")
     for name, embeddings in sets.items():
         for row in compare(name, embeddings, options.draws):
             say(row)

@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 
 from benchmarks import photos
+from fewshot.config import compose
+from fewshot.encoders.conv4 import Conv4
+from fewshot.methods.auto import Auto
+from fewshot.predictor import Predictor
 
 
 @pytest.fixture
@@ -23,11 +29,33 @@ def test_draws_repeat_and_never_ask_what_is_in_the_support(embeddings):
         assert not (one.unseen[:, None] == one.query).all(-1).any()
 
 
-def test_the_table_has_a_row_for_each_classifier_and_their_difference(embeddings, monkeypatch):
+def test_the_table_has_a_row_for_each_shot_and_few_classes_are_halved(embeddings, monkeypatch):
     monkeypatch.setattr(photos, "SHOTS", (1, 3))
-    rows = list(photos.compare("some", embeddings, 2))
-    assert len(rows) == 2 * (len(photos.CLASSIFIERS) + 1)
-    assert all(row.count("|") == 8 and row.startswith("| some | ") for row in rows)
+    for count, way in ((20, 10), (9, 4)):
+        rows = [row.split(" | ") for row in photos.compare("some", embeddings[:count], 2)]
+        assert [row[:3] for row in rows] == [["| some", str(way), shot] for shot in "13"]
+        # The default is scikit-learn's classifier, unless examples that were left out say otherwise.
+        assert rows[0][4] == rows[0][5] and rows[0][6] == "0.0 ± 0.0"
+
+
+def test_photos_in_folders_are_embedded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "IMAGES", 3)
+    for split, name, count in (("a", "cat", 2), ("b", "cat", 2), ("a", "dog", 3), ("a", "few", 2)):
+        (tmp_path / split / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (40, 30), (number * 60, len(split + name) * 20, 90)).save(
+                tmp_path / split / name / f"{split}{number}.png"
+            )
+    torch.manual_seed(0)
+    method = Auto(Conv4(channels=3, size=28, filters=4))
+    dataset = OmegaConf.create({"size": 28, "channels": 3, "normalise": "plain"})
+    predictor = Predictor(method, dataset, False, compose("hardware=cpu", name="predict").hardware)
+    found = photos.of_folder(tmp_path)
+    assert {name: len(files) for name, files in found.items()} == {"cat": 4, "dog": 3, "few": 2}
+    embeddings = photos.embed(predictor, "some", found, tmp_path / "cache")
+    assert embeddings.shape[:2] == (2, 3)
+    monkeypatch.setattr(predictor, "represent", None)
+    assert torch.equal(photos.embed(predictor, "some", found, tmp_path / "cache"), embeddings)
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
@@ -38,4 +66,5 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
 
 def test_the_study_names_the_best_temperature(embeddings, monkeypatch):
     monkeypatch.setattr(photos, "SHOTS", (2,))
-    assert "way 2, shot 2: best temperature 0." in next(photos.study(embeddings, 2))
+    line = next(photos.study(embeddings, 2))
+    assert "way 2, shot 2: best temperature 0." in line and "(nearest class mean)" in line

@@ -15,11 +15,11 @@ from fewshot.errors import FewShotError
 from fewshot.held_out import HeldOut, hold_out
 from fewshot.methods.base import MetricMethod
 
-DEFAULT, MEANS, UNCENTRED = "logistic regression", "nearest class mean", "logistic regression without centring"
-PENALTIES = {DEFAULT: 3.0, UNCENTRED: 10.0}  # inverse, C of scikit-learn
+DEFAULT, CENTRED, MEANS = "logistic regression", "logistic regression on centred embeddings", "nearest class mean"
+PENALTIES = {DEFAULT: 1.0, CENTRED: 3.0}  # inverse, C of scikit-learn, whose default is 1
 # The temperature to expect, and how far it may be from that, as a standard deviation of its logarithm. Fitted to
 # ``src/benchmarks/photos.py --study``; with one example a class, nothing else is known.
-TEMPERATURES = {DEFAULT: (0.126, 0.38), MEANS: (0.139, -0.35), UNCENTRED: (0.186, 0.31)}  # factor, power of the shots
+TEMPERATURES = {DEFAULT: (0.036, 0.59), CENTRED: (0.126, 0.38), MEANS: (0.139, -0.35)}  # factor, power of the shots
 SPREAD = 0.2
 STIFFNESS = 1e-3  # of biases: without it, those of classes that are far apart would have no optimum
 ERRORS = 2  # standard errors by which another classifier has to be better
@@ -59,14 +59,17 @@ class Linear:
 
 
 class Auto(MetricMethod):
-    """Logistic regression on centred directions of embeddings, with probabilities that mean something.
+    """scikit-learn's logistic regression on normalised embeddings, with probabilities that mean something.
 
-    Embeddings are divided by their norm, centred at the mean of the class means, and divided by their norm again (Wang
-    et al., 2019, arXiv 1911.04623). If a class has two or more examples, they are left out in turn (see
-    ``fewshot.held_out.parts``). The answers decide whether another classifier is taken, which has to be better by more
-    than two standard errors, and the temperature of the probabilities (Guo et al., 2017, arXiv
-    1706.04599), together with the one that is expected for as many shots. With one example a class, the default and
-    the expected temperature are used. Classes count the same whatever their shots.
+    Its answers are those of ``LogisticRegression()`` on embeddings that are divided by their norm, if classes have
+    equally many examples. If a class has two or more, they are left out in turn (see ``fewshot.held_out.parts``). The
+    answers decide whether another classifier is taken, which has to be better by more than two standard errors, and
+    the temperature of the probabilities (Guo et al., 2017, arXiv 1706.04599), together with the one that is expected
+    for as many shots. With one example a class, the default and the expected temperature are used. Classes count the
+    same whatever their shots.
+
+    The others are the nearest class mean and a logistic regression, both on embeddings that are also centred at the
+    mean of the class means, and divided by their norm again (Wang et al., 2019, arXiv 1911.04623).
 
     Args:
         encoder: trained before, or pretrained; one vector per image.
@@ -114,11 +117,11 @@ def _choose(support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
     chosen, best = DEFAULT, None
     temperatures, tried = {}, {}
     for name in TEMPERATURES:
-        found = hold_out(lambda *learned, name=name: _fit(name, *learned), support, labels.cpu(), way)
+        found = hold_out(lambda *learned, name=name: fit(name, *learned), support, labels.cpu(), way)
         if found is None:
             temperature = expected_temperature(DEFAULT, shots, way)
             why = "with one example a class, none can be left out to try another, or to fit the temperature"
-            return replace(_fit(DEFAULT, support, labels, way), temperature=temperature, why=why)
+            return replace(fit(DEFAULT, support, labels, way), temperature=temperature, why=why)
         fewer = max(1.0, shots - 1)
         expected = expected_temperature(name, fewer, way)
         temperatures[name] = _fit_temperature(found, expected)
@@ -137,14 +140,14 @@ def _choose(support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
         if chosen == DEFAULT
         else "it answers examples that are left out better by more than two standard errors"
     )
-    fitted = _fit(chosen, support, labels, way)
+    fitted = fit(chosen, support, labels, way)
     return replace(fitted, temperature=temperature * ratio, why=why, held_out=held_out)
 
 
-def _fit(name: str, support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
-    normalised = normalize(support, dim=-1)
-    centre = class_means(normalised, labels, way).mean(0)
-    if name == UNCENTRED:
+def fit(name: str, support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
+    """Learn one of the classifiers in ``TEMPERATURES``, with a temperature of 1; see ``MetricMethod.learn``."""
+    centre = class_means(normalize(support, dim=-1), labels, way).mean(0)
+    if name == DEFAULT:
         centre = torch.zeros_like(centre)
     points, shots = directions(support, centre), labels.bincount(minlength=way)
     means = class_means(points, labels, way)
@@ -162,7 +165,7 @@ def _fit(name: str, support: torch.Tensor, labels: torch.Tensor, way: int) -> Li
         weight, bias = (torch.cat([-0.5 * values, 0.5 * values]) for values in (weight, bias))
     weight, bias = (weight.to(basis) @ basis.mT).to(support), bias.to(support)
     if unequal:
-        moved = 0.0 if name == UNCENTRED else 1 / (way * shots[labels])
+        moved = 0.0 if name == DEFAULT else 1 / (way * shots[labels])
         bias = _rebalance(points, labels, weight, bias, PENALTIES[name], noise, moved)
     return Linear(name, "", centre, weight, bias)
 
