@@ -124,7 +124,7 @@ def real_data() -> Path:
     pytest.skip("no real data: neither FEWSHOT_DATA_DIR nor ../shared/data holds omniglot/ and miniimagenet/")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of image banks for the whole session and all of its processes, which is also the default one."""
     path = tmp_path_factory.getbasetemp()

@@ -1,18 +1,24 @@
 """Embeddings, each computed once."""
 
 import os
+import pickle
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save
 from torch import nn
+from torchvision.models import get_model
 
 from fewshot import embeddings
 from fewshot.config import compose
 from fewshot.embeddings import EmbeddingCache, EmbeddingTable, embed
 from fewshot.evaluation import evaluate
 from fewshot.methods import base
+from fewshot.prediction import find_support, read_support
+from fewshot.predictor import make_predictor
 
 IMAGES = torch.randn(200, 3, 4, 4)
 IMAGES_AT = torch.arange(0, 60, 3)
@@ -132,6 +138,89 @@ class TestCache:
         assert 0 < evaluated("method=nearest_neighbour") < 1
         with pytest.raises(NotImplementedError):
             evaluated("split=val")
+
+
+class TestCacheOfPhotos:
+    @pytest.fixture
+    def embedded(self, tmp_path):
+        """Embed photos through the cache, and return how many were computed."""
+
+        def call(photos, module=None):
+            def compute(new):
+                sizes.append(len(new))
+                return module(new.float())
+
+            module, sizes = module or Scaled(), []
+            found = EmbeddingCache(tmp_path, "settings").each(module, photos, compute)
+            assert torch.equal(found, module(photos.float()))
+            return sum(sizes)
+
+        return call
+
+    PHOTOS = torch.randint(256, (6, 2, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def test_only_new_photos_are_computed_in_any_order(self, embedded):
+        assert embedded(self.PHOTOS[:4]) == 4
+        assert embedded(self.PHOTOS[[5, 2, 1, 4, 2]]) == 2
+        assert embedded(self.PHOTOS.flip(0)) == 1  # one is always computed: it shows the shape
+        changed = Scaled()
+        changed.factor.data += 1
+        assert embedded(self.PHOTOS, changed) == 6
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda _: b"broken",
+            pickle.dumps,
+            lambda found: save({"embeddings": found["embeddings"]}),
+            lambda found: save(found | {"digests": found["digests"][:2].contiguous()}),
+            lambda found: save(found | {"digests": found["digests"][:, :5].contiguous()}),
+            lambda found: save(found | {"embeddings": found["embeddings"][:, :3].contiguous()}),
+            lambda found: save(found | {"embeddings": found["embeddings"].double()}),
+            lambda found: save(found | {"embeddings": found["embeddings"] / 0}),
+            lambda found: save(found | {"embeddings": torch.tensor(1.0)}),
+        ],
+    )
+    def test_a_hostile_file_is_replaced(self, embedded, tmp_path, spoil):
+        embedded(self.PHOTOS)
+        (file,) = tmp_path.iterdir()
+        file.write_bytes(spoil(load_file(file)))
+        assert embedded(self.PHOTOS) >= 6
+        assert embedded(self.PHOTOS) == 1
+
+    def test_those_used_last_are_kept(self, embedded, monkeypatch):
+        monkeypatch.setattr(embeddings, "KEPT_EACH", 3)
+        assert [embedded(self.PHOTOS[:3]), embedded(self.PHOTOS[[0, 3]])] == [3, 1]
+        assert embedded(self.PHOTOS[[0, 2, 3]]) == 1
+        assert embedded(self.PHOTOS[:2]) == 1  # 1 was the one to go
+
+    def test_predicting_again_embeds_only_new_examples(self, tmp_path, monkeypatch):
+        for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+            (tmp_path / "support" / name).mkdir(parents=True)
+            Image.new("RGB", (30, 30), colour).save(tmp_path / "support" / name / "1.png")
+        torch.save(get_model("mobilenet_v3_small", weights=None).state_dict(), tmp_path / "weights.pth")
+        predictor = make_predictor(
+            compose(
+                "encoder=pretrained",
+                "encoder.name=mobilenet_v3_small",
+                f"encoder.file={tmp_path / 'weights.pth'}",
+                "dataset.size=32",
+                "hardware=cpu",
+                f"cache_dir={tmp_path / 'cache'}",
+                name="predict",
+            )
+        )
+        sizes, represent = [], predictor.represent
+        monkeypatch.setattr(predictor, "represent", lambda images: sizes.append(len(images)) or represent(images))
+
+        def learned():
+            support, _, _ = read_support(find_support(str(tmp_path / "support")), predictor.read, [])
+            return predictor.learn(support).examples
+
+        first, second = learned(), learned()
+        torch.testing.assert_close(first, second)
+        Image.new("RGB", (30, 30), (90, 200, 30)).save(tmp_path / "support" / "red" / "2.png")
+        assert len(learned()) == 3 and sizes == [2, 1, 1]
 
 
 def forbidden(*_):

@@ -145,11 +145,24 @@ def test_any_encoder_classifies(examples):
         ([np.zeros((4, 4), np.uint8)] * 2, ["a"], r"labels have shape \[1\] for 2 images"),
         ([], [], "at least two classes"),
         (["nowhere.png"], ["a"], "cannot read the image nowhere.png"),
+        ("nowhere.png", ["a"], r"is a single image; give a list of them"),
+        ([np.zeros((1, 20_000), np.uint8)], ["a"], "it is a strip of 20,000x1 pixels, .*; remove it"),
+        ([np.zeros((4, 4), np.uint8)] * 2, ["a", None], "labels are of different kinds"),
     ],
 )
 def test_invalid_examples_are_reported(run, images, labels, message):
     with pytest.raises(FewShotError, match=message):
         fewshot.FewShotClassifier(run("protonet"), hardware="cpu").fit(images, labels)
+
+
+def test_images_that_mislead_are_warned_of(run, examples):
+    images, labels = examples
+    classifier = fewshot.FewShotClassifier(run("protonet"), hardware="cpu")
+    with pytest.warns(UserWarning, match="the same image is in the classes .*, so they cannot be told apart"):
+        classifier.fit([images[labels.index(labels[-1])], *images], [labels[0], *labels])
+    photo = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    with pytest.warns(UserWarning, match="2 of the 2 queries look like photos, but this network knows letters"):
+        classifier.predict([photo, photo])
 
 
 def test_unfitted_classifiers_and_missing_models_are_reported(run, tmp_path):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import pathlib
+import pickle
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchvision.models import get_model
 
+from conftest import nothing_touched
+from fewshot import FewShotClassifier
 from fewshot.config import compose
 from fewshot.data.photos import prepare
 from fewshot.errors import FewShotError
@@ -99,6 +103,26 @@ def test_a_broken_hostile_or_changed_file_is_refused(photos, taught, tmp_path):
     refused("its method is os.system", config=content["config"] | {"method": {"_target_": "os.system"}})
     with pytest.raises(FewShotError, match=r"there is no file .*fewshot teach support=DIR out="):
         answers(photos, tmp_path / "out", f"model={tmp_path / 'none.fewshot'}")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello" * 100, pickle.dumps(pathlib.Path("x"))])
+def test_what_is_no_model_file_is_refused_by_all_that_read_one(photos, tmp_path, content):
+    file = tmp_path / "x.fewshot"
+    file.write_bytes(content)
+    readers = [
+        lambda: answers(photos, tmp_path / "out", f"model={file}"),
+        lambda: teach(
+            compose(
+                f"model={file}", f"support={photos / 'more'}", f"out={tmp_path / 'y'}", "hardware=cpu", name="teach"
+            )
+        ),
+        lambda: export_classifier(str(file), str(tmp_path / "x.onnx")),
+        lambda: FewShotClassifier.load(file),
+    ]
+    for read in readers:
+        with nothing_touched(), pytest.raises(FewShotError, match=r"x\.fewshot is broken, or holds no weights"):
+            read()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.fewshot"]
 
 
 @pytest.mark.parametrize("override", ["encoder=pretrained", "method=protonet", "dataset.size=32", "support=x"])

@@ -87,7 +87,9 @@ def _files(photos: int, width: int, height: int) -> list[ImageFile]:
 
 def _predictor() -> Predictor:
     torch.manual_seed(0)
-    return make_predictor(compose("encoder=pretrained", "encoder.weights=null", "method=protonet", name="predict"))
+    return make_predictor(
+        compose("encoder=pretrained", "encoder.weights=null", "method=protonet", "cache_dir=null", name="predict")
+    )
 
 
 def _support(predictor: Predictor) -> dict[str, list[Pixels]]:

@@ -21,6 +21,8 @@ from fewshot.hardware import send
 
 EMBEDDED_TOGETHER = 256  # images
 KEPT = 4 * 2**30  # bytes of embeddings that a cache keeps at most, those used last
+KEPT_EACH = 20_000  # images of which a cache keeps the embeddings of one network, those used last
+DIGEST = hashlib.sha256().digest_size
 Encoder = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to [images, ...]
 
 
@@ -99,26 +101,72 @@ class EmbeddingCache:
             positions: the embedded images, int64 ``[images]``.
             compute: computes the embeddings ``[images, ...]``.
         """
-        key = hashlib.sha256(self._described.encode())
-        try:  # somebody may be working on an encoder
-            sources = {inspect.getsourcefile(type(part)) or "" for part in module.modules()}
-            for file in sorted(sources):
-                key.update(Path(file).read_bytes())
-        except (OSError, TypeError):  # its code is in no file, as in a notebook, so a change would not be noticed
+        path = self._path(module, positions)
+        if path is None:
             return compute()
-        for name, tensor in [("positions", positions), *module.named_parameters(), *module.named_buffers()]:
-            key.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-            key.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        path = self.folder / f"{key.hexdigest()}.safetensors"
         with contextlib.suppress(OSError, SafetensorError, KeyError):
             found = load_file(path)["embeddings"]
             path.touch()
             return found
         computed = compute()
-        with contextlib.suppress(FewShotError, OSError):  # a cache is not worth an error
-            write_atomically(path, save({"embeddings": computed.contiguous().cpu()}))
-            self._remove_oldest()
+        self._write(path, {"embeddings": computed.contiguous().cpu()})
         return computed
+
+    def each(
+        self, module: nn.Module, images: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return embeddings of any images on the CPU, of which only those that are not in the cache are computed.
+
+        An image is found by its pixels as the network sees them, so nothing that happens to a photo before can be
+        forgotten in the key. The file may be untrusted: it is data, and what does not fit is computed again.
+
+        Args:
+            module: see ``__call__``; it embeds each image independently of the others.
+            images: uint8 ``[images, ...]``, one or more.
+            compute: from some of the images to their embeddings ``[images, ...]``.
+        """
+        path = self._path(module)
+        if path is None:
+            return compute(images)
+        keys = [hashlib.sha256(image.contiguous().numpy().data).digest() for image in images]
+        known = _read_each(path)
+        # At least one, which shows what an embedding is like.
+        new = [row for row, key in enumerate(keys) if key not in known] or [0]
+        computed = compute(images[new]).cpu()
+        if any(value.shape != computed.shape[1:] or value.dtype != computed.dtype for value in known.values()):
+            known, new, computed = {}, list(range(len(keys))), compute(images).cpu()
+        found = {keys[row]: value for row, value in zip(new, computed, strict=True)}
+        used = {key: known[key] if key in known else found[key] for key in keys}
+        if used.keys() <= known.keys():
+            with contextlib.suppress(OSError):
+                path.touch()
+        else:
+            others = {key: value for key, value in known.items() if key not in used}
+            rows = list((others | used).items())[-KEPT_EACH:]
+            digests = torch.frombuffer(bytearray(b"".join(key for key, _ in rows)), dtype=torch.uint8)
+            values = torch.stack([value for _, value in rows])
+            self._write(path, {"digests": digests.unflatten(0, (-1, DIGEST)), "embeddings": values})
+        return torch.stack([used[key] for key in keys])
+
+    def _path(self, module: nn.Module, positions: torch.Tensor | None = None) -> Path | None:
+        """Return the file for a module; None if its code is in no file, as in a notebook: a change went unnoticed."""
+        key = hashlib.sha256(self._described.encode())
+        try:  # somebody may be working on an encoder
+            sources = {inspect.getsourcefile(type(part)) or "" for part in module.modules()}
+            for file in sorted(sources):
+                key.update(Path(file).read_bytes())
+        except (OSError, TypeError):
+            return None
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        for name, tensor in [*([] if positions is None else [("positions", positions)]), *tensors]:
+            key.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+            key.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return self.folder / f"{key.hexdigest()}.safetensors"
+
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        with contextlib.suppress(FewShotError, OSError):  # a cache is not worth an error
+            write_atomically(path, save(tensors))
+            self._remove_oldest()
 
     def _remove_oldest(self) -> None:
         files = [(file.stat().st_mtime_ns, file) for file in self.folder.glob("*.safetensors")]
@@ -127,3 +175,15 @@ class EmbeddingCache:
             kept += file.stat().st_size
             if kept > KEPT:
                 file.unlink(missing_ok=True)
+
+
+def _read_each(path: Path) -> dict[bytes, torch.Tensor]:
+    """Return embeddings by the digests of their images; none if the file is missing or is not what ``each`` wrote."""
+    try:
+        found = load_file(path)
+        digests, values = found["digests"], found["embeddings"]
+    except (OSError, SafetensorError, KeyError):
+        return {}
+    if digests.dtype != torch.uint8 or digests.shape != (*values.shape[:1], DIGEST) or not values.isfinite().all():
+        return {}
+    return dict(zip(map(bytes, digests.numpy()), values, strict=True))

@@ -1,6 +1,7 @@
 """A few-shot classifier with the scikit-learn interface."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fewshot.checkpoints import NOWHERE, read_weights
 from fewshot.config import compose
 from fewshot.data.bank import has_bright_ink
 from fewshot.data.files import file_at
+from fewshot.data.kinds import is_drawn, strangers
 from fewshot.data.photos import prepare
 from fewshot.errors import FewShotError
 from fewshot.learned import Learned, Pixels
@@ -89,16 +91,29 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 there are fewer than two classes.
         """
         predictor = self._make_predictor()
-        support = [_prepare(image, predictor) for image in images]
+        support = [_prepare(image, predictor) for image in _several(images)]
         names = np.asarray(labels)
         if names.shape != (len(support),):
             raise FewShotError(f"labels have shape {list(names.shape)} for {len(support)} images; give one label each")
-        classes, numbers = np.unique(names, return_inverse=True)
+        try:
+            classes, numbers = np.unique(names, return_inverse=True)
+        except TypeError as error:  # they cannot be sorted
+            raise FewShotError("labels are of different kinds; give only strings, or only numbers") from error
         self.support_ = np.array(support)
         # Class by class, as from folders.
         grouped = np.argsort(numbers, kind="stable")
         if len(classes) < 2:
             raise FewShotError("a support set needs at least two classes, and at least one image of each")
+        _warn(predictor, [is_drawn(pixels) for pixels in support], "examples")
+        label_of: dict[bytes, int] = {}
+        for number, pixels in zip(numbers.tolist(), support, strict=True):
+            other = label_of.setdefault(pixels.tobytes(), number)
+            if other != number:
+                warnings.warn(
+                    f"the same image is in the classes {classes[other]} and {classes[number]}, so they cannot be told "
+                    "apart",
+                    stacklevel=2,
+                )
         examples = predictor.represent(list(self.support_[grouped]))
         learned = predictor.learn_examples(tuple(classes.tolist()), examples, torch.from_numpy(numbers[grouped]))
         return self._keep(predictor, learned)
@@ -113,12 +128,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self, "classes_")
         logits = [np.empty((0, len(self.classes_)), np.float32)]
         batch: list[Pixels] = []
-        for image in images:
+        drawn: list[bool] = []
+        for image in _several(images):
             batch.append(_prepare(image, self._predictor))
+            drawn.append(is_drawn(batch[-1]))
             # A transductive method answers all images together.
             if len(batch) == self.batch and not self._predictor.method.transductive:
                 logits.append(self._learned(batch).numpy())
                 batch = []
+        _warn(self._predictor, drawn, "queries")
         return np.concatenate([*logits, self._learned(batch).numpy()] if batch else logits)
 
     def predict_proba(self, images: Iterable[Any]) -> NDArray[np.float32]:
@@ -193,6 +211,18 @@ def _hardware(option: str) -> DictConfig:
     return hardware
 
 
+def _several(images: Iterable[Any]) -> Iterable[Any]:
+    if isinstance(images, str | PathLike | Image.Image):
+        raise FewShotError("images is a single image; give a list of them: [image]")
+    return images
+
+
+def _warn(predictor: Predictor, drawn: Sequence[bool], name: str) -> None:
+    line = strangers(predictor.knows, drawn, name)
+    if line is not None:
+        warnings.warn(line, stacklevel=3)
+
+
 def _prepare(image: Any, predictor: Predictor) -> Pixels:
     if isinstance(image, str | PathLike):
         return predictor.read(file_at(Path(image).expanduser()))
@@ -206,4 +236,7 @@ def _prepare(image: Any, predictor: Predictor) -> Pixels:
         if not pixels.size:
             raise FewShotError(f"an image has no pixels: {list(pixels.shape)}")
         image = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
-    return prepare(image, predictor.size, predictor.channels, predictor.ink, predictor.crop)
+    try:
+        return prepare(image, predictor.size, predictor.channels, predictor.ink, predictor.crop)
+    except ValueError as error:
+        raise FewShotError(f"an image cannot be used: {error}; remove it") from error

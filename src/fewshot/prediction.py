@@ -357,6 +357,7 @@ def read_support(
     known: dict[bytes, ImageFile] = {}
     read_files: list[ImageFile] = []
     class_of: dict[bytes, str] = {}
+    digests: list[bytes] = []
     labelled = [(name, file) for name, files in examples.items() for file in files]
     reading = read_ahead((file for _, file in labelled), read)
     for (name, file), (_, photo) in zip(labelled, reading, strict=True):
@@ -366,25 +367,29 @@ def read_support(
             continue
         if class_of.setdefault(photo.digest, name) != name:
             again = known[photo.digest].name
-            say(f"warning: {file.name} is the same image as {again} of a different class", error=True)
+            consequence = "of a different class, so they cannot be told apart"
+            say(f"warning: {file.name} is the same image as {again} {consequence}", error=True)
         known.setdefault(photo.digest, file)
         support[name].append(photo.pixels)
         read_files.append(file)
+        digests.append(photo.digest)
     for name, images in support.items():
         if not images:
             raise FewShotError(f"class {name} has no readable image in {Path(examples[name][0].name).parent}; add one")
-    _warn_of_twins(support, read_files)
+    _warn_of_twins(support, read_files, digests)
     return support, known, read_files
 
 
-def _warn_of_twins(support: Mapping[str, Sequence[Pixels]], files: Sequence[ImageFile]) -> None:
-    """Name near-duplicate images, and images with equal pixels."""
+def _warn_of_twins(
+    support: Mapping[str, Sequence[Pixels]], files: Sequence[ImageFile], digests: Sequence[bytes]
+) -> None:
+    """Name near-duplicate images, and images with equal pixels, but not equal files in two classes once more."""
     images = [(name, pixels) for name, examples in support.items() for pixels in examples]
     apart: list[str] = []
     together: list[str] = []
     for one, other, mirror in candidates(thumbnails(np.stack([pixels for _, pixels in images]))):
         (first, pixels), (second, others) = images[one], images[other]
-        if are_twins(pixels, others, mirror):
+        if (first == second or digests[one] != digests[other]) and are_twins(pixels, others, mirror):
             pair = f"{files[other].name} of the class {second} looks the same as {files[one].name}"
             (together if first == second else apart).append(pair + ("" if first == second else f" of {first}"))
     _warn_of_copies(list(dict.fromkeys(apart)), "so they cannot be told apart")

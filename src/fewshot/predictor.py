@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from fewshot.data.files import ImageFile
 from fewshot.data.images import normalise
 from fewshot.data.kinds import Kind
 from fewshot.data.photos import CROPS, read_photo
-from fewshot.embeddings import EMBEDDED_TOGETHER
+from fewshot.embeddings import EMBEDDED_TOGETHER, EmbeddingCache
 from fewshot.encoders.backbone import Backbone
 from fewshot.errors import FewShotError
-from fewshot.hardware import check_hardware, precision_of
+from fewshot.hardware import check_hardware, machine, precision_of
 from fewshot.learned import Learned, Pixels
 from fewshot.methods.auto import Linear
 from fewshot.methods.base import Classifier, FewShotMethod, MetricMethod, require_finite
@@ -55,6 +56,24 @@ class Predictor:
         self.method = method.eval().to(self._fabric.device)
         if precision.startswith("64"):
             self.method.double()
+        self._precision: str = precision
+        self._cache: EmbeddingCache | None = None
+
+    def keep_embeddings(self, folder: Path, described: Any) -> None:
+        """Keep the embeddings of examples in a folder, for the next predictor with the same network.
+
+        Args:
+            folder: safe to empty at any time.
+            described: the configuration of the method.
+        """
+        known = {
+            "method": described,
+            "images": (self.size, self.channels, self.kind),
+            "precision": self._precision,
+            "machine": machine(self._fabric.device),
+            "torch": torch.__version__,
+        }
+        self._cache = EmbeddingCache(folder, known)
 
     @property
     def knows(self) -> Kind | None:
@@ -83,7 +102,7 @@ class Predictor:
             torch.tensor([len(examples) for examples in support.values()])
         )
         images = [image for examples in support.values() for image in examples]
-        return self.learn_examples(tuple(support), self.represent(images), labels)
+        return self.learn_examples(tuple(support), self.represent_examples(images), labels)
 
     def learn_examples(
         self, classes: tuple[Any, ...], examples: torch.Tensor, labels: torch.Tensor, fitted: Linear | None = None
@@ -118,6 +137,13 @@ class Predictor:
         with torch.no_grad(), self._fabric.autocast():
             return torch.cat([self.method.embed_images(self._input(part)) for part in pixels.split(EMBEDDED_TOGETHER)])
 
+    def represent_examples(self, images: Sequence[Pixels]) -> torch.Tensor:
+        """Return the same as ``represent``; embeddings that are in the cache are not computed again."""
+        if self._cache is None or not isinstance(self.method, MetricMethod):
+            return self.represent(images)
+        pixels = torch.from_numpy(np.stack(images))
+        return self._cache.each(self.method, pixels, lambda new: self.represent(list(new.numpy())))
+
     def _learn(self, examples: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
         labels, method = labels.to(self._fabric.device), self.method
         with torch.no_grad(), self._fabric.autocast():
@@ -144,13 +170,17 @@ def make_predictor(config: DictConfig) -> Predictor:
     Raises:
         FewShotError: see ``make_trained``.
     """
-    return predictor_of(make_trained(config), config.hardware, config.crop)
+    return predictor_of(make_trained(config), config.hardware, config.crop, config.get("cache_dir"))
 
 
-def predictor_of(trained: Trained, hardware: DictConfig, crop: str) -> Predictor:
-    """Make the predictor of a method; see ``Predictor``."""
+def predictor_of(trained: Trained, hardware: DictConfig, crop: str, cache_dir: str | None = None) -> Predictor:
+    """Make the predictor of a method; see ``Predictor``. ``cache_dir`` keeps the embeddings of examples."""
     ink = has_bright_ink(get_object(trained.config.dataset.source._target_))
-    return Predictor(trained.method, trained.config.dataset, ink, hardware, crop)
+    predictor = Predictor(trained.method, trained.config.dataset, ink, hardware, crop)
+    if cache_dir is not None:
+        folder = Path(cache_dir).expanduser() / "embeddings"
+        predictor.keep_embeddings(folder, OmegaConf.to_container(trained.config.method, resolve=True))
+    return predictor
 
 
 def make_trained(config: DictConfig, places: Mapping[str, str] | None = None) -> Trained:

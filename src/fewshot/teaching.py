@@ -35,7 +35,8 @@ def teach(config: DictConfig) -> None:
         names = [f"example {number + 1}" for number in range(len(taught.learned.labels))]
     else:
         trained = make_trained(config, NOWHERE)
-        predictor, run, names = predictor_of(trained, config.hardware, config.crop), trained.config, []
+        predictor = predictor_of(trained, config.hardware, config.crop, config.cache_dir)
+        run, names = trained.config, []
         support, _, files = read_support(find_support(config.support), predictor.read, left_out)
         learned = predictor.learn(support)
     warn_of_strangers(

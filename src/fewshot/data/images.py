@@ -90,7 +90,7 @@ def _is_row_by_row(image: Image.Image, content: bytes) -> bool:
         image: opened, but not decoded: the decoder is at the end of the header of the first scan.
         content: of the file.
     """
-    if not isinstance(image, JpegImageFile) or image.info.get("progressive"):
+    if not isinstance(image, JpegImageFile) or image.fp is None or image.info.get("progressive"):
         return False
     # Of a scan with so many channels, which begins so many bytes before: two for its mark, two for its length.
     header = 8 + 2 * image.layers

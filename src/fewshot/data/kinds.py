@@ -34,18 +34,25 @@ def is_drawn(pixels: NDArray[np.uint8]) -> bool:
 
 
 def warn_of_strangers(known: Kind | None, drawn: Sequence[bool], name: str) -> None:
-    """Print a warning if most images are not of the kind that a network knows.
+    """Print what ``strangers`` returns as a warning."""
+    line = strangers(known, drawn, name)
+    if line is not None:
+        say(f"warning: {line}", error=True)
+
+
+def strangers(known: Kind | None, drawn: Sequence[bool], name: str) -> str | None:
+    """Return a line for a user if most images are not of the kind that a network knows.
 
     Args:
-        known: that kind; None: not known, and there is no warning.
+        known: that kind; None: not known, and there is no line.
         drawn: ``is_drawn`` of each image.
         name: of the images: "queries".
     """
     strange = sum(drawn) if known == "photos" else len(drawn) - sum(drawn)
-    if known is not None and strange > len(drawn) / 2:
-        seen = "photos" if known == "letters" else "letters or drawings"
-        say(
-            f"warning: {strange:,} of the {len(drawn):,} {name} look like {seen}, but this network knows {known}, so "
-            f"its answers mean little; {FIXES[known]}",
-            error=True,
-        )
+    if known is None or strange <= len(drawn) / 2:
+        return None
+    seen = "photos" if known == "letters" else "letters or drawings"
+    return (
+        f"{strange:,} of the {len(drawn):,} {name} look like {seen}, but this network knows {known}, so its answers "
+        f"mean little; {FIXES[known]}"
+    )
