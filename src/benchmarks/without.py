@@ -9,16 +9,18 @@ from torch import nn
 from benchmarks import maml, training
 from benchmarks.contest import Contest, Entrant, Work
 from fewshot.encoders.adaptable import BatchStatisticsNorm2d, DoubleBackwardConv2d
+from fewshot.encoders.block import Block
 
 CHANNELS_LAST, POOL_FIRST, DERIVATIVES = "channels-last memory", "pooling before ReLU", "second derivatives of our own"
-KEPT_MEMORY, THREADS = "kept memory", "a thread a task"
+KEPT_MEMORY, THREADS, NORM_LAST = "kept memory", "a thread a task", "pooling before batch norm"
 
 
 def remove(technique: str, network: nn.Module) -> None:
     """Make a network compute the same without a technique.
 
     Args:
-        technique: ``CHANNELS_LAST``, ``POOL_FIRST`` or ``DERIVATIVES``.
+        technique: ``CHANNELS_LAST``, ``NORM_LAST``, ``POOL_FIRST`` (without it, ``NORM_LAST`` is gone, too) or
+            ``DERIVATIVES``.
         network: changed in place; its parameters keep their values.
     """
     if technique == CHANNELS_LAST:
@@ -33,6 +35,8 @@ def remove(technique: str, network: nn.Module) -> None:
             setattr(network, name, nn.MaxPool2d(2))
         elif technique == DERIVATIVES and isinstance(child, BatchStatisticsNorm2d | DoubleBackwardConv2d):
             setattr(network, name, _Plain(child))
+        elif technique == NORM_LAST and isinstance(child, Block):
+            setattr(network, name, nn.Sequential(*child))
         elif technique != CHANNELS_LAST:
             remove(technique, child)
 
@@ -78,7 +82,7 @@ def contests() -> dict[str, Contest]:
             Entrant(f"without {KEPT_MEMORY}", training.bare_loop, {"shape": shape}),
             *(
                 Entrant(f"without {technique}", protonet, {"shape": shape, "technique": technique}, keep_memory=True)
-                for technique in (CHANNELS_LAST, POOL_FIRST)
+                for technique in (CHANNELS_LAST, NORM_LAST, POOL_FIRST)
             ),
         ]
         found[f"without_protonet_{name}"] = Contest(f"{title}, {name}", entrants, tolerance=5e-3)

@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)  # never: the largest threshold, 2 GiB, is less than a step at 84x84 frees
-        mallopt(M_TOP_PAD, 2**28)
+        mallopt(M_TOP_PAD, 2**24)
 
 
 def machine(device: torch.device, processes: int = 1) -> dict[str, Any]:

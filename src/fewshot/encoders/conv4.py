@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fewshot.encoders.block import Block
 from fewshot.errors import FewShotError
 
 POOLS = {"max": nn.AdaptiveMaxPool2d, "mean": nn.AdaptiveAvgPool2d}
@@ -41,10 +42,10 @@ class Conv4(nn.Sequential):
         if pool not in ("none", *POOLS):
             raise FewShotError(f"encoder.pool={pool} must be none, max or mean")
         super().__init__(
-            _block(channels, filters),
-            _block(filters, filters),
-            _block(filters, filters),
-            _block(filters, filters),
+            Block(channels, filters),
+            Block(filters, filters),
+            Block(filters, filters),
+            Block(filters, filters),
             *([] if pool == "none" else [POOLS[pool](1)]),
             nn.Flatten(),
         )
@@ -57,12 +58,3 @@ class Conv4(nn.Sequential):
         for block in list(self)[:4]:
             images = block(images)
         return images
-
-
-def _block(channels: int, filters: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, filters, kernel_size=3, padding=1),
-        nn.BatchNorm2d(filters),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-    )
