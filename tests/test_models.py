@@ -40,6 +40,18 @@ def test_every_card_is_what_the_command_writes_today(tmp_path):
     assert committed and written == committed, "write them again: fewshot models cards=true"
 
 
+def test_a_line_has_a_card_only_if_its_own_training_left_weights(tmp_path):
+    lines = [tmp_path / "omniglot" / cell / "0" for cell in ("protonet_20way_1shot", "protonet_5way_5shot")]
+    for line in lines:
+        shutil.copytree(MODELS / line.relative_to(tmp_path), line, ignore=shutil.ignore_patterns("card.json"))
+    trained, tested = lines
+    assert len(write_cards(LICENCES, tmp_path)) == 2
+    result = json.loads((tested / "results.json").read_text())
+    result["run_config"]["train"]["episodes"] *= 3  # a longer training has the same validations, up to some episode
+    (tested / "results.json").write_text(json.dumps(result))
+    assert write_cards(LICENCES, tmp_path) == [trained / "card.json"]
+
+
 @pytest.mark.parametrize("name", models.names())
 def test_the_command_of_a_card_has_its_settings(name):
     card = require(name).card
@@ -164,9 +176,10 @@ def test_a_path_of_that_name_comes_first_and_a_misspelt_name_is_corrected(cli, t
 def test_models_are_listed_with_what_they_expect(cli):
     done = cli(script="models.py")
     assert re.search(
-        r"For grey letters, 28 × 28.*glyphs/protonet +│ 5-way 1-shot │ 9\d\.\d\d ±", done.stdout, re.DOTALL
+        r"For grey letters, 28 × 28.*glyphs/protonet +│ 5-way 1-shot +│ 9\d\.\d\d ±", done.stdout, re.DOTALL
     )
-    assert "For colour photos, 84 × 84" in done.stdout
+    assert "For colour photos, 84 × 84; weights of 0." in done.stdout
+    assert all(f"│ {name} " in done.stdout for name in models.names())  # none is wrapped
     done = cli("glyphs/protonet", script="models.py")
     assert json.loads(done.stdout) == require(LINE).card
     done = cli("glyphs/protnet", script="models.py")

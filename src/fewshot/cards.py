@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Mapping
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fewshot.config import OF_ONE_TASK, as_overrides, compose
 from fewshot.data.bank import has_bright_ink
 from fewshot.errors import FewShotError
 from fewshot.models import CARD, FORMAT, MODELS, WEIGHTS, all_models, digests
-from fewshot.results import Result, best_validation, find_results, run_config, seed_of
+from fewshot.results import Result, best_validation, find_results, run_config, seed_of, training_settings
 from fewshot.runs import write_json
 
 CHOICES = ("dataset", "method", "distance", "encoder", "optimizer", "schedule", "transform", "budget")
@@ -46,7 +47,7 @@ def write_cards(licences: Mapping[str, str], below: Path = MODELS) -> list[Path]
             raise FewShotError(f"{below / owner / WEIGHTS} has no valid results.json next to it; copy that of its run")
     written = []
     for name, result in lines.items():
-        same = [other for other in owners if _training(lines[other]) == _training(result)]
+        same = [other for other in owners if _is_same_training(lines[other], result)]
         if same:
             card = make_card(name, result, name if name in same else same[0], lines, licences, below)
             write_json(below / name / CARD, card)
@@ -97,7 +98,7 @@ def make_card(
         "commit": result.get("commit"),
         "versions": result.get("versions"),
         "machine": result.get("machine"),
-        "hours": round(result["train_seconds"] / 3600, 2),
+        "hours": round(lines[owner]["train_seconds"] / 3600, 2),
         "validation": None if best is None else {key: best.get(key) for key in ("accuracy", "ci95", "episodes")},
         "test": {key: result[key] for key in ("way", "shot", "query", "accuracy", "ci95", "episodes")}
         | {"eval_seed": result["config"]["eval_seed"]},
@@ -164,7 +165,11 @@ def _flat(config: DictConfig) -> dict[str, Any]:
     return flat
 
 
-def _training(result: Result) -> tuple[Any, ...]:
-    """Identify the training of a result: no two have all accuracies on validation classes, or the time, in common."""
-    curve = [(point["trained_episodes"], point["accuracy"]) for point in result["validations"]]
-    return (result["dataset"], seed_of(result), *(curve or [result["train_seconds"]]))
+def _is_same_training(one: Result, other: Result) -> bool:
+    """Whether two results are of one training: an evaluation records the validations up to the chosen weights only."""
+    if (seed_of(one), training_settings(one)) != (seed_of(other), training_settings(other)):
+        return False
+    curves = [
+        [(point["trained_episodes"], point["accuracy"]) for point in result["validations"]] for result in (one, other)
+    ]
+    return all(map(eq, *curves)) and (all(curves) or one["train_seconds"] == other["train_seconds"])

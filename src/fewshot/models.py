@@ -163,13 +163,15 @@ def show(chosen: Sequence[str]) -> None:
         say(*json.dumps(require(name).card, indent=2, ensure_ascii=False).split("\n"))
     if chosen:
         return
-    kinds: dict[str, list[tuple[str, ...]]] = {}
+    kinds: dict[str, list[tuple[str, Model]]] = {}
     for name in names():
         model = require(name)
-        row = name, model.task, model.accuracy, f"{model.card['bytes'] / 1e6:.1f}"
-        kinds.setdefault("{kind}, {size} × {size}".format(**model.card["expects"]), []).append(row)
-    columns = ["name", "test", "accuracy, %", "MB"]
-    say(*(make_table(f"For {kind}", columns, rows, numbers=columns[2:]) for kind, rows in kinds.items()))
+        kinds.setdefault("{kind}, {size} × {size}".format(**model.card["expects"]), []).append((name, model))
+    for kind, found in kinds.items():
+        rows = [(name, model.task, model.accuracy) for name, model in found]
+        sizes = sorted({f"{model.card['bytes'] / 1e6:.1f}" for _, model in found})
+        title = f"For {kind}; weights of {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} MB"
+        say(make_table(title, ["name", "test", "accuracy, %"], rows, numbers=["accuracy, %"]))
 
 
 def _read(path: Path) -> Model:

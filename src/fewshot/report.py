@@ -335,9 +335,10 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
         "on the same episodes). *Spread over seeds*: the standard deviation between trainings, with the lowest and "
         "highest accuracy. *Trained*: task and number of the training episodes (for MAML, tasks) and the time of one "
         "training without validation and test; *chosen at*: the weights were chosen on the run's own task and tested "
-        "on this one afterwards. *Settings*: the budget, `paper` (as published) or `cpu` (under an hour on two cores), "
-        "and differences from the experiment or from the first line of the cell. *Command*: after `fewshot`, what "
-        "measures the line again: from its weights, without training, where they are kept.",
+        "on this one afterwards, and the time is that up to the chosen weights. *Settings*: the budget, `paper` (as "
+        "published) or `cpu` (under an hour on two cores), and differences from the experiment or from the first line "
+        "of the cell. *Command*: after `fewshot`, what measures the line again: from its weights, without training, "
+        "where they are kept.",
         "",
         *(f"*{name.capitalize()}*: {sources[key]}.\n" for key, name in REFERENCES.items()),
         *_verdicts(lines),

@@ -232,7 +232,7 @@ def settings(result: Result) -> Settings:
     run = run_config(result)
     decisive = {
         **dict(_flat({key: result.get(key) for key in ("data", "precision", "encoder_parameters")})),
-        **{key: value for key, value in _flat(run) if not _is_below(key, NOT_DECISIVE)},
+        **training_settings(result),
         "encoder_init": (result.get("encoder_init") or {}).get("sha256"),
         "test.episodes": result["episodes"],
         # A GPU rounds convolutions to TF32 by default, and few GPUs repeat each other's results.
@@ -259,6 +259,11 @@ def settings(result: Result) -> Settings:
         if tested.get(key) != trained.get(key) and not _is_below(key, NOT_DECISIVE)
     }
     return {key: value for key, value in decisive.items() if value is not None}
+
+
+def training_settings(result: Result) -> Settings:
+    """Return what affects accuracy in the configuration of the training, except the seed."""
+    return {key: value for key, value in _flat(run_config(result)) if not _is_below(key, NOT_DECISIVE)}
 
 
 def run_config(result: Result) -> Mapping[str, Any]:
