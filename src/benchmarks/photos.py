@@ -2,9 +2,8 @@
 
     python src/benchmarks/photos.py encoder=lite0 encoder.file=efficientnet-lite0-57934424.pth --photos clothing=DIR
 
-prints the table of notebooks/guides/predict.md, for miniImageNet's test classes, the halves of its training classes,
-and folders of photos. ``--study`` prints what the constants of ``method=auto`` and ``fewshot.familiarity`` were set by,
-on validation classes.
+prints the table of notebooks/guides/predict.md, for miniImageNet's test classes and folders of photos. ``--study``
+prints what the constants of ``method=auto`` and ``fewshot.familiarity`` were set by, on validation classes.
 """
 
 import argparse
@@ -218,7 +217,7 @@ def study(embeddings: torch.Tensor, count: int) -> Iterator[str]:
 
 
 def _interval(values: NDArray[np.float64]) -> str:
-    return f"{values.mean():.1f} ± {1.96 * values.std(ddof=1) / len(values) ** 0.5:.1f}"
+    return f"{round(values.mean(), 1) + 0:.1f} ± {1.96 * values.std(ddof=1) / len(values) ** 0.5:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -235,9 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in study(embed(predictor, "val", of_split("val", cache), cache), options.draws):
             say(line)
         return
-    training = embed(predictor, "train", of_split("train", cache), cache)
-    sets = {"test": embed(predictor, "test", of_split("test", cache), cache)}
-    sets |= {"training, first half": training[: len(training) // 2], "second half": training[len(training) // 2 :]}
+    sets = {"miniImageNet": embed(predictor, "test", of_split("test", cache), cache)}
     for name, _, folder in (photos.partition("=") for photos in options.photos):
         sets[name] = embed(predictor, name, of_folder(Path(folder).expanduser()), cache)
     names = ["protonet, %", "scikit-learn, %", "auto, %", "difference", "calibration error of each", "ROC area of each"]
