@@ -34,9 +34,16 @@ HARMLESS = re.compile(
     r"|(run|data|cache)_dir|hydra\..*|dataset|dataset\.source\.split|method|distance|encoder|way|shot|test\.episodes)="
 )
 # Settings shown in other columns.
-SHOWN = {"way", "shot", "train.way", "train.shot", "train.episodes", "data.split", "dataset.source.split"} | {
-    f"test.{key}" for key in ("way", "shot", "episodes")
-}
+SHOWN = {
+    "way",
+    "shot",
+    "train.way",
+    "train.shot",
+    "train.episodes",
+    "train.steps",
+    "data.split",
+    "dataset.source.split",
+} | {f"test.{key}" for key in ("way", "shot", "episodes")}
 REFERENCES = {"published": "printed", "others": "authors' code, run by others", "article": "article"}
 KNOWN = ("dataset", "method", "way", "shot", "split")
 OURS = ("ours", "ci95", "seeds_sd", "lowest", "highest", "seeds", "episodes")
