@@ -50,6 +50,7 @@ def test_a_line_has_a_card_only_if_its_own_training_left_weights(tmp_path):
     result["run_config"]["train"]["episodes"] *= 3  # a longer training has the same validations, up to some episode
     (tested / "results.json").write_text(json.dumps(result))
     assert write_cards(LICENCES, tmp_path) == [trained / "card.json"]
+    assert not (tested / "card.json").exists()
 
 
 @pytest.mark.parametrize("name", models.names())

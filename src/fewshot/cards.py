@@ -27,7 +27,7 @@ REPEATED = ("method.encoder.", "method.distance.")
 
 
 def write_cards(licences: Mapping[str, str], below: Path = MODELS) -> list[Path]:
-    """Write the card of each line of the tables that has weights.
+    """Write the card of each line of the tables that has weights, and remove those of lines that no longer have any.
 
     Args:
         licences: of the data, by the name of the data set.
@@ -52,6 +52,8 @@ def write_cards(licences: Mapping[str, str], below: Path = MODELS) -> list[Path]
             card = make_card(name, result, name if name in same else same[0], lines, licences, below)
             write_json(below / name / CARD, card)
             written.append(below / name / CARD)
+        else:
+            (below / name / CARD).unlink(missing_ok=True)
     if not written:
         raise FewShotError(f"no line below {below} has weights; write them with export checkpoint=RUN_DIR out=FILE")
     all_models.cache_clear()
