@@ -158,7 +158,7 @@ def test_invalid_examples_are_reported(run, images, labels, message):
 def test_images_that_mislead_are_warned_of(run, examples):
     images, labels = examples
     classifier = fewshot.FewShotClassifier(run("protonet"), hardware="cpu")
-    with pytest.warns(UserWarning, match="the same image is in the classes .*, so they cannot be told apart"):
+    with pytest.warns(UserWarning, match="the same image is in the classes .*, so they cannot be distinguished"):
         classifier.fit([images[labels.index(labels[-1])], *images], [labels[0], *labels])
     photo = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
     with pytest.warns(UserWarning, match="2 of the 2 queries look like photos, but this network knows letters"):

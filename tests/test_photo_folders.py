@@ -126,7 +126,7 @@ def test_the_same_photo_in_two_classes_is_named(places, weights, capsys):
     (places / "support" / "class 1" / "again.jpg").write_bytes((places / "support" / "class 0" / "0.jpg").read_bytes())
     answer(places, weights)
     lines = [line for line in capsys.readouterr().err.splitlines() if "again.jpg" in line]
-    assert len(lines) == 1 and re.search(r"is the same image as .*, so they cannot be told apart", lines[0])
+    assert len(lines) == 1 and re.search(r"is the same image as .*, so they cannot be distinguished", lines[0])
 
 
 def letter(path, seed):

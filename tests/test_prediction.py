@@ -199,7 +199,7 @@ def test_queries_that_look_like_support_images_are_reported_and_counted_separate
     predict(configure(folders, f"checkpoint={run('protonet')}"))
     message = capsys.readouterr().err.splitlines()[0]
     assert re.match(
-        r"warning: .*copy\.jpg of the class letter 4 looks the same as .* of letter 3 .*told apart",
+        r"warning: .*copy\.jpg of the class letter 4 looks the same as .* of letter 3 .*distinguished",
         message,
     )
 

@@ -110,8 +110,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             other = label_of.setdefault(pixels.tobytes(), number)
             if other != number:
                 warnings.warn(
-                    f"the same image is in the classes {classes[other]} and {classes[number]}, so they cannot be told "
-                    "apart",
+                    f"the same image is in the classes {classes[other]} and {classes[number]}, so they cannot be "
+                    "distinguished",
                     stacklevel=2,
                 )
         examples = predictor.represent(list(self.support_[grouped]))

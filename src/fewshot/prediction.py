@@ -367,7 +367,7 @@ def read_support(
             continue
         if class_of.setdefault(photo.digest, name) != name:
             again = known[photo.digest].name
-            consequence = "of a different class, so they cannot be told apart"
+            consequence = "of a different class, so they cannot be distinguished"
             say(f"warning: {file.name} is the same image as {again} {consequence}", error=True)
         known.setdefault(photo.digest, file)
         support[name].append(photo.pixels)
@@ -392,7 +392,7 @@ def _warn_of_twins(
         if (first == second or digests[one] != digests[other]) and are_twins(pixels, others, mirror):
             pair = f"{files[other].name} of the class {second} looks the same as {files[one].name}"
             (together if first == second else apart).append(pair + ("" if first == second else f" of {first}"))
-    _warn_of_copies(list(dict.fromkeys(apart)), "so they cannot be told apart")
+    _warn_of_copies(list(dict.fromkeys(apart)), "so they cannot be distinguished")
     _warn_of_copies(list(dict.fromkeys(together)), "so it adds nothing, and the leave-one-out accuracy is too high")
 
 

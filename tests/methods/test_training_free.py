@@ -73,7 +73,7 @@ def episodes(tasks: int = 3, shots=(2, 2, 2, 2), query: int = 5, noise: float = 
 
 @pytest.mark.parametrize("name", [*INDUCTIVE, *TRANSDUCTIVE])
 class TestAll:
-    def test_clear_clusters_are_told_apart(self, name):
+    def test_clear_clusters_are_separated(self, name):
         task = episodes(noise=0.05)
         logits = method(name).compare_tasks(task)
         assert logits.shape == (3, 20, WAY) and logits.isfinite().all() and not logits.requires_grad
