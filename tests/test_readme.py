@@ -184,7 +184,7 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
             continue
         name, arguments = program(tokens)
         arguments = small(name, arguments, stand_ins, tmp_path)
-        if re.search("(dataset=|experiment[=/]|reproduction/)(omniglot|miniimagenet|matching)", part):
+        if re.search("(dataset=|experiment[=/]|reproduction/|reproduce .*)(omniglot|miniimagenet|matching)", part):
             arguments.append(f"data_dir={request.getfixturevalue('real_data')}")
         if any(re.search(pattern, part) for pattern in ELSEWHERE):
             given = [item for item in arguments if "=" in item and not re.match(r"-|\+?hydra|seed=0,1", item)]
