@@ -74,9 +74,8 @@ def test_an_encoder_starts_from_shared_weights_unless_they_know_its_test_classes
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["encoder_init"]["sha256"] == hashlib.sha256(shared.read_bytes()).hexdigest()
     content, weights, _ = read_weights(shared)
-    content["data"] = contents_of(
-        make_data(compose(f"cache_dir={cache_dir}")).bank.with_validation_in_training()
-    ).to_json()
+    bank = make_data(compose(f"cache_dir={cache_dir}")).bank
+    content["data"] = contents_of(bank.with_validation_in_training()).pack()
     save_weights(shared, weights, content)
     with pytest.raises(FewShotError, match=r"was trained on .* of the val classes"):
         train(compose(*settings, f"run_dir={tmp_path / 'other'}"))

@@ -1,8 +1,10 @@
 """A run is resumed and evaluated only on the data that it was trained on."""
 
+import base64
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 from PIL import Image
 
 from fewshot.config import compose
-from fewshot.data.contents import read_contents, read_names
+from fewshot.data.bank import SPLITS
+from fewshot.data.contents import MOST_CHARACTERS, Contents, read_contents, read_names
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate
 from fewshot.training import train
@@ -212,6 +215,21 @@ def test_results_without_their_checkpoint_are_not_overwritten(root, cache_dir):
         train(compose(*settings(root, cache_dir, "resume=auto")))
 
 
+def packed(text: bytes) -> str:
+    return base64.b64encode(zlib.compress(text)).decode()
+
+
+def test_a_record_of_the_data_is_short_and_equals_that_of_earlier_versions():
+    names = {split: {f"{split}/character{n}": f"{n:032x}"[::-1] for n in range(500)} for split in SPLITS}
+    earlier = json.dumps({"splits": names, "images_sha256": "a" * 64})
+    now = read_contents(earlier)
+    assert read_contents(now.pack()) == now
+    assert list(now.splits["test"].items())[1] == ("test/character1", "100000000000")
+    assert 8 * len(now.pack()) < len(earlier)
+    unknown = Contents({split: dict.fromkeys(names[split]) for split in SPLITS})
+    assert read_contents(unknown.pack()) == unknown
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -224,10 +242,16 @@ def test_results_without_their_checkpoint_are_not_overwritten(root, cache_dir):
         '{"splits": {}}',
         '{"splits": {"train": {"a": 1}, "val": {}, "test": {}}}',
         "[" * 9999,
+        "é",
+        "c29tZXRoaW5n",
+        packed(b"[]")[:-8],
+        packed(b"\xff{}"),
+        packed(b'{"splits": {}}'),
+        packed(b" " * (MOST_CHARACTERS + 1)),
     ],
 )
 def test_a_record_of_the_data_is_plain_text_or_rejected(text):
-    with pytest.raises(ValueError, match=r"record of the data|Expecting|property name"):
+    with pytest.raises(ValueError, match=r"record of the data|Expecting|property name|base64|ASCII|padding|decode"):
         read_contents(text)
     with pytest.raises(ValueError, match="does not list the classes"):
         read_names(text)

@@ -100,7 +100,7 @@ class Record(pl.Callback):
         checkpoint: dict[str, Any],
     ) -> None:
         if self._contents is None:
-            self._contents = contents_of(data_of(trainer).bank).to_json()
+            self._contents = contents_of(data_of(trainer).bank).pack()
         checkpoint["data"] = self._contents
 
     def _note_precision(self, precision: str, trained: int) -> None:

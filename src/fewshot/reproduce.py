@@ -19,7 +19,7 @@ from fewshot.metrics import Estimate, paired_difference
 from fewshot.models import CARD, Model, bare_cells, names, require
 from fewshot.results import read_episodes
 from fewshot.runs import data_directories, trained_on
-from fewshot.text import make_table, say
+from fewshot.text import say
 from fewshot.trained import load_trained
 from fewshot.training import train
 
@@ -45,7 +45,7 @@ class Reproduction:
 
 
 def reproduce(config: DictConfig) -> None:
-    """Measure lines again, and print a table.
+    """Measure lines again, and print each as it ends.
 
     Args:
         config: the composed ``conf/reproduce.yaml``.
@@ -62,8 +62,9 @@ def reproduce(config: DictConfig) -> None:
     models = {str(name): require(str(name)) for name in (names() if chosen == ["all"] else chosen)}
     check_hardware(config.hardware)
     keep_freed_memory()
-    rows: list[tuple[str, ...]] = []
     failed: dict[str, str] = {}
+    width = max(map(len, models))
+    say(f"{'line':<{width}}  table, %    now, %  seconds  verdict")
     for name, model in models.items():
         try:
             with report_out_of_memory("choose hardware=cpu"):
@@ -73,14 +74,12 @@ def reproduce(config: DictConfig) -> None:
             if ours is None:
                 raise
             failed[name] = f": {ours}"
+            say(f"{name:<{width}}  not measured, see below")
             continue
-        accuracies = (f"{100 * accuracy:.4f}" for accuracy in (one.before, one.now.accuracy))
-        rows.append((name, model.task, *accuracies, one.verdict, f"{one.seconds:.0f}"))
+        before, now = 100 * one.before, 100 * one.now.accuracy
+        say(f"{name:<{width}}  {before:8.4f}  {now:8.4f}  {one.seconds:7.0f}  {one.verdict}")
         if one.verdict.startswith(DIFFERS):
             failed[name] = f" {one.verdict}"
-    columns = ["line", "test", "table, %", "now, %", "verdict", "seconds"]
-    if rows:
-        say(make_table("Lines of the tables, measured again", columns, rows, numbers=(*columns[2:4], "seconds")))
     bare = bare_cells()
     if bare and chosen == ["all"]:
         say(f"no weights, so not measured: {', '.join(bare)}")

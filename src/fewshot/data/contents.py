@@ -1,6 +1,8 @@
 """The contents of a data set when a run was trained, compared with today's: no training class may be tested."""
 
+import base64
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +10,8 @@ from typing import Any
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.errors import shortened
 
-MOST_CHARACTERS = 256 * 2**20  # of the record in a checkpoint
+MOST_CHARACTERS = 256 * 2**20  # of the record in a checkpoint, unpacked
+DIGITS = 12  # kept of the digest of a class, so that files stay small; ``images_sha256`` is whole
 Classes = Mapping[str, str | None]  # the classes of a split by name, with the digest of their images or None if unknown
 
 
@@ -24,20 +27,22 @@ class Contents:
     splits: Mapping[str, Classes]
     images_sha256: str | None = None
 
-    def to_json(self) -> str:
-        """Return one string for a checkpoint; unpickling thousands of strings would be slow."""
-        return json.dumps({"splits": self.splits, "images_sha256": self.images_sha256})
+    def pack(self) -> str:
+        """Return one short string for a checkpoint: compressed JSON in base64."""
+        text = json.dumps({"splits": self.splits, "images_sha256": self.images_sha256})
+        return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def contents_of(bank: ImageBank) -> Contents:
     """Return the contents of an image bank."""
-    digests = dict(zip(bank.names, bank.class_digests, strict=True)) if bank.class_digests else {}
+    short = [digest[:DIGITS] for digest in bank.class_digests]
+    digests = dict(zip(bank.names, short, strict=True)) if short else {}
     splits = {split: {name: digests.get(name) for name in bank.class_names(split)} for split in SPLITS}
     return Contents(splits, bank.images_sha256 or None)
 
 
 def read_contents(text: Any) -> Contents:
-    """Read what ``Contents.to_json`` wrote, from an untrusted file.
+    """Read what ``Contents.pack`` wrote, or the plain JSON with longer digests of earlier versions; untrusted.
 
     Raises:
         ValueError: the text is something else.
@@ -45,7 +50,7 @@ def read_contents(text: Any) -> Contents:
     if type(text) is not str or len(text) > MOST_CHARACTERS:
         raise ValueError("its record of the data is not a string")
     try:
-        found = json.loads(text)
+        found = json.loads(text if text.startswith("{") else _unpacked(text))
     except RecursionError:
         raise ValueError("its record of the data is nested too deeply") from None
     splits, digest = (found.get(key) if isinstance(found, dict) else None for key in ("splits", "images_sha256"))
@@ -55,7 +60,20 @@ def read_contents(text: Any) -> Contents:
         raise ValueError("its record of the data has a digest that is not a string")
     if not all(isinstance(value, str | None) for split in SPLITS for value in splits[split].values()):
         raise ValueError("its record of the data has a digest that is not a string")
-    return Contents({split: splits[split] for split in SPLITS}, digest)
+    short = {split: {name: value and value[:DIGITS] for name, value in splits[split].items()} for split in SPLITS}
+    return Contents(short, digest)
+
+
+def _unpacked(text: str) -> bytes:
+    """Return what was compressed, but never more than ``MOST_CHARACTERS``."""
+    compressed = zlib.decompressobj()
+    try:
+        content = compressed.decompress(base64.b64decode(text, validate=True), MOST_CHARACTERS)
+    except zlib.error:
+        raise ValueError("its record of the data cannot be decompressed") from None
+    if not compressed.eof:
+        raise ValueError("its record of the data is cut off or too long")
+    return content
 
 
 def read_names(listed: Any) -> Contents:

@@ -1,7 +1,7 @@
 """The Lightning data module: from a data set's configuration to the episodes of each split."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -107,8 +107,7 @@ class EpisodeDataModule(pl.LightningDataModule):
             self._bank = open_bank(name, instantiate(source), settings, self.cache_dir, self.check_classes)
             if not self.has_validation:
                 self._bank = self._bank.with_validation_in_training()
-            for finding in self._bank.findings:
-                rank_zero_only(say)(f"warning: {name}: {finding}")
+            _warn(name, self._bank.findings)
         return self._bank
 
     def check_classes(self, classes: Sequence[ImageClass]) -> None:
@@ -279,3 +278,10 @@ def _complete(given: Mapping[str, Any], task: Mapping[str, int]) -> dict[str, An
     config = compose(*as_overrides({**task, **chosen, "train": {**task, **(given["train"] or {})}}))
     composed = {"dataset": given["dataset"]} if OmegaConf.is_config(given["dataset"]) else {}
     return {key: config[key] for key in given} | composed
+
+
+@cache
+def _warn(name: str, findings: tuple[str, ...]) -> None:
+    """Say what is odd about a data set, once in a process, which may use it many times."""
+    for finding in findings:
+        rank_zero_only(say)(f"warning: {name}: {finding}")
