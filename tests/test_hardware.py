@@ -1,6 +1,7 @@
 """GPU work, on a fake device of PyTorch, and hardware options that may fail."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -164,6 +165,15 @@ def test_a_run_without_its_accelerator_stops_at_once(no_gpu, tmp_path, group):
     with pytest.raises(FewShotError, match="What is there: a CPU"):
         train(compose(f"hardware={group}", f"run_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"))
     assert not (tmp_path / "cache").exists() and not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "hardware", ["accelerator=tpu", "accelerator=abacus", "devices=-1", "devices=0", "devices=[0,1]", "strategy=ddpp"]
+)
+def test_what_lightning_refuses_is_named(tmp_path, hardware):
+    key, value = hardware.split("=")
+    with pytest.raises(FewShotError, match=rf"^Lightning has no trainer with .*hardware\.{key}={re.escape(value)[:3]}"):
+        train(compose("hardware=cpu", f"hardware.{hardware}", f"run_dir={tmp_path}", f"cache_dir={tmp_path}"))
 
 
 def test_an_old_driver_is_reported_before_the_cpu_is_used(no_gpu, capsys):

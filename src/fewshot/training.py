@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from fewshot.callbacks import FiniteGradients, Interruption, Record
 from fewshot.checkpoints import AtomicCheckpoints, shapes
@@ -42,7 +43,7 @@ from fewshot.dashboard import Dashboard, log_result
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.directories import best_checkpoint, has_run, last_checkpoint, lock_run, new_run_dir, results_file
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, reason
 from fewshot.files import write_atomically
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_of, report_out_of_memory
 from fewshot.initial import read_encoder
@@ -312,6 +313,9 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, loggers: Sequence[
         config: the composed ``conf/train.yaml``.
         callbacks: in addition to those that every run has.
         loggers: where the run logs.
+
+    Raises:
+        FewShotError: Lightning has no such device or strategy.
     """
     # Lightning advises worker processes for every loader without them; ours gathers from memory.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -327,19 +331,23 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, loggers: Sequence[
     logging.getLogger("lightning_fabric.utilities").setLevel(logging.WARNING)
     hardware = {str(key): value for key, value in config.hardware.items() if key != "compile"}
     hardware["precision"] = precision_of(config.hardware)
-    return pl.Trainer(
-        **hardware,
-        max_epochs=-1,  # an epoch ends at each checkpoint; Record sees the last training episode
-        use_distributed_sampler=False,  # ours knows its rank
-        callbacks=[*callbacks, ProgressBar()],
-        plugins=[AtomicCheckpoints()],
-        logger=list(loggers),
-        log_every_n_steps=config.log_every,
-        default_root_dir=config.run_dir,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,  # it would embed every validation image for two episodes
-        inference_mode=False,  # some methods take gradients to solve an episode
-    )
+    try:
+        return pl.Trainer(
+            **hardware,
+            max_epochs=-1,  # an epoch ends at each checkpoint; Record sees the last training episode
+            use_distributed_sampler=False,  # ours knows its rank
+            callbacks=[*callbacks, ProgressBar()],
+            plugins=[AtomicCheckpoints()],
+            logger=list(loggers),
+            log_every_n_steps=config.log_every,
+            default_root_dir=config.run_dir,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,  # it would embed every validation image for two episodes
+            inference_mode=False,  # some methods take gradients to solve an episode
+        )
+    except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
+        chosen = " ".join(f"hardware.{key}={config.hardware[key]}" for key in ("accelerator", "devices", "strategy"))
+        raise FewShotError(f"Lightning has no trainer with {chosen}: {reason(error)}") from error
 
 
 def _check_hardware(config: DictConfig, method: FewShotMethod, trainer: pl.Trainer) -> None:
