@@ -1,17 +1,24 @@
-"""A page in the browser: add examples to classes, then get the answer for a query, with its distances."""
+"""A page in the browser: add examples to classes, then get the answer for a query, and how good such answers are.
 
+The page is in the folder ``page``: a file each of HTML, CSS and JavaScript, which asks this server and draws what it
+answers.
+"""
+
+import hashlib
 import io
-import json
-import logging
 import re
+import socket
+import tempfile
 import time
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from ipaddress import ip_address
+from pathlib import Path
+from threading import Event, Thread
 from typing import Any, cast
 
 import numpy as np
@@ -19,11 +26,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from fewshot.checkpoints import NOWHERE
 from fewshot.config import ROOT
 from fewshot.data.files import ImageFile
+from fewshot.data.kinds import Kind, is_drawn
+from fewshot.data.photos import read_photo
+from fewshot.data.twins import are_twins, candidates, thumbnails
 from fewshot.directories import newest_run
 from fewshot.distances import cosine, l2
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, mistake
 from fewshot.familiarity import FALSE_ALARM
 from fewshot.learned import Learned, Pixels
 from fewshot.methods.base import FewShotMethod
@@ -31,143 +42,118 @@ from fewshot.methods.maml import MAML
 from fewshot.methods.matching import MatchingNetwork
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.metrics import largest
-from fewshot.models import find, short_names
-from fewshot.predictor import Predictor, make_predictor
-from fewshot.text import for_html, say
+from fewshot.models import Model, find, short_names
+from fewshot.predictor import Predictor, make_trained, predictor_of
+from fewshot.taught import load_taught, save_taught
+from fewshot.text import for_terminal, say
 from fewshot.trained import choices_of
 
+PAGE = Path(__file__).with_name("page")
 LONGEST = 40  # characters of a class's name
-THUMBNAIL = 64  # pixels, the most that a picture in the page has on a side
+THUMBNAIL, LARGE = 96, 280  # pixels, the most that an example and the query have on a side in the page
 VISITORS = 20  # the most recently active ones, whose images are kept
 IDLE = 3600  # seconds without activity after which a visitor's images are removed
 FORGOTTEN = (
     f"your images have been removed: the page keeps those of the {VISITORS} most recent visitors, for up to "
     f"{IDLE // 60} minutes; add them again"
 )
-# Paths that the page requests. Gradio would also accept files, serve them, and fetch addresses.
-ASKED = re.compile(
-    r"/(|config|theme\.css|favicon\.ico|manifest\.json|(assets|static)/.*"
-    r"|gradio_api/(startup-events|(queue|heartbeat)/.*))"
-)
 LOCAL = ("localhost", "127.0.0.1", "::1")
-FITTING = "the one that fits the examples"  # a choice in the list of networks
-# Of drawings: the mean difference between the colours of a pixel, and the share of pixels that are near the ground, of
-# all and at the edges. So all of Omniglot's test characters (their first drawing) and 2% of miniImageNet's test photos
-# count as drawings.
-MOST_COLOUR, NEAR_GROUND, LEAST_GROUND, LEAST_AT_EDGES = 8, 48, 0.6, 0.9
-FORM = 2**20  # bytes of a request in addition to the images
-Message = Mapping[str, Any]  # of ASGI
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-# A square to draw and drop images on. Gradio's own component decodes whatever it receives before we could check it;
-# here images arrive as strings and never become files on the server.
-PAD = """
-<div class="square"><canvas width="280" height="280"></canvas></div>
-<div class="buttons">
-<label>choose ${query ? "an image" : "images"}<input type="file" ${query ? "" : "multiple"} hidden></label>
-${query ? "" : '<button class="add">add the drawing</button>'}
-<button class="clear">clear</button>
-</div>
-"""
-PEN = """
-const pad = element.querySelector("canvas"), pen = pad.getContext("2d"), chooser = element.querySelector("input");
-Object.assign(pen, {lineWidth: 18, lineCap: "round", lineJoin: "round"});
-const place = event => [event.offsetX * pad.width / pad.clientWidth, event.offsetY * pad.height / pad.clientHeight];
-const clear = () => {
-    pen.clearRect(0, 0, pad.width, pad.height);
-    pad.parentElement.classList.remove("drawn");
-};
-const send = images => { props.value = JSON.stringify(images); trigger("submit"); };
-const sendDrawing = () => send([["the drawing", pad.toDataURL()]]);
-const sendFiles = async files => {
-    // One image and one byte more than allowed, so that the server notices.
-    const read = file => new Promise(done => {
-        const reader = new FileReader();
-        reader.onload = () => done([file.name, reader.result]);
-        reader.onerror = () => done([file.name, ""]);
-        reader.readAsDataURL(file.slice(0, props.bytes + 1));
-    });
-    const chosen = [...files].slice(0, props.query ? 1 : props.images + 1);
-    const images = [];
-    let room = props.together;
-    for (const file of chosen) {
-        const size = Math.min(file.size, props.bytes + 1);
-        room -= size;
-        images.push(room < 0 && images.length ? [file.name, null] : await read(file));
-    }
-    if (!images.length) return;
-    clear();
-    send(images);
-};
-pad.onpointerdown = event => {
-    pad.setPointerCapture(event.pointerId);
-    pad.parentElement.classList.add("drawn");
-    pen.beginPath();
-    pen.moveTo(...place(event));
-    pad.onpointermove(event);
-};
-pad.onpointermove = event => {
-    if (!event.buttons) return;
-    pen.lineTo(...place(event));
-    pen.stroke();
-};
-if (props.query) pad.onpointerup = sendDrawing;
-else element.querySelector(".add").onclick = () => { sendDrawing(); clear(); };
-element.querySelector(".clear").onclick = clear;
-chooser.onchange = () => { sendFiles(chooser.files); chooser.value = ""; };
-element.ondragover = event => event.preventDefault();
-element.ondrop = event => { event.preventDefault(); sendFiles(event.dataTransfer.files); };
-"""
-CHOICE = """
-element.onclick = event => {
-    const row = event.target.closest(".class");
-    if (row) trigger(event.target.matches("button") ? "remove" : "choose", {name: row.dataset.name});
-};
-"""
-STYLE = """
-.pad {display: flex; gap: 14px}
-.square {position: relative; flex: none; width: 200px; height: 200px; background: white; border: 1px dashed #999;
-    border-radius: 6px}
-.square::before {content: "draw here, or drop images"; position: absolute; inset: 0; padding: 76px 44px; color: #bbb;
-    text-align: center}
-.square.drawn::before {content: none}
-.square canvas {position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; cursor: crosshair}
-.buttons {display: flex; flex-direction: column; align-items: flex-start; gap: 8px}
-.buttons button, .buttons label {padding: 3px 12px; font: inherit; cursor: pointer; color: inherit; background: none;
-    border: 1px solid #9998; border-radius: 6px}
-.notes:not(:has(p)) {display: none}
-.notes p {margin: 4px 0; padding: 6px 12px; border-left: 4px solid #D55E00; background: #D55E0022}
-.class {display: flex; align-items: center; gap: 10px; padding: 6px 0; border-top: 1px solid #8884; cursor: pointer}
-.class b {width: 7em; overflow-wrap: anywhere}
-.class div {display: flex; flex-wrap: wrap; gap: 4px; flex: 1}
-.class button {padding: 0 8px; font: inherit; cursor: pointer; color: inherit; background: none; border: none}
-.seen {height: 48px; width: 48px; image-rendering: pixelated; border-radius: 4px}
-.answer {display: flex; align-items: center; gap: 14px; margin-bottom: 8px}
-.answer .seen {height: 84px; width: 84px}
-.answer b {font-size: 1.6em; overflow-wrap: anywhere}
-.scores {width: 100%; border-collapse: collapse; table-layout: fixed}
-.scores th, .scores td {padding: 6px 8px; text-align: left; border-top: 1px solid #8884; overflow-wrap: anywhere}
-.scores th {vertical-align: bottom}
-.scores .wide {width: 34%}
-.scores .number {text-align: right; font-variant-numeric: tabular-nums}
-.bar {height: 14px; background: #0072B2; border-radius: 3px; min-width: 1px}
-"""
+FITTING = "fitting"  # a choice in the list of networks
+SESSION = re.compile("[0-9a-f]{32}")
+Form = tuple[int, int, bool, str]  # of pixels: size, channels, ink and crop, see ``read_photo``
 
 
-@dataclass(frozen=True)
-class Visit:
-    """The images of one visitor.
+@dataclass(eq=False)
+class Network:
+    """A network that the page can use. Its weights are loaded when they are first needed.
 
     Attributes:
-        support: the images of each class, by its name; no class is empty.
-        query: the image to classify.
-        learned: what was learned from the support set, by the page's network.
+        name: short and unique.
+        label: in the list of networks.
+        about: a sentence for a visitor.
+        form: of the images that it takes.
+        knows: what its images show; None: either.
+        make: returns its predictor, and the configuration of its training.
+        base: classes of a taught file; None: there are none before the visitor's.
     """
 
-    support: Mapping[str, tuple[Pixels, ...]] = field(default_factory=dict)
-    query: Pixels | None = None
-    learned: "dict[Demo, Learned]" = field(default_factory=dict, compare=False, repr=False)
+    name: str
+    label: str
+    about: str
+    form: Form
+    knows: Kind | None
+    make: Callable[[], tuple[Predictor, Any]]
+    base: Learned | None = None
+
+    @cached_property
+    def made(self) -> tuple[Predictor, Any]:
+        """The predictor, and the configuration of its training.
+
+        Raises:
+            FewShotError: see ``make_predictor``.
+        """
+        try:
+            return self.make()
+        except Exception as error:  # its type depends on what makes it
+            raise mistake(error) or error from error
+
+    @property
+    def before(self) -> dict[Any, int]:
+        """The number of examples that a taught file holds of each class."""
+        return dict(zip(self.base.classes, self.base.labels.bincount().tolist(), strict=True)) if self.base else {}
+
+
+@dataclass(eq=False)
+class Example:
+    """An image of a visitor.
+
+    Attributes:
+        name: of its file.
+        digest: SHA-256 of the file's bytes.
+        pixels: as the networks see it.
+        represented: by the networks that were used, by their name; see ``Predictor.represent``.
+    """
+
+    name: str
+    digest: str
+    pixels: Mapping[Form, Pixels]
+    represented: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it is a letter or drawing, instead of a photo."""
+        return is_drawn(self.pixels[max(self.pixels)])
+
+
+@dataclass
+class Visit:
+    """What one visitor has shown.
+
+    Attributes:
+        support: the examples of each class, by its name; no class is empty.
+        query: the image to classify.
+        taught: the network of a file that the visitor loaded.
+        learned: what the networks learned from the support set, by their name.
+    """
+
+    support: dict[str, list[Example]] = field(default_factory=dict)
+    query: Example | None = None
+    taught: Network | None = None
+    learned: dict[str, Learned] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def examples(self) -> list[Example]:
+        """All examples."""
+        return [example for examples in self.support.values() for example in examples]
+
+    def with_file(self, example: Example) -> list[str]:
+        """Return the classes with an example of the same content."""
+        return [name for name, images in self.support.items() if example.digest in [one.digest for one in images]]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of all classes, those of a taught file first."""
+        return list(dict.fromkeys([*(self.taught.before if self.taught else ()), *self.support]))
 
 
 class Visits:
@@ -195,7 +181,7 @@ class Visits:
     def put(self, session: str, visit: Visit) -> None:
         """Keep a visit, unless it is empty."""
         self._kept.pop(session, None)
-        if visit.support or visit.query is not None:
+        if visit != Visit():
             self._kept[session] = visit, self._clock()
         self._forget()
 
@@ -206,118 +192,232 @@ class Visits:
 
 
 class Demo:
-    """What the page does, independent of Gradio.
+    """What the page does, independent of its server.
 
     Args:
-        predictor: classifies the query.
-        limits: ``max_megabytes``, ``max_images`` and ``max_classes`` of ``conf/demo.yaml``.
+        networks: the first is that of the command line, or none is.
+        config: the composed ``conf/demo.yaml``.
     """
 
-    def __init__(self, predictor: Predictor, limits: DictConfig) -> None:
-        self.predictor, self.limits = predictor, limits
+    def __init__(self, networks: Sequence[Network], config: DictConfig) -> None:
+        self.networks, self.config = {network.name: network for network in networks}, config
 
-    def add(self, visit: Visit, name: str, files: Sequence[ImageFile]) -> tuple[Visit, list[str]]:
-        """Add images to a class, which may be new.
+    def add(self, visit: Visit, name: str, file: ImageFile) -> list[str]:
+        """Add an image to a class, which may be new; return notes for the visitor.
 
-        Returns:
-            The updated visit, and why images were left out.
+        Raises:
+            FewShotError: it cannot be read, or exceeds a limit.
         """
-        name = " ".join(name.split())[:LONGEST]
+        name = for_terminal(" ".join(name.split())[:LONGEST])
         if not name:
-            return visit, ["enter a name for the class, then add its images"]
-        if name not in visit.support and len(visit.support) == self.limits.max_classes:
-            return visit, [f"{name} is left out: {len(visit.support)} classes are the most allowed"]
-        images, notes = list(visit.support.get(name, ())), []
-        for file in files:
-            if len(images) == self.limits.max_images:
-                notes.append(
-                    f"{file.name} and all after it are left out: {len(images)} images in a class are the most allowed"
-                )
-                break
-            try:
-                images.append(self._read(file))
-            except FewShotError as error:
-                notes.append(str(error))
-        return replace(visit, support={**visit.support, name: tuple(images)}, learned={}) if images else visit, notes
+            raise FewShotError("enter a name for the class, then add its images")
+        if name not in visit.classes and len(visit.classes) >= self.config.max_classes:
+            raise FewShotError(f"{name} is left out: {len(visit.classes)} classes are the most allowed")
+        images = visit.support.get(name, [])
+        if len(images) == self.config.max_images:
+            raise FewShotError(f"{file.name} is left out: {len(images)} images in a class are the most allowed")
+        example = self._read(visit, file)
+        same = visit.with_file(example)
+        if name in same:
+            return [f"{file.name} is left out: it is already an example of {name}"]
+        visit.support[name] = [*images, example]
+        visit.learned.clear()
+        return [f"{file.name} is also an example of {other}: remove it from one of them" for other in same]
 
-    def remove(self, visit: Visit, name: str) -> Visit:
-        """Remove a class, if it exists."""
-        support = {other: images for other, images in visit.support.items() if other != name}
-        return replace(visit, support=support, learned={})
+    def ask(self, visit: Visit, file: ImageFile) -> None:
+        """Use an image as the query; see ``add``."""
+        visit.query = None
+        visit.query = self._read(visit, file)
 
-    def ask(self, visit: Visit, files: Sequence[ImageFile]) -> tuple[Visit, list[str]]:
-        """Use the first of some images as the query; without images, keep the query.
+    def remove(self, visit: Visit, name: str, digest: str | None = None) -> None:
+        """Remove an example of a class by its digest, or the whole class, if it exists."""
+        images = visit.support.pop(name, [])
+        kept = [image for image in images if digest is not None and image.digest != digest]
+        if kept:
+            visit.support[name] = kept
+        visit.learned.clear()
 
-        Returns:
-            See ``add``.
+    def load(self, visit: Visit, name: str, path: Path) -> None:
+        """Replace everything by the classes in a taught file; see ``load_taught``.
+
+        Args:
+            visit: is changed.
+            name: of the file on the visitor's side.
+            path: of the file here, which is untrusted.
         """
-        if not files:
-            return visit, []
         try:
-            return replace(visit, query=self._read(files[0])), []
+            taught = load_taught(path, self.config.hardware, self.config.trust)
         except FewShotError as error:
-            return replace(visit, query=None), [str(error)]
+            raise FewShotError(str(error).replace(str(path), name)) from error
+        predictor, made = taught.predictor, (taught.predictor, taught.config)
+        base = replace(taught.learned, classes=tuple(for_terminal(str(name)) for name in taught.learned.classes))
+        label, many = for_terminal(name), f"{len(base.labels):,} examples of {len(base.classes)} classes"
+        about = f"{label} holds {many}, without their pictures."
+        network = Network(name, label, about, _form(predictor), predictor.knows, lambda: made, base)
+        visit.__dict__.update(vars(Visit(taught=network)))
 
-    def answer(self, visit: Visit) -> tuple[str, list[str]]:
-        """Classify the query by the support set.
+    def save(self, visit: Visit, chosen: str) -> bytes:
+        """Return the taught file of a visit; see ``save_taught``.
 
-        Returns:
-            HTML, and notes on the answer, or on why there is none.
+        Raises:
+            FewShotError: there are fewer than two classes.
         """
-        if visit.query is None:
-            return "", []
+        network = self.choose(visit, chosen)
+        learned = self._learn(visit, network)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "taught.fewshot")
+            save_taught(path, network.made[0], learned, network.made[1], _names(visit, network))
+            return path.read_bytes()
+
+    def choose(self, visit: Visit, chosen: str) -> Network:
+        """Return the network to use: that of a taught file, the chosen one, or the first that fits the images."""
+        if visit.taught is not None or chosen in self.networks:
+            return visit.taught or self.networks[chosen]
+        images = visit.examples or ([] if visit.query is None else [visit.query])
+        wanted = "letters" if 2 * sum(image.drawn for image in images) > len(images) else "photos"
+        fits = (network for network in self.networks.values() if images and network.knows == wanted)
+        return next(fits, next(iter(self.networks.values())))
+
+    def view(self, visit: Visit, chosen: str) -> dict[str, Any]:
+        """Return what the page shows, as plain data.
+
+        Args:
+            visit: what to show.
+            chosen: the name of a network, or another string for the one that fits.
+        """
+        network, answer = self.choose(visit, chosen), None
+        notes, lines, odd = list[str](), list[str](), set[Example]()
         try:
-            learned = self._learn(visit)
-            represented = learned.represent([visit.query])
-            logits = learned.answer(represented)[0]
+            if len(visit.classes) > 1:
+                learned = self._learn(visit, network)
+                odd = _suspects(visit, network, learned)
+                lines = _how_good(visit, network, learned)
+                answer = visit.query and _answer(visit.query, visit, network, learned)
         except FewShotError as error:
-            return "", [str(error)]
-        method, way = self.predictor.method, len(visit.support)
-        notes = []
-        if largest(logits).sum() > 1:
-            notes.append("several classes have the same largest score, so the answer is a guess among them")
-        if isinstance(method, MAML) and way > method.head.out_features:
-            notes.append(
-                f"this network was trained for {method.head.out_features} classes: with {way} it is less accurate"
-            )
-        figures = [*_how_good(learned), *_how_familiar(learned, represented)]
-        return _answer(visit.query, list(visit.support), logits, *measure(method), figures), notes
+            notes.append(public(error))
+        classes = [
+            {
+                "name": name,
+                "taught": network.before.get(name, 0),
+                "examples": [
+                    {
+                        "id": one.digest,
+                        "name": one.name,
+                        "picture": _picture(one.pixels[network.form], THUMBNAIL),
+                        "odd": one in odd,
+                    }
+                    for one in visit.support.get(name, ())
+                ],
+            }
+            for name in visit.classes
+        ]
+        return {
+            "networks": {one.name: one.label for one in ([visit.taught] if visit.taught else self.networks.values())},
+            "network": network.name,
+            "about": network.about,
+            "coarse": network.form[0] < THUMBNAIL // 2,
+            "classes": classes,
+            "query": visit.query and _picture(visit.query.pixels[network.form], LARGE),
+            "answer": answer,
+            "lines": lines,
+            "notes": notes,
+            "most": {"image": self.config.max_megabytes * 2**20, "model": self.config.max_model * 2**20},
+        }
 
-    def _learn(self, visit: Visit) -> Learned:
-        """Learn the support set, once."""
-        if self not in visit.learned:
-            visit.learned[self] = self.predictor.learn(visit.support)
-        return visit.learned[self]
+    def _learn(self, visit: Visit, network: Network) -> Learned:
+        """Learn the support set, once; each image is represented once."""
+        if network.name in visit.learned:
+            return visit.learned[network.name]
+        if len(visit.classes) < 2:
+            raise FewShotError("add examples of two classes first")
+        predictor, base, examples = network.made[0], network.base, visit.examples
+        new = [one for one in examples if network.name not in one.represented]
+        if new:
+            found = predictor.represent([one.pixels[network.form] for one in new])
+            for one, row in zip(new, found, strict=True):
+                one.represented[network.name] = row
+        rows = [one.represented[network.name] for one in examples]
+        classes = visit.classes
+        labels = [classes.index(name) for name, images in visit.support.items() for _ in images]
+        if base is not None:
+            rows, labels = [*base.examples, *rows], [*base.labels.tolist(), *labels]
+        visit.learned[network.name] = predictor.learn_examples(
+            tuple(classes), torch.stack([row.to(rows[0]) for row in rows]), torch.tensor(labels)
+        )
+        return visit.learned[network.name]
 
-    def _read(self, file: ImageFile) -> Pixels:
-        def within() -> bytes:
-            content = file.read()
-            if len(content) > self.limits.max_megabytes * 2**20:
-                raise ValueError(f"it has more than the allowed {self.limits.max_megabytes} MB")
-            return content
-
-        pixels = self.predictor.read(ImageFile(file.name, within))
-        if pixels.min() == pixels.max():
+    def _read(self, visit: Visit, file: ImageFile) -> Example:
+        content = file.read()
+        forms = [visit.taught.form] if visit.taught else [network.form for network in self.networks.values()]
+        once = ImageFile(for_terminal(file.name), lambda: content)
+        pixels = {form: read_photo(once, *form, reduced=True) for form in dict.fromkeys(forms)}
+        if all(image.min() == image.max() for image in pixels.values()):
             raise FewShotError(f"{file.name} is blank: it has only one colour")
-        return pixels
+        return Example(once.name, hashlib.sha256(content).hexdigest(), pixels)
 
 
-def _how_good(learned: Learned) -> list[str]:
-    if learned.held_out is None:
-        return ["add a second example of a class to see how good the answers will be"] if learned.learn else []
-    accuracy, low, high = learned.held_out.accuracy()
-    interval = f"95% interval {low:.0%} to {high:.0%}"
-    return [f"leave-one-out accuracy on {learned.held_out.examples} examples: {accuracy:.0%} ({interval})"]
+def _form(predictor: Predictor) -> Form:
+    return predictor.size, predictor.channels, predictor.ink, predictor.crop
 
 
-def _how_familiar(learned: Learned, represented: torch.Tensor) -> list[str]:
-    """How like the classes the query is; the answer stays as it is."""
-    if learned.familiarity is None:
-        return []
-    familiarity, limit = float(learned.familiarity(represented)[0]), learned.familiarity.threshold(FALSE_ALARM)
-    verdict = "perhaps none of these" if familiarity < limit else "like the examples"
-    others = f"{1 - FALSE_ALARM:.0%} of the images of a class have at least {limit:.2f}"
-    return [f"{verdict}: familiarity {familiarity:.2f}; {others}"]
+def _names(visit: Visit, network: Network) -> list[str]:
+    taught = [f"example {number + 1} in {network.name}" for number in range(sum(network.before.values()))]
+    return [*taught, *(one.name for one in visit.examples)]
+
+
+def _suspects(visit: Visit, network: Network, learned: Learned) -> set[Example]:
+    """Return the visitor's examples that look mislabelled."""
+    first = sum(network.before.values())
+    found = [number for number, *_ in learned.held_out.suspects()] if learned.held_out else []
+    return {visit.examples[number - first] for number in found if number >= first}
+
+
+def _how_good(visit: Visit, network: Network, learned: Learned) -> list[str]:
+    """Say how good answers will be, and which examples look wrong."""
+    lines = list(learned.describe(_names(visit, network)))
+    if learned.held_out is None and learned.learn:
+        lines.append("add a second example of a class to see how good the answers will be")
+    queries = [visit.query] if visit.query else []
+    for what, images in (("most examples look like {}s", visit.examples), ("the query looks like a {}", queries)):
+        drawn = sum(image.drawn for image in images)
+        strange = drawn if network.knows == "photos" else len(images) - drawn
+        if network.knows is not None and 2 * strange > len(images):
+            seen = what.format("photo" if network.knows == "letters" else "drawing")
+            lines.append(f"{seen}, but this network knows {network.knows}: choose another one, its answers mean little")
+    labelled = [(name, one) for name, images in visit.support.items() for one in images]
+    pixels = [one.pixels[network.form] for _, one in labelled]
+    for one, other, mirror in candidates(thumbnails(np.stack(pixels))) if pixels else ():
+        if are_twins(pixels[one], pixels[other], mirror):
+            (first, twin), (second, copy) = labelled[one], labelled[other]
+            lines.append(f"{copy.name} of {second} looks the same as {twin.name} of {first}: remove one of them")
+    return lines
+
+
+def _answer(query: Example, visit: Visit, network: Network, learned: Learned) -> dict[str, Any]:
+    """Classify the query by the support set."""
+    method, way = network.made[0].method, len(learned.classes)
+    represented = learned.represent([query.pixels[network.form]])
+    logits = learned.answer(represented)[0]
+    measured, meaning, sign = measure(method)
+    lines = [
+        f"the query is also an example of {name}, so this answer says nothing about new images"
+        for name in visit.with_file(query)
+    ]
+    if largest(logits).sum() > 1:
+        lines.append("several classes have the same largest score, so the answer is a guess among them")
+    if isinstance(method, MAML) and way > method.head.out_features:
+        lines.append(f"this network was trained for {method.head.out_features} classes: with {way} it is less accurate")
+    unknown = False
+    if learned.familiarity is not None:
+        familiarity, limit = float(learned.familiarity(represented)[0]), learned.familiarity.threshold(FALSE_ALARM)
+        unknown = familiarity < limit
+        lines.append(
+            f"{'perhaps none of these' if unknown else 'like the examples'}: familiarity {familiarity:.2f}; "
+            f"{1 - FALSE_ALARM:.0%} of the images of a class have at least {limit:.2f}"
+        )
+    probabilities = logits.softmax(0).tolist()
+    rows = [[learned.classes[i], probabilities[i], sign * float(logits[i])] for i in logits.argsort(descending=True)]
+    return {"rows": rows, "unknown": unknown, "lines": lines, "measured": measured, "meaning": meaning}
 
 
 def measure(method: FewShotMethod) -> tuple[str, str, int]:
@@ -331,64 +431,15 @@ def measure(method: FewShotMethod) -> tuple[str, str, int]:
     return "logit", "the network's score of the class; the probabilities are its softmax", 1
 
 
-def serve(config: DictConfig) -> None:
-    """Serve the page until Ctrl-C.
-
-    Args:
-        config: the composed ``conf/demo.yaml``.
-
-    Raises:
-        FewShotError: a number is not a positive whole number; gradio is not installed; there is no complete run, or no
-            predictor (see ``make_predictor``); or the address is not available.
-    """
-    for key in ("port", "max_megabytes", "max_together", "max_images", "max_classes"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise FewShotError(f"{key}={config[key]} must be a whole number of at least 1")
-    if config.checkpoint == "newest":
-        config.checkpoint = str(newest_run(ROOT / "outputs"))
-    with page_of(config) as page:
-        page.block_thread()
+def public(error: FewShotError) -> str:
+    """Return a message for visitors, without the directories of the one who serves the page."""
+    return str(error).replace(str(ROOT), ".").replace(str(Path.home()), "~")
 
 
-@contextmanager
-def page_of(config: DictConfig) -> Iterator[Any]:
-    """Serve the page, a ``gradio.Blocks``, while the ``with`` block runs; see ``serve``."""
-    try:
-        import gradio as gr  # noqa: PLC0415
-        from starlette.middleware import Middleware  # noqa: PLC0415
-    except ImportError as error:
-        raise FewShotError("gradio is not installed; install the extra: pip install -e '.[demo]'") from error
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio polls its own server
-    page = make_page(open_networks(config), config)
-    largest = FORM + _together(config) * 4 // 3  # in base64
-    try:
-        page.launch(
-            server_name=config.host,
-            server_port=config.port,
-            app_kwargs={"middleware": [Middleware(Gate, largest=largest, hosts=_hosts(config.host))]},
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            css=STYLE,
-            footer_links=[],
-            run_history=False,
-            share=False,
-            ssr_mode=False,
-            state_session_capacity=VISITORS,
-            prevent_thread_lock=True,
-            quiet=True,
-        )
-    except OSError as error:
-        raise FewShotError(
-            f"cannot serve at {config.host}:{config.port}: {error}; choose another one with host=ADDRESS port=NUMBER"
-        ) from error
-    say(f"{page.local_url}    Ctrl-C stops it")
-    try:
-        yield page
-    finally:
-        page.close(verbose=False)
+def open_networks(config: DictConfig) -> list[Network]:
+    """List the networks of the page: that of the command line, those in the package, and one of many photos.
 
-
-def open_networks(config: DictConfig) -> dict[str, Demo]:
-    """Load the network of the command line, and those in the package, by the names that the page lists.
+    Only that of the command line is loaded at once. The last is left out if the command line chooses an encoder.
 
     Args:
         config: the composed ``conf/demo.yaml``.
@@ -396,273 +447,198 @@ def open_networks(config: DictConfig) -> dict[str, Demo]:
     Raises:
         FewShotError: see ``make_predictor``; or the method of the command line is transductive.
     """
-    predictor = make_predictor(config)
-    own = str(config.checkpoint or config.encoder.get("name", "without training")).removeprefix(f"{ROOT}/")
-    if predictor.method.transductive:
-        raise FewShotError(
-            f"{type(predictor.method).__name__} is transductive: it needs many queries together, and the page "
-            "classifies one image at a time; choose another method, such as method=simpleshot, or "
-            "classify a folder with predict"
-        )
-    networks = {own: Demo(predictor, config)}
+    chosen = config.checkpoint is not None or choices_of(config.overrides, ("encoder", "method", "distance"))
+    networks = [_own(config)] if chosen else []
     for name in short_names():
-        named = OmegaConf.merge(config, {"checkpoint": name, "overrides": []})
-        if name not in networks and find(name) is not None:
-            networks[name] = Demo(make_predictor(cast(DictConfig, named)), config)
+        model = find(name)
+        if model is not None and name != config.checkpoint:
+            networks.append(_shipped(name, model, config))
+    if config.checkpoint is not None or not chosen:
+        networks.append(
+            Network(
+                "encoder=pretrained",
+                "colour photos, most accurate: resnet18",
+                "resnet18 learned from a million photos of ImageNet. Its weights are loaded when it is chosen.",
+                (config.dataset.size, config.dataset.channels, False, config.crop),
+                "photos",
+                lambda: _make(config, checkpoint=None),
+            )
+        )
     return networks
 
 
-def fitting(networks: Mapping[str, Demo], visits: Mapping[str, Visit]) -> str:
-    """Return the first network that expects what most examples show, drawings or photos; else the first of all.
+def _make(config: DictConfig, **changes: Any) -> tuple[Predictor, Any]:
+    trained = make_trained(cast(DictConfig, OmegaConf.merge(config, changes)), NOWHERE)
+    if trained.method.transductive:
+        raise FewShotError(
+            f"{type(trained.method).__name__} is transductive: it needs many queries together, and the page "
+            "classifies one image at a time; choose another method, such as method=simpleshot, or "
+            "classify a folder with predict"
+        )
+    return predictor_of(trained, config.hardware, config.crop), trained.config
+
+
+def _own(config: DictConfig) -> Network:
+    made = _make(config)
+    name = str(config.checkpoint or config.encoder.get("name", "without training")).removeprefix(f"{ROOT}/")
+    name = name if find(name) else Path(name).name
+    data = OmegaConf.select(made[1], "choices.dataset")
+    size = f"{made[0].size} × {made[0].size} pixels"
+    about = f"{name} {f'was trained on {data}, and' * bool(data)} sees images of {size}."
+    return Network(name, f"yours: {name}", about, _form(made[0]), made[0].knows, lambda: made)
+
+
+def _shipped(name: str, model: Model, config: DictConfig) -> Network:
+    expects, test = model.card["expects"], model.card["test"]
+    shots = f"{test['shot']} example{'s' * (test['shot'] > 1)}"
+    about = (
+        f"{name} compares {expects['kind']} of {expects['size']} × {expects['size']} pixels. From {shots} of each "
+        f"of {test['way']} classes that were new to it, it named {100 * test['accuracy']:.0f}% of the images right."
+    )
+    form = expects["size"], expects["channels"], expects["ink"], config.crop
+    knows: Kind = "letters" if expects["ink"] else "photos"
+    return Network(
+        name,
+        f"{expects['kind']}: {name}",
+        about,
+        form,
+        knows,
+        lambda: _make(config, checkpoint=name, overrides=[]),
+    )
+
+
+def serve(config: DictConfig) -> None:
+    """Serve the page until Ctrl-C.
 
     Args:
-        networks: by name.
-        visits: the images as each network sees them, by its name.
+        config: the composed ``conf/demo.yaml``.
+
+    Raises:
+        FewShotError: a number is not a positive whole number; the extra is not installed; there is no complete run, or
+            no predictor (see ``make_predictor``); or the address is not available.
     """
-    colour = next((name for name, demo in networks.items() if demo.predictor.channels == 3), next(iter(networks)))
-    visit = visits[colour]
-    images = [image for images in visit.support.values() for image in images]
-    images += [visit.query] if visit.query is not None and not images else []
-    if not images:
-        return next(iter(networks))
-    drawings = sum(map(is_drawing, images)) > len(images) / 2
-    return next((name for name, demo in networks.items() if demo.predictor.ink == drawings), next(iter(networks)))
+    for key in ("port", "max_megabytes", "max_model", "max_images", "max_classes"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise FewShotError(f"{key}={config[key]} must be a whole number of at least 1")
+    if config.checkpoint == "newest":
+        config.checkpoint = str(newest_run(ROOT / "outputs"))
+    with page_of(config), suppress(KeyboardInterrupt):
+        Event().wait()
 
 
-def is_drawing(pixels: Pixels) -> bool:
-    """Whether an image is ink on a plain ground: nearly grey, its edges and most of it close to their median."""
-    colour = pixels.astype(np.int16)
-    grey = colour.mean(axis=2)
-    edges = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    share, at_edges = ((abs(part - np.median(edges)) < NEAR_GROUND).mean() for part in (grey, edges))
-    return bool(np.ptp(colour, axis=2).mean() < MOST_COLOUR and share > LEAST_GROUND and at_edges > LEAST_AT_EDGES)
+@contextmanager
+def page_of(config: DictConfig) -> Iterator[str]:
+    """Serve the page while the ``with`` block runs, at the address that is yielded; see ``serve``."""
+    try:
+        import uvicorn  # noqa: PLC0415
+
+        app = make_app(Demo(open_networks(config), config))
+    except ImportError as error:
+        raise FewShotError(f"{error.name} is not installed; install the extra: pip install -e '.[demo]'") from error
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        listening = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise FewShotError(
+            f"cannot serve at {config.host}:{config.port}: {error}; choose another one with host=ADDRESS port=NUMBER"
+        ) from error
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error", timeout_graceful_shutdown=1))
+    thread = Thread(target=server.run, args=[[listening]], daemon=True)
+    thread.start()
+    address = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
+    say(f"{address}    Ctrl-C stops it")
+    try:
+        yield address
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
-def _together(config: DictConfig) -> int:
-    """Return the bytes of images allowed in one request, at least those of one image."""
-    return int(max(config.max_together, config.max_megabytes) * 2**20 + 1)
-
-
-def _hosts(host: str) -> frozenset[str] | None:
-    """Return the host names of a page that only this machine may use; None if it is open to others."""
+def hosts(host: str) -> list[str]:
+    """Return the host names that the page answers to: of a page that only this machine may use, its own."""
     plain = host.strip("[]").lower()
     with suppress(ValueError):  # a name instead of an address
         if plain == "localhost" or ip_address(plain).is_loopback:
-            return frozenset({plain, *LOCAL})
-    return None
+            return [*LOCAL, "[::1]", plain]
+    return ["*"]
 
 
-def make_page(networks: Mapping[str, Demo], config: DictConfig) -> Any:
-    """Make the page, a ``gradio.Blocks``; its actions are those of ``Demo``.
+def make_app(demo: Demo) -> Any:
+    """Make the web app, a ``starlette.applications.Starlette``: the files of the page, and ``POST /ACTION?KEY=VALUE``.
 
-    Every network keeps the images of a visitor as it sees them, so that another one can answer at once.
+    The body of a request is the file, if the action has one. Only the page itself can name a session: a browser sends
+    that header for no other page. And unless the page is open to others, it has the host names of this machine alone;
+    otherwise any web page could point its own name at this machine, and read what the server answers (DNS rebinding).
     """
-    import gradio as gr  # noqa: PLC0415
+    from anyio import CapacityLimiter, to_thread  # noqa: PLC0415
+    from starlette.applications import Starlette  # noqa: PLC0415
+    from starlette.middleware import Middleware  # noqa: PLC0415
+    from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: PLC0415
+    from starlette.requests import ClientDisconnect, Request  # noqa: PLC0415
+    from starlette.responses import JSONResponse, PlainTextResponse, Response  # noqa: PLC0415
+    from starlette.routing import Mount, Route  # noqa: PLC0415
+    from starlette.staticfiles import StaticFiles  # noqa: PLC0415
 
-    kept = {name: Visits() for name in networks}
+    # One at a time: MAML changes its network while it adapts, and other threads would see that.
+    visits, turn = Visits(), CapacityLimiter(1)
 
-    def shown(request: gr.Request, chosen: str, act: Callable[[Demo, Visit], tuple[Visit, Sequence[str]]]) -> list[Any]:
-        session, visits, notes = str(request.session_hash), dict[str, Visit](), dict[str, list[str]]()
-        for name, demo in networks.items():
-            visit, forgotten = kept[name].take(session)
-            visits[name], left_out = act(demo, visit)
-            kept[name].put(session, visits[name])
-            notes[name] = [*forgotten, *left_out]
-        used = chosen if chosen in networks else fitting(networks, visits)
-        answer, more = networks[used].answer(visits[used])
-        named = f"<small>network: <code>{for_html(used)}</code></small>"
-        return [_gallery(visits[used]), answer, _notes([*notes[used], *more]), "", "", named]
-
-    def add(name: str, sent: str, chosen: str, request: gr.Request) -> list[Any]:
-        return shown(request, chosen, lambda demo, visit: demo.add(visit, name, _sent(sent)))
-
-    def ask(sent: str, chosen: str, request: gr.Request) -> list[Any]:
-        return shown(request, chosen, lambda demo, visit: demo.ask(visit, _sent(sent)))
-
-    def remove(chosen: str, event: gr.EventData, request: gr.Request) -> list[Any]:
-        return shown(request, chosen, lambda demo, visit: (demo.remove(visit, str(event.name)), []))
-
-    def start_again(chosen: str, request: gr.Request) -> list[Any]:
-        return shown(request, chosen, lambda *_: (Visit(), []))
-
-    def answer_again(chosen: str, request: gr.Request) -> list[Any]:
-        return shown(request, chosen, lambda _, visit: (visit, []))
-
-    def choose(event: gr.EventData) -> str:
-        return str(event.name)
-
-    pad: dict[str, Any] = {"html_template": PAD, "js_on_load": PEN, "elem_classes": "pad", "apply_default_css": False}
-    pad |= {"bytes": config.max_megabytes * 2**20, "images": config.max_images, "together": _together(config)}
-    theirs = config.checkpoint is not None or choices_of(config.overrides, ("encoder", "method", "distance"))
-    with gr.Blocks(title="fewshot", analytics_enabled=False) as page:
-        gr.HTML("<h2>A few examples of each class, and an answer</h2>")
-        network = gr.Dropdown(
-            [FITTING, *networks], value=next(iter(networks)) if theirs else FITTING, label="Network", filterable=False
-        )
-        notes = gr.HTML(elem_classes="notes")
-        with gr.Row():
-            with gr.Column():
-                with gr.Row():
-                    gr.HTML("<h3>Examples of the class</h3>")
-                    name = gr.Textbox("A", max_length=LONGEST, show_label=False, container=False)
-                examples = gr.HTML(query=False, **pad)
-                support = gr.HTML(js_on_load=CHOICE, apply_default_css=False)
-                again = gr.Button("Remove everything", size="sm")
-            with gr.Column():
-                gr.HTML("<h3>Query</h3>")
-                query = gr.HTML(query=True, **pad)
-                answer = gr.HTML(apply_default_css=False)
-                used = gr.HTML(apply_default_css=False)
-        # One at a time: MAML changes its network while it adapts, and other threads would see that.
-        how: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "trigger_mode": "multiple"}
-        how |= {"api_visibility": "private", "show_progress": "hidden"}
-        how |= {"outputs": [support, answer, notes, examples, query, used]}
-        examples.submit(add, [name, examples, network], **how)
-        query.submit(ask, [query, network], **how)
-        network.change(answer_again, [network], **how)
-        support.remove(remove, [network], **how)
-        support.choose(choose, [], **how | {"outputs": [name]})
-        again.click(start_again, [network], **how)
-    return page
-
-
-class Gate:
-    """ASGI middleware that passes on only requests that the page itself makes.
-
-    Args:
-        app: the web app.
-        largest: bytes of a request.
-        hosts: allowed host names; None: any. Otherwise any web page could point its own name at this machine, and read
-            what the server answers (DNS rebinding).
-    """
-
-    def __init__(self, app: Callable[..., Awaitable[None]], largest: int, hosts: Collection[str] | None = None) -> None:
-        self.app, self.largest, self.hosts = app, largest, hosts
-
-    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        """Handle a request; refuse what the page never requests, and what the app cannot parse."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        begun = False
-
-        async def answer(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
+    def respond(action: str, session: str, query: Mapping[str, str], body: Any) -> Response:
+        visit, notes = visits.take(session)
+        name, chosen, label = query.get("name", "image"), query.get("network", FITTING), query.get("class", "")
         try:
-            await self._handle(scope, receive, answer)
-        except Exception:
-            if begun:
-                raise
-            await _refuse(send, 400, "malformed request")
+            body.seek(0)
+            match action:
+                case "view":
+                    view = demo.view(visit, chosen)
+                    return JSONResponse({**view, "notes": [*notes, *view["notes"]]})
+                case "save":
+                    return Response(demo.save(visit, chosen), media_type="application/octet-stream")
+                case "add":
+                    notes += demo.add(visit, label, ImageFile(name, body.read))
+                case "ask":
+                    demo.ask(visit, ImageFile(name, body.read))
+                case "remove":
+                    demo.remove(visit, label, query.get("example"))
+                case "load":
+                    demo.load(visit, name, Path(body.name))
+                case "restart":
+                    visit = Visit()
+                case _:
+                    return PlainTextResponse("not part of the page", 404)
+        except FewShotError as error:
+            notes.append(public(error))
+        finally:
+            visits.put(session, visit)
+        return JSONResponse({"notes": notes})
 
-    async def _handle(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        if self.hosts is not None and _host(scope) not in self.hosts:
-            return await _refuse(send, 403, "wrong host name")
-        if not ASKED.fullmatch(scope["path"]):
-            return await _refuse(send, 404, "not part of the page")
-        if scope.get("method") != "POST":
-            return await self.app(scope, receive, send)
-        body, size, more = bytearray(), 0, True
-        while more:
-            message = await receive()
-            size += len(message.get("body", b""))
-            more = message.get("more_body", False)
-            if size > self.largest:
-                body.clear()  # read the rest without keeping it: a client sees no answer while it sends
-            else:
-                body += message.get("body", b"")
-        if size > self.largest:
-            return await _refuse(
-                send, 413, f"a request may have at most {self.largest:,} bytes; send fewer images at once"
-            )
-        text = _only_strings(body)
-        body.clear()
-        if text is None:
-            return await _refuse(send, 400, "the page only sends strings")
-        read: Iterator[Message] = iter([{"type": "http.request", "body": text}])
+    async def act(request: Request) -> Response:
+        action, session = request.path_params["action"], request.headers.get("visit", "")
+        if not SESSION.fullmatch(session):
+            return PlainTextResponse("only the page itself may ask this", 403)
+        megabytes = demo.config.max_model if action == "load" else demo.config.max_megabytes
+        left = megabytes * 2**20
+        with tempfile.NamedTemporaryFile() if action == "load" else io.BytesIO() as body:
+            try:
+                # Read the rest without keeping it: a client sees no answer while it sends.
+                async for chunk in request.stream():
+                    left -= len(chunk)
+                    body.write(chunk if left >= 0 else b"")
+            except ClientDisconnect:
+                return PlainTextResponse("cut off", 400)
+            if left < 0:
+                name = request.query_params.get("name", "the request")
+                return PlainTextResponse(f"{name} has more than the allowed {megabytes} MB", 413)
+            return await to_thread.run_sync(partial(respond, action, session, request.query_params, body), limiter=turn)
 
-        async def replay() -> Message:
-            return next(read, None) or await receive()
-
-        return await self.app(scope, replay, send)
-
-
-def _host(scope: Mapping[str, Any]) -> str:
-    """Return the host name of a request, without the port."""
-    names = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
-    return re.sub(r":\d+$", "", names[0]).strip("[]").lower() if len(names) == 1 else ""
-
-
-async def _refuse(send: Send, status: int, why: str) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": []})
-    await send({"type": "http.response.body", "body": why.encode()})
-
-
-def _only_strings(body: bytearray) -> bytes | None:
-    """Return the same JSON if it only holds strings for the components; anything else could name a file."""
-    try:
-        content = json.loads(body)
-        plain = all(value is None or isinstance(value, str) for value in content.get("data", ()))
-        return json.dumps(content).encode() if plain else None
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        return None
+    allowed = Middleware(TrustedHostMiddleware, allowed_hosts=hosts(demo.config.host), www_redirect=False)
+    page = Mount("/", StaticFiles(directory=PAGE, html=True))
+    return Starlette(routes=[Route("/{action}", act, methods=["POST"]), page], middleware=[allowed])
 
 
-def _sent(text: str) -> list[ImageFile]:
-    """Parse what a pad sends: for each image its name, and its content as ``data:KIND;base64,CONTENT``.
-
-    The content is null if the request had no room for it.
-    """
-    images = json.loads(text or "[]")
-    return [ImageFile(str(name), partial(_content, str(name), url)) for name, url in images]
-
-
-def _content(name: str, url: Any) -> bytes:
-    if url is None:
-        raise FewShotError(f"{name} is left out: with the images before it, it is too large; add it separately")
-    return b64decode(str(url).partition(",")[2])
-
-
-def _gallery(visit: Visit) -> str:
-    return "".join(
-        f'<div class="class" data-name="{for_html(name)}" title="more of this class"><b>{for_html(name)}</b>'
-        f'<div>{"".join(map(_picture, images))}</div><button title="remove this class">×</button></div>'
-        for name, images in visit.support.items()
-    )
-
-
-def _answer(
-    query: Pixels,
-    classes: Sequence[str],
-    logits: torch.Tensor,
-    measured: str,
-    meaning: str,
-    sign: int,
-    figures: Sequence[str],
-) -> str:
-    probabilities, order = logits.softmax(0).tolist(), logits.argsort(descending=True).tolist()
-    rows = "".join(
-        f'<tr><td>{for_html(classes[i])}</td><td><div class="bar" style="width: {probabilities[i]:.1%}"></div></td>'
-        f'<td class="number">{probabilities[i]:.1%}</td><td class="number">{sign * logits[i]:.3f}</td></tr>'
-        for i in order
-    )
-    lines = "".join(f"{for_html(line)}<br>" for line in figures)
-    return (
-        f'<div class="answer">{_picture(query)}<b>{for_html(classes[order[0]])}</b> {probabilities[order[0]]:.1%}</div>'
-        f'<table class="scores"><tr><th>class</th><th class="wide">probability</th><th></th>'
-        f'<th class="number">{measured}</th></tr>{rows}</table><small>{lines}{measured}: {meaning}</small>'
-    )
-
-
-def _notes(lines: Sequence[str]) -> str:
-    return "".join(f"<p>{for_html(line)}</p>" for line in lines)
-
-
-def _picture(pixels: Pixels) -> str:
-    """An ``img`` element: the image as the network sees it, at most ``THUMBNAIL`` pixels wide and high."""
+def _picture(pixels: Pixels, most: int) -> str:
+    """An image as the network sees it, with at most so many pixels on a side, as the address of an ``img``."""
     image, content = Image.fromarray(pixels.squeeze()), io.BytesIO()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(content, "PNG")
-    return f'<img class="seen" src="data:image/png;base64,{b64encode(content.getvalue()).decode()}">'
+    image.thumbnail((most, most))
+    kind = "png" if image.mode == "L" else "jpeg"
+    image.save(content, kind, quality=90)
+    return f"data:image/{kind};base64,{b64encode(content.getvalue()).decode()}"

@@ -95,7 +95,7 @@ class Learned:
         for example, label, probability in self.held_out.suspects():
             yield (
                 f"{names[example]} looks like {self.classes[label]} ({probability:.0%}) instead of "
-                f"{self.classes[self.labels[example]]}: is it in the wrong folder?"
+                f"{self.classes[self.labels[example]]}: is it in the wrong class?"
             )
 
     def record(self, names: Sequence[str]) -> dict[str, Any]:
