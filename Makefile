@@ -47,8 +47,8 @@ report: $(VENV)/installed  ## compare the committed results with published ones,
 dashboard: $(VENV)/installed  ## show the runs below outputs in TensorBoard, on this machine only
 	$(VENV)/bin/tensorboard --logdir outputs --host localhost
 
-demo: $(VENV)/installed-demo  ## try the newest complete run below outputs on your own images, in the browser
-	$(VENV)/bin/python src/demo.py checkpoint=newest
+demo: $(VENV)/installed-demo  ## classify your own images, drawings or camera pictures, in the browser
+	$(VENV)/bin/python src/demo.py
 
 notebooks: $(VENV)/installed-dev  ## rerun all notebooks in place; a minute or two each
 	rm -rf outputs/notebooks

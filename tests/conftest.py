@@ -36,6 +36,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 CHROMIUM = [
     *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
     *("disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1400,900"),
+    *("use-fake-device-for-media-stream", "use-fake-ui-for-media-stream"),  # a camera
 ]
 
 # How many bad inputs the fuzz tests try in total; FEWSHOT_FUZZ=10000 requests new ones in every run.

@@ -106,8 +106,9 @@ def test_the_wheel_contains_the_whole_package_and_its_configuration(wheel):
     packages = [ROOT / "src" / "fewshot", ROOT / "src" / "hydra_plugins"]
     package = {path.relative_to(ROOT / "src") for folder in packages for path in folder.rglob("*.py")}
     configuration = {Path("fewshot/conf") / path.relative_to(CONF) for path in CONF.rglob("*.yaml")}
+    page = {Path("fewshot/page", path.name) for path in (ROOT / "src" / "fewshot" / "page").iterdir()}
     models = {Path("fewshot/shipped", line, name) for line in short_names().values() for name in MODEL}
-    expected = {path.as_posix() for path in [*package, *configuration, *models, Path("fewshot/py.typed")]}
+    expected = {path.as_posix() for path in [*package, *configuration, *models, *page, Path("fewshot/py.typed")]}
     assert wheel.stat().st_size < 3e6
     assert {name for name in held if ".dist-info/" not in name} == expected
 

@@ -20,7 +20,7 @@ from fewshot.config import CONF, compose, compose_unresolved
 from fewshot.data.episodes import EpisodeNumber
 from fewshot.data.files import list_zip
 from fewshot.data.images import decode, normalise
-from fewshot.demo import Demo
+from fewshot.demo import open_networks
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate
 from fewshot.export import export
@@ -378,7 +378,7 @@ def test_weights_that_are_not_finite_are_refused_by_all_that_read_them(run, fold
         lambda: predict(configure(folders, f"checkpoint={path}")),
         lambda: evaluate(compose(f"checkpoint={path}", f"out={tmp_path / 'tested'}", name="evaluate")),
         lambda: export(str(path), str(tmp_path / "encoder.onnx")),
-        lambda: Demo(make_predictor(compose(f"checkpoint={path}", name="demo")), compose(name="demo")),
+        lambda: open_networks(compose(f"checkpoint={path}", name="demo")),
     ):
         with pytest.raises(FewShotError, match=message):
             use()

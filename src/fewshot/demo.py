@@ -15,7 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Event, Thread
@@ -75,6 +75,7 @@ class Network:
         knows: what its images show; None: either.
         make: returns its predictor, and the configuration of its training.
         base: classes of a taught file; None: there are none before the visitor's.
+        made: what ``load`` returned.
     """
 
     name: str
@@ -84,18 +85,19 @@ class Network:
     knows: Kind | None
     make: Callable[[], tuple[Predictor, Any]]
     base: Learned | None = None
+    made: tuple[Predictor, Any] | None = None
 
-    @cached_property
-    def made(self) -> tuple[Predictor, Any]:
-        """The predictor, and the configuration of its training.
+    def load(self) -> tuple[Predictor, Any]:
+        """Return the predictor, and the configuration of its training.
 
         Raises:
             FewShotError: see ``make_predictor``.
         """
         try:
-            return self.make()
+            self.made = self.made or self.make()
         except Exception as error:  # its type depends on what makes it
             raise mistake(error) or error from error
+        return self.made
 
     @property
     def before(self) -> dict[Any, int]:
@@ -231,10 +233,11 @@ class Demo:
 
     def remove(self, visit: Visit, name: str, digest: str | None = None) -> None:
         """Remove an example of a class by its digest, or the whole class, if it exists."""
-        images = visit.support.pop(name, [])
-        kept = [image for image in images if digest is not None and image.digest != digest]
+        kept = [image for image in visit.support.get(name, ()) if digest is not None and image.digest != digest]
         if kept:
             visit.support[name] = kept
+        else:
+            visit.support.pop(name, None)
         visit.learned.clear()
 
     def load(self, visit: Visit, name: str, path: Path) -> None:
@@ -263,10 +266,11 @@ class Demo:
             FewShotError: there are fewer than two classes.
         """
         network = self.choose(visit, chosen)
+        predictor, config = network.load()
         learned = self._learn(visit, network)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "taught.fewshot")
-            save_taught(path, network.made[0], learned, network.made[1], _names(visit, network))
+            save_taught(path, predictor, learned, config, _names(visit, network))
             return path.read_bytes()
 
     def choose(self, visit: Visit, chosen: str) -> Network:
@@ -288,6 +292,8 @@ class Demo:
         network, answer = self.choose(visit, chosen), None
         notes, lines, odd = list[str](), list[str](), set[Example]()
         try:
+            if chosen == network.name:
+                network.load()  # also if there is nothing to learn yet: a missing file is known at once
             if len(visit.classes) > 1:
                 learned = self._learn(visit, network)
                 odd = _suspects(visit, network, learned)
@@ -330,7 +336,7 @@ class Demo:
             return visit.learned[network.name]
         if len(visit.classes) < 2:
             raise FewShotError("add examples of two classes first")
-        predictor, base, examples = network.made[0], network.base, visit.examples
+        predictor, base, examples = network.load()[0], network.base, visit.examples
         new = [one for one in examples if network.name not in one.represented]
         if new:
             found = predictor.represent([one.pixels[network.form] for one in new])
@@ -395,7 +401,7 @@ def _how_good(visit: Visit, network: Network, learned: Learned) -> list[str]:
 
 def _answer(query: Example, visit: Visit, network: Network, learned: Learned) -> dict[str, Any]:
     """Classify the query by the support set."""
-    method, way = network.made[0].method, len(learned.classes)
+    method, way = network.load()[0].method, len(learned.classes)
     represented = learned.represent([query.pixels[network.form]])
     logits = learned.answer(represented)[0]
     measured, meaning, sign = measure(method)
