@@ -603,16 +603,18 @@ def _experiment() -> str | None:
 
 
 def _by(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
-    """Return a setting of an experiment that depends on the budget or the task: the last value whose conditions hold.
+    """Return a setting that depends on the budget, the task or the method: the last value whose conditions hold.
 
     ``${by:{5way:1,20way:5,cpu 20way:3}}`` is 5 in 20-way, and 3 if the budget is cpu as well.
     """
-    holding = {str(_root_.choices.budget), f"{_root_.way}way", f"{_root_.shot}shot"}
+    choices = HydraConfig.get().runtime.choices
+    budget, method = choices.get("budget"), choices.get("method")
+    holding = {str(budget), str(method), f"{_root_.way}way", f"{_root_.shot}shot"}
     fitting = [value for conditions, value in values.items() if holding.issuperset(str(conditions).split())]
     if not fitting:
         raise FewShotError(
-            f"experiment={_root_.choices.experiment} has a value for {', '.join(map(str, values))}, not for "
-            f"way={_root_.way} shot={_root_.shot} budget={_root_.choices.budget}; set it yourself"
+            f"experiment={_experiment()} has a value for {', '.join(map(str, values))}, not for "
+            f"way={_root_.way} shot={_root_.shot} budget={budget}; set it yourself"
         )
     return fitting[-1]
 

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint, or a method on a trained encoder: any way and shot, per class, against another checkpoint."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, check_task
 from fewshot.directories import last_checkpoint
 from fewshot.embeddings import EmbeddingCache
 from fewshot.errors import FewShotError, shortened
-from fewshot.files import output_directory
+from fewshot.files import output_directory, read_json
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, report_out_of_memory
 from fewshot.methods.base import MetricMethod
 from fewshot.metrics import Estimate, count_right, meetings_of, paired_difference
@@ -144,6 +145,12 @@ def evaluate(config: DictConfig) -> float:
         raise FewShotError(f"pictured={config.pictured} must be a whole number of at least 1")
     if config.out is not None and last_checkpoint(Path(config.out).expanduser()).exists():
         raise FewShotError(f"out={config.out} contains a run; choose a different directory, to keep its results")
+    if config.resume not in (None, "auto"):
+        raise FewShotError(f"resume={config.resume} must be auto, to resume a sweep of evaluations, or null")
+    settings = [override for override in config.overrides if not override.startswith("resume=")]
+    if config.resume == "auto" and (finished := _finished(output_directory(config.out, "evaluate"), settings)):
+        say(f"{finished[0]}: kept, because it is finished")
+        return finished[1]
     trained = [_first(config)]
     if config.against is not None:
         trained.append(_load(config.against, config))
@@ -167,6 +174,7 @@ def evaluate(config: DictConfig) -> float:
     results = _results(trained[0], tasks[0], config, own)
     seen = np.flatnonzero(met.diagonal())
     accuracies = taken.diagonal()[seen] / met.diagonal()[seen]
+    results["command"] = settings
     results["classes"] = {names[number]: accuracy for number, accuracy in zip(seen, accuracies.tolist(), strict=True)}
     for rival, theirs in zip(trained[1:], others, strict=True):
         difference = paired_difference(own.right, theirs.right, len(dataset.query_labels))
@@ -185,6 +193,16 @@ def evaluate(config: DictConfig) -> float:
     _print(results, [names[number] for number in worst[:PRINTED]], trained[0].method.assumes_balance)
     say(written, picture)
     return own.estimate.accuracy
+
+
+def _finished(folder: Path, settings: Sequence[str]) -> tuple[Path, float] | None:
+    """The results in a directory and their accuracy, if the same command wrote them."""
+    for path in (folder / "results.json", *folder.glob("results_*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            results = read_json(path)
+            if isinstance(results, dict) and results.get("command") == settings:
+                return path, float(results["accuracy"])
+    return None
 
 
 def open_split(config: DictConfig, split: str, concentration: float | None = None) -> OneSplit:
