@@ -127,6 +127,19 @@ def test_evaluations_are_compared_with_their_kind_and_time(tmp_path, capsys):
     assert draw_times(collect(read_runs(str(tmp_path / "trained")))) == []
 
 
+def test_maml_is_transductive_whatever_earlier_versions_wrote(tmp_path):
+    """Its batch norm has the statistics of the queries; results without the key, or with false, are read as before."""
+    write_run(tmp_path / "old", method="maml", encoder="conv4")
+    write_run(tmp_path / "false", method="maml", encoder="resnet12", transductive=False)
+    write_run(tmp_path / "own", method="maml", encoder="without_batch_norm", transductive=False)
+    write_run(tmp_path / "protonet", encoder="conv4", transductive=False)
+    found = {path.parent.name: run for path, run in read_runs(str(tmp_path)).items()}
+    kinds = {name: bool(result.get("transductive")) for name, result in found.items()}
+    assert kinds == {"old": True, "false": True, "own": False, "protonet": False}
+    (task,) = collect(read_runs(str(tmp_path)))
+    assert sorted(row["kind"] for row in cells(task)) == ["inductive", "inductive", "transductive", "transductive"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

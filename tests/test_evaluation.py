@@ -261,3 +261,21 @@ def test_untrained_weights_are_not_evaluated(choice, tmp_path):
     with pytest.raises(FewShotError, match="has weights that nobody has trained"):
         run_evaluation(compose(*choice, f"out={tmp_path / 'out'}", name="evaluate"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_resumes_without_the_jobs_that_the_same_command_finished(run, cache_dir, tmp_path, capsys):
+    base = [f"checkpoint={run('protonet')}", f"cache_dir={cache_dir}", f"out={tmp_path}", "hardware=cpu"]
+
+    def evaluated(*overrides):
+        accuracy = run_evaluation(compose(*base, *overrides, name="evaluate"))
+        return accuracy, "kept, because it is finished" in capsys.readouterr().out
+
+    first, kept = evaluated("episodes=4", "resume=auto")
+    assert not kept
+    assert evaluated("episodes=4", "resume=auto") == (first, True)
+    assert evaluated("episodes=4") == (first, False)  # without resume, it is measured again
+    assert not evaluated("episodes=6", "resume=auto")[1]  # another command
+    (tmp_path / "results.json").write_text("{")
+    assert not evaluated("episodes=6", "resume=auto")[1]
+    with pytest.raises(FewShotError, match="resume=RUN must be auto"):
+        evaluated("resume=RUN")

@@ -294,5 +294,9 @@ def test_the_study_of_classifiers_has_all_of_them():
     untrained = {path.stem for path in (CONF / "method").glob("*.yaml") if "Needs no training" in path.read_text()}
     # method=auto is for photos of one's own: it chooses among others for each support set.
     assert {*methods} == {"protonet", *untrained} - {"auto"} and len(methods) == len(set(methods))
+    slow = {"alpha_tim": (1000, 1000), "tim": (10_000, 1000), "simpleshot": (10_000, 10_000)}
+    for method, episodes in slow.items():
+        config = [compose(f"method={method}", f"way={way}", "study=classifiers", name="evaluate") for way in (5, 20)]
+        assert tuple(one.episodes for one in config) == episodes
     for method in methods:
         assert trains_on(compose(f"method={method}")) == ("episodes" if method == "protonet" else "nothing")

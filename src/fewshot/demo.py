@@ -475,7 +475,7 @@ def open_networks(config: DictConfig) -> list[Network]:
 
 def _make(config: DictConfig, **changes: Any) -> tuple[Predictor, Any]:
     trained = make_trained(cast(DictConfig, OmegaConf.merge(config, changes)), NOWHERE)
-    if trained.method.transductive:
+    if trained.method.needs_all_queries:
         raise FewShotError(
             f"{type(trained.method).__name__} is transductive: it needs many queries together, and the page "
             "classifies one image at a time; choose another method, such as method=simpleshot, or "

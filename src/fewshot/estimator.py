@@ -132,8 +132,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         for image in _several(images):
             batch.append(_prepare(image, self._predictor))
             drawn.append(is_drawn(batch[-1]))
-            # A transductive method answers all images together.
-            if len(batch) == self.batch and not self._predictor.method.transductive:
+            if len(batch) == self.batch and not self._predictor.method.needs_all_queries:
                 logits.append(self._learned(batch).numpy())
                 batch = []
         _warn(self._predictor, drawn, "queries")

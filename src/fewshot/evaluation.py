@@ -135,18 +135,7 @@ def evaluate(config: DictConfig) -> float:
             "there is nothing to evaluate: name a run with checkpoint=RUN_DIR, or choose an encoder that needs no "
             "training, a method and a data set: encoder=pretrained method=protonet dataset=miniimagenet"
         )
-    if config.split not in SPLITS:
-        raise FewShotError(f"split={config.split} must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
-    if config.concentration is not None and not (
-        isinstance(config.concentration, int | float) and 0 < config.concentration < float("inf")
-    ):
-        raise FewShotError(f"concentration={config.concentration} must be a positive number, or null")
-    if not isinstance(config.pictured, int) or config.pictured < 1:
-        raise FewShotError(f"pictured={config.pictured} must be a whole number of at least 1")
-    if config.out is not None and last_checkpoint(Path(config.out).expanduser()).exists():
-        raise FewShotError(f"out={config.out} contains a run; choose a different directory, to keep its results")
-    if config.resume not in (None, "auto"):
-        raise FewShotError(f"resume={config.resume} must be auto, to resume a sweep of evaluations, or null")
+    _check_settings(config)
     settings = [override for override in config.overrides if not override.startswith("resume=")]
     if config.resume == "auto" and (finished := _finished(output_directory(config.out, "evaluate"), settings)):
         say(f"{finished[0]}: kept, because it is finished")
@@ -193,6 +182,21 @@ def evaluate(config: DictConfig) -> float:
     _print(results, [names[number] for number in worst[:PRINTED]], trained[0].method.assumes_balance)
     say(written, picture)
     return own.estimate.accuracy
+
+
+def _check_settings(config: DictConfig) -> None:
+    if config.split not in SPLITS:
+        raise FewShotError(f"split={config.split} must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
+    if config.concentration is not None and not (
+        isinstance(config.concentration, int | float) and 0 < config.concentration < float("inf")
+    ):
+        raise FewShotError(f"concentration={config.concentration} must be a positive number, or null")
+    if not isinstance(config.pictured, int) or config.pictured < 1:
+        raise FewShotError(f"pictured={config.pictured} must be a whole number of at least 1")
+    if config.out is not None and last_checkpoint(Path(config.out).expanduser()).exists():
+        raise FewShotError(f"out={config.out} contains a run; choose a different directory, to keep its results")
+    if config.resume not in (None, "auto"):
+        raise FewShotError(f"resume={config.resume} must be auto, to resume a sweep of evaluations, or null")
 
 
 def _finished(folder: Path, settings: Sequence[str]) -> tuple[Path, float] | None:

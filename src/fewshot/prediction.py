@@ -87,8 +87,7 @@ def predict(config: DictConfig) -> None:
         table.writerow(
             ["file", "label", "probability", "runner-up", *(["familiarity", "unknown"] * (limit is not None))]
         )
-        # A transductive method answers all queries together.
-        count = 1 if predictor.method.transductive else math.ceil(len(queries) / config.batch)
+        count = 1 if predictor.method.needs_all_queries else math.ceil(len(queries) / config.batch)
         reading = read_ahead(queries, predictor.read)
         for batch in track(np.array_split(np.arange(len(queries)), count), description="classifying", transient=True):
             readable = dict(_read_queries(islice(reading, len(batch)), start.known, left_out))
@@ -114,7 +113,7 @@ def predict(config: DictConfig) -> None:
     if limit is not None:
         rate = f"so are about {config.false_alarm:.0%} of the images of a class"
         say(f"{tally.unknown:,} of {classified:,} queries are like none of the classes; {rate}")
-    if predictor.method.transductive:
+    if predictor.method.needs_all_queries:
         say(_few_queries(type(predictor.method).__name__, classified))
     warn_of_strangers(predictor.knows, tally.hand_drawn, "queries")
     _print_right(tally.right, tally.tied)

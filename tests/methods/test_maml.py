@@ -267,6 +267,21 @@ def test_classified_images_share_a_batch_with_the_support_set():
     torch.testing.assert_close(maml.classifier(task.support, task.support_labels, 3)(task.query[:1]), expected)
 
 
+def test_it_is_transductive_exactly_if_batch_norm_lets_queries_influence_each_other():
+    def without():
+        encoder = Smooth()
+        encoder[1] = nn.Identity()
+        return encoder
+
+    for encoder, transductive in ((conv4, True), (Smooth, True), (without, False)):
+        made, episode = method(encoder), next(tasks(1).tasks())
+        fewer = episode._replace(query=episode.query[:-1], query_labels=episode.query_labels[:-1])
+        with torch.no_grad():
+            alike = torch.allclose(made(fewer), made(episode)[:-1], atol=1e-6)
+        assert made.transductive == transductive == (not alike)
+        assert not made.needs_all_queries
+
+
 def test_a_class_with_more_samples_has_no_more_influence():
     maml = method(conv4, test_inner_steps=3).eval()
     task = next(tasks(1).tasks())

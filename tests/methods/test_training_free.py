@@ -308,7 +308,12 @@ def test_tsallis_entropy_approaches_shannons_at_order_1():
     [
         ("tim", {"temperature": -1.0}, "method.temperature=-1.0 must be positive"),
         ("tim", {"solver": "newton"}, "method.solver=newton must be adm or gradient"),
+        ("tim", {"temperature": 0.0}, "method.temperature=0.0 must be positive"),
+        ("tim", {"temperature": float("inf")}, "method.temperature=inf must be positive and finite"),
+        ("tim", {"temperature": "warm"}, "method.temperature=warm must be positive"),
         ("tim", {"steps": 0}, "method.steps=0 must be at least 1"),
+        ("tim", {"steps": 2.5}, "method.steps=2.5 must be at least 1, a whole number"),
+        ("alpha_tim", {"alpha": float("nan")}, "method.alpha=nan must be positive"),
         ("alpha_tim", {"alpha": 1.0}, "method.alpha=1.0 must be above 1"),
         ("simpleshot", {"features": "l3n"}, "method.features=l3n must be none, l2n or cl2n"),
         ("simpleshot", {"centre": "test"}, "method.centre=test must be train or support"),
@@ -337,6 +342,12 @@ def test_the_mean_of_training_classes_is_not_made_up():
 
     with pytest.raises(FewShotError, match=r"needs the mean of the training classes.*method\.centre=support"):
         made.before_evaluation(no_such_split)
+
+
+def test_more_neighbours_than_queries_are_all_of_them():
+    task = episodes()
+    every = method("laplacian_shot", neighbours=19).compare_tasks(task)
+    assert torch.equal(method("laplacian_shot", neighbours=1000).compare_tasks(task), every)
 
 
 @pytest.mark.parametrize("name", TRANSDUCTIVE)

@@ -36,7 +36,7 @@ class FewShotMethod(pl.LightningModule, ABC):
         trains_on: "episodes" if ``training_step`` takes a ``MetaBatch``; "classes" if it takes a ``ClassBatch`` and the
             constructor takes the number of training ``classes``; "nothing" if there is nothing to train. Validation
             and test always use episodes.
-        transductive: whether the answer to a query depends on the other queries of the episode.
+        transductive: whether the answer to a query of an episode depends on the other queries.
         assumes_balance: whether a transductive method assumes, or prefers, as many queries of every class.
         compilable: whether the encoder can be compiled: ``torch.compile`` does not support second derivatives.
     """
@@ -53,6 +53,11 @@ class FewShotMethod(pl.LightningModule, ABC):
         self.make_schedule: MakeSchedule | None = None
         self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
         self.estimates: dict[str, Estimate] = {}
+
+    @property
+    def needs_all_queries(self) -> bool:
+        """Whether a ``classifier`` must get all images at once: it compares them with each other."""
+        return self.transductive
 
     @abstractmethod
     def forward(self, episode: Episode) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 from fewshot.data.episodes import Episode, MetaBatch
-from fewshot.encoders.adaptable import make_adaptable
+from fewshot.encoders.adaptable import BatchStatisticsNorm2d, make_adaptable
 from fewshot.errors import FewShotError
 from fewshot.methods.base import Classifier, FewShotMethod
 from fewshot.methods.tasks import TASK_BATCHING, for_each_task
@@ -42,7 +42,8 @@ class MAML(FewShotMethod):
     The optimizer's learning rate is the paper's beta.
 
     As published, batch norm always uses the statistics of its current batch: queries are classified together, and the
-    logits of each depend slightly on the others (transductive).
+    logits of each depend on the others. That makes it transductive, which raises its accuracy (Nichol, Achiam &
+    Schulman, 2018, arXiv 1803.02999, section 6.1). An encoder without batch norm makes it inductive.
 
     Variants of MAML override one method: ``adapts`` (which parameters the inner steps change), ``update`` (one inner
     step), ``adapt`` (all inner steps) or ``task_gradient`` (the gradient of a task). They need not care how tasks are
@@ -102,6 +103,7 @@ class MAML(FewShotMethod):
         if wrong:
             raise FewShotError("; ".join(wrong))
         make_adaptable(encoder, twice=order == 2)
+        self.transductive = any(isinstance(module, BatchStatisticsNorm2d) for module in encoder.modules())
         self.head = nn.Linear(int(encoder.features), way)  # type: ignore[arg-type]
         self.order, self.inner_learning_rate = order, inner_learning_rate
         self.compilable = order == 1
@@ -117,6 +119,11 @@ class MAML(FewShotMethod):
         """
         weights = self._adapted(episode.support, episode.support_labels, episode.way)
         return self.classify(weights, episode.query)[:, : episode.way]
+
+    @property
+    def needs_all_queries(self) -> bool:
+        """See ``FewShotMethod``; False, as ``classifier`` puts the support set into every batch."""
+        return False
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
         """See ``FewShotMethod``; images classified in one batch share its batch norm statistics.

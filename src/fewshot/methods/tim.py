@@ -146,7 +146,8 @@ class AlphaTIM(TIM):
     ) -> None:
         weights = support_weight, conditional_weight, marginal_weight
         super().__init__(encoder, features, centre, "gradient", temperature, *weights, steps, learning_rate)
-        if not alpha > 1:
+        check_positive(alpha=alpha)
+        if alpha <= 1:
             raise FewShotError(f"method.alpha={alpha} must be above 1")
         self.alpha = alpha
 

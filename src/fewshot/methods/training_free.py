@@ -174,8 +174,8 @@ def check_positive(**settings: float) -> None:
         FewShotError: names the key.
     """
     for name, value in settings.items():
-        if not value > 0:
-            raise FewShotError(f"method.{name}={value} must be positive")
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise FewShotError(f"method.{name}={value} must be positive and finite")
 
 
 def check_share(**settings: float) -> None:
@@ -196,5 +196,5 @@ def check_steps(**settings: int) -> None:
         FewShotError: names the key.
     """
     for name, value in settings.items():
-        if value < 1:
-            raise FewShotError(f"method.{name}={value} must be at least 1")
+        if not isinstance(value, int) or value < 1:
+            raise FewShotError(f"method.{name}={value} must be at least 1, a whole number")
