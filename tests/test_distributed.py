@@ -280,3 +280,19 @@ def test_incompatible_settings_are_rejected(tmp_path, cache_dir, monkeypatch):
         HydraConfig.instance().set_config(compose_unresolved(*here, *overrides))
         with pytest.raises(FewShotError, match=message):
             train(compose(*here, *overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_waits_for_another_machine_can_be_ended(number, cache_dir, tmp_path):
+    settings = [*SMALL, "hardware=ddp_cpu", "hardware.devices=1", "hardware.num_nodes=2"]
+    command = [sys.executable, str(ROOT / "src" / "train.py"), *settings, f"hydra.run.dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "FEWSHOT_CACHE_DIR": str(cache_dir)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as running:
+        try:
+            assert any("waiting for all processes on 2 machines" in line for line in running.stdout)
+            time.sleep(3)
+            running.send_signal(number)
+            assert running.wait(60) == -number
+        finally:
+            running.kill()

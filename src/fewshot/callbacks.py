@@ -352,6 +352,19 @@ class Interruption(pl.Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def wait_for_machines(self, trainer: pl.Trainer) -> None:
+        """Until all machines have joined, let signals end the process at once: PyTorch runs no handler while it waits.
+
+        Nothing is lost, since nothing was trained.
+        """
+        if trainer.num_nodes > 1:
+            rank_zero_only(say)(f"waiting for all processes on {trainer.num_nodes} machines")
+            for number in self._before:
+                signal.signal(number, signal.SIG_DFL)
+
+    def setup(self, trainer: pl.Trainer, method: pl.LightningModule, stage: str) -> None:  # noqa: ARG002, D102
+        self._listen()  # all machines have joined
+
     def on_train_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
         self._training = True
         self._listen()  # Lightning has installed handlers that end a training without a checkpoint

@@ -209,6 +209,7 @@ def _train_and_log(
         try:
             if checkpoint is not None:
                 _check_state(checkpoint, method)
+            interruption.wait_for_machines(trainer)
             # If the training is already complete, this only restores the state.
             trainer.fit(method, data, ckpt_path=resume_from, weights_only=True)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
