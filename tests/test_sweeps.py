@@ -151,11 +151,15 @@ def test_jobs_that_would_write_over_each_other_are_rejected(tmp_path):
 
 
 def test_evaluations_sweep_into_one_directory(cli, run, tmp_path):
-    sweep, one = tmp_path / "sweep", ["query=3", "episodes=4", "way=4", "method=simpleshot,tim"]
+    sweep, one = (
+        tmp_path / "sweep",
+        ["query=3", "way=4", "method=simpleshot,tim", 'episodes="${by:{simpleshot:4,tim:5}}"'],
+    )
     done = cli("-m", f"checkpoint={run('protonet')}", *one, f"hydra.sweep.dir={sweep}", script="evaluate.py")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Callback" not in done.stderr, done.stderr
     frame = pandas.read_csv(sweep / "results.csv")
-    assert list(frame.method) == ["simpleshot", "tim"] and (frame.test_seconds_per_episode > 0).all()
+    assert list(frame.method) == ["simpleshot", "tim"] and list(frame.episodes) == [4, 5]
+    assert (frame.test_seconds_per_episode > 0).all()
     assert list(frame.transductive) == list(frame.assumes_balance) == [False, True]
     assert {path.name for path in (sweep / "1").iterdir()} == {"results.json", "episodes.csv", "confusion.png"}
     assert (sweep / "sweep.png").exists()

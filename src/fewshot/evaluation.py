@@ -129,7 +129,8 @@ def evaluate(config: DictConfig) -> float:
     # What the groups choose is composed with the keys of a training, which it may depend on.
     left_out = (*FROM_CHECKPOINT, *REPLACEABLE, *FOR_TRAINING)
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key not in left_out])
-    OmegaConf.resolve(config)
+    # Not in place: Hydra's record of the command line is read-only, and may have an interpolation.
+    config = DictConfig(OmegaConf.to_container(config, resolve=True))
     if config.checkpoint is None and not choices_of(config.overrides, ["encoder"]):
         raise FewShotError(
             "there is nothing to evaluate: name a run with checkpoint=RUN_DIR, or choose an encoder that needs no "

@@ -77,7 +77,10 @@ def _swept(config: DictConfig) -> list[str]:
 
 
 def _overrides(config: DictConfig) -> list[Override]:
-    return OverridesParser.create().parse_overrides(list(OmegaConf.select(config, "hydra.overrides.task") or []))
+    overrides: Any = OmegaConf.select(config, "hydra.overrides")
+    # An interpolation has no value before there are jobs.
+    written = OmegaConf.to_container(overrides, resolve=False)["task"] if overrides else []
+    return OverridesParser.create().parse_overrides(written)
 
 
 def failures(folder: Path) -> list[str]:
