@@ -151,10 +151,8 @@ def test_jobs_that_would_write_over_each_other_are_rejected(tmp_path):
 
 
 def test_evaluations_sweep_into_one_directory(cli, run, tmp_path):
-    sweep, one = (
-        tmp_path / "sweep",
-        ["query=3", "way=4", "method=simpleshot,tim", 'episodes="${by:{simpleshot:4,tim:5}}"'],
-    )
+    episodes = 'episodes="${by:{simpleshot:4,tim:5}}"'
+    sweep, one = tmp_path / "sweep", ["query=3", episodes, "way=4", "method=simpleshot,tim"]
     done = cli("-m", f"checkpoint={run('protonet')}", *one, f"hydra.sweep.dir={sweep}", script="evaluate.py")
     assert done.returncode == 0 and "Callback" not in done.stderr, done.stderr
     frame = pandas.read_csv(sweep / "results.csv")

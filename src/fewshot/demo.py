@@ -478,7 +478,7 @@ def _make(config: DictConfig, **changes: Any) -> tuple[Predictor, Any]:
     if trained.method.needs_all_queries:
         raise FewShotError(
             f"{type(trained.method).__name__} is transductive: it needs many queries together, and the page "
-            "classifies one image at a time; choose another method, such as method=simpleshot, or "
+            "classifies one image at a time; choose another method, such as method=protonet, or "
             "classify a folder with predict"
         )
     return predictor_of(trained, config.hardware, config.crop), trained.config

@@ -26,7 +26,7 @@ from fewshot.errors import FewShotError
 from fewshot.learned import Learned, Pixels
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.protonet import PrototypicalNetwork
-from fewshot.predictor import Predictor
+from fewshot.predictor import Predictor, arbitrary_alone
 from fewshot.taught import load_taught, save_taught
 from fewshot.trained import load_trained, restore
 from fewshot.trust import read_config
@@ -136,6 +136,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 logits.append(self._learned(batch).numpy())
                 batch = []
         _warn(self._predictor, drawn, "queries")
+        if len(drawn) == 1 and self._predictor.method.needs_all_queries:
+            warnings.warn(arbitrary_alone(self._predictor.method), stacklevel=2)
         return np.concatenate([*logits, self._learned(batch).numpy()] if batch else logits)
 
     def predict_proba(self, images: Iterable[Any]) -> NDArray[np.float32]:

@@ -27,7 +27,7 @@ from fewshot.errors import FewShotError, shortened
 from fewshot.files import atomic_writer, output_directory, write_atomically
 from fewshot.learned import Learned, Pixels
 from fewshot.metrics import largest
-from fewshot.predictor import Predictor, make_predictor
+from fewshot.predictor import Predictor, arbitrary_alone, make_predictor
 from fewshot.taught import load_taught
 from fewshot.text import for_csv, for_figure, for_terminal, make_table, say
 from fewshot.trained import FROM_CHECKPOINT, REPLACEABLE, choices_of
@@ -113,8 +113,13 @@ def predict(config: DictConfig) -> None:
     if limit is not None:
         rate = f"so are about {config.false_alarm:.0%} of the images of a class"
         say(f"{tally.unknown:,} of {classified:,} queries are like none of the classes; {rate}")
-    if predictor.method.needs_all_queries:
-        say(_few_queries(type(predictor.method).__name__, classified))
+    if predictor.method.needs_all_queries and classified == 1:
+        say(f"warning: {arbitrary_alone(predictor.method)}", error=True)
+    elif predictor.method.needs_all_queries:
+        say(
+            f"{type(predictor.method).__name__} is transductive: each answer depends on all {classified:,} queries, "
+            "and few queries, or queries of few classes, mislead it"
+        )
     warn_of_strangers(predictor.knows, tally.hand_drawn, "queries")
     _print_right(tally.right, tally.tied)
     _warn_of_copies(tally.copies, "which gives away its class")
@@ -233,19 +238,6 @@ def _class_of(file: str, place: str, classes: Container[str]) -> str | None:
         root = Path(*fixed) if len(fixed) < len(root.parts) else path.parent
     below = [folder.name for folder in path.parents if folder == root or root in folder.parents]
     return next((name for name in below if name in classes), None)
-
-
-def _few_queries(method: str, queries: int) -> str:
-    """Say what the number of queries means to a transductive method."""
-    if queries == 1:
-        return (
-            f"warning: {method} is transductive: it compares queries with each other, so the answer to a single one "
-            "can be arbitrary; classify more together, or choose a method such as method=protonet"
-        )
-    return (
-        f"{method} is transductive: each answer depends on all {queries:,} queries, and few queries, or queries of few "
-        "classes, mislead it"
-    )
 
 
 def _print_right(right: Mapping[bool, Sequence[float]], tied: int) -> None:
@@ -447,7 +439,9 @@ def _print(shown: Sequence[Prediction], queries: int, learned: Learned) -> None:
         for answer in shown
     ]
     if shown:
-        title = f"{queries:,} queries, {len(learned.classes)} classes with {images} each"
+        title = (
+            f"{queries:,} {'query' if queries == 1 else 'queries'}, {len(learned.classes)} classes with {images} each"
+        )
         say(make_table(title, ["file", "label", "probability", "runner-up"], rows, numbers=("probability",)))
     if len(shown) < queries:
         say(f"... and {queries - len(shown):,} more:")

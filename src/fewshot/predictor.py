@@ -53,6 +53,7 @@ class Predictor:
         precision: Any = precision_of(hardware)
         self._fabric = Fabric(accelerator=hardware.accelerator, devices=1, precision=precision)
         require_finite(method, "the network")
+        method.before_prediction()
         self.method = method.eval().to(self._fabric.device)
         if precision.startswith("64"):
             self.method.double()
@@ -162,6 +163,14 @@ class Predictor:
 
     def _input(self, pixels: torch.Tensor) -> torch.Tensor:
         return normalise(pixels.to(self._fabric.device), self.kind).to(self.method.dtype)
+
+
+def arbitrary_alone(method: FewShotMethod) -> str:
+    """Say what a single query means to a transductive method."""
+    return (
+        f"{type(method).__name__} is transductive: it compares queries with each other, so the answer to a single one "
+        "can be arbitrary; classify more together, or choose a method such as method=protonet"
+    )
 
 
 def make_predictor(config: DictConfig) -> Predictor:

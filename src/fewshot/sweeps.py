@@ -77,10 +77,10 @@ def _swept(config: DictConfig) -> list[str]:
 
 
 def _overrides(config: DictConfig) -> list[Override]:
-    overrides: Any = OmegaConf.select(config, "hydra.overrides")
+    overrides = OmegaConf.select(config, "hydra.overrides")
     # An interpolation has no value before there are jobs.
-    written = OmegaConf.to_container(overrides, resolve=False)["task"] if overrides else []
-    return OverridesParser.create().parse_overrides(written)
+    written: Any = OmegaConf.to_container(overrides) if overrides else {}
+    return OverridesParser.create().parse_overrides(written.get("task", []))
 
 
 def failures(folder: Path) -> list[str]:

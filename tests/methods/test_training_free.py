@@ -1,6 +1,7 @@
 """Classifiers that need no training: what each computes, and what they have in common."""
 
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from fewshot.demo import page_of
 from fewshot.distances import cosine, l2
 from fewshot.embeddings import LabelledEmbeddings
 from fewshot.errors import FewShotError
+from fewshot.estimator import FewShotClassifier
 from fewshot.evaluation import evaluate
 from fewshot.methods.feat import FEAT
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.methods.pt_map import sinkhorn
 from fewshot.methods.training_free import descend, in_span
 from fewshot.prediction import predict
+from fewshot.predictor import make_predictor
 from fewshot.training import make_data, train
 
 INDUCTIVE = (
@@ -344,6 +347,17 @@ def test_the_mean_of_training_classes_is_not_made_up():
         made.before_evaluation(no_such_split)
 
 
+def test_what_lacks_the_mean_of_training_classes_is_refused_before_any_image_is_read(run):
+    choice = [f"checkpoint={run('protonet')}", "method=simpleshot"]
+    message = r"needs the mean of the training classes.*method\.centre=support"
+    for command in ("predict", "teach"):
+        with pytest.raises(FewShotError, match=message):
+            make_predictor(compose(*choice, name=command))
+        assert make_predictor(compose(*choice, "method.centre=support", name=command))
+    with pytest.raises(FewShotError, match=message), page_of(compose(*choice, "port=0", name="demo")):
+        pass
+
+
 def test_more_neighbours_than_queries_are_all_of_them():
     task = episodes()
     every = method("laplacian_shot", neighbours=19).compare_tasks(task)
@@ -366,7 +380,23 @@ def test_predict_says_what_a_single_query_means_to_a_transductive_method(run, tm
         Image.fromarray(random.integers(0, 256, (30, 30), dtype=np.uint8)).save(path)
     places = [f"{name}={tmp_path / name}" for name in ("support", "query", "out")]
     predict(compose(f"checkpoint={run('protonet')}", "method=tim", *places, name="predict"))
-    assert "the answer to a single one can be arbitrary" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "the answer to a single one can be arbitrary" in shown.err and "1 query, 2 classes" in shown.out
+
+
+def test_the_estimator_warns_of_a_single_query_of_a_transductive_method():
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, FEATURES))
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    for name, alone in (("tim", True), ("soft_kmeans", True), ("nearest_neighbour", False)):
+        made = method(name)
+        made.encoder = encoder
+        classifier = FewShotClassifier(made, size=8).fit(images[:4], list("abab"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            classifier.predict(images[:2])
+            assert not caught
+            classifier.predict(images[:1])
+        assert [("a single one can be arbitrary" in str(one.message)) for one in caught] == [True] * alone
 
 
 class TestUnbalancedQueries:

@@ -59,6 +59,13 @@ class FewShotMethod(pl.LightningModule, ABC):
         """Whether a ``classifier`` must get all images at once: it compares them with each other."""
         return self.transductive
 
+    def before_prediction(self) -> None:
+        """Optional hook: refuse to classify images without a data set, if the method has to learn from one.
+
+        Raises:
+            FewShotError: says what is missing.
+        """
+
     @abstractmethod
     def forward(self, episode: Episode) -> torch.Tensor:
         """Classify the queries of an episode, given its support samples.

@@ -83,6 +83,11 @@ class TrainingFree(MetricMethod):
             except FewShotError as error:  # there are no training classes
                 raise self._no_mean() from error
 
+    def before_prediction(self) -> None:
+        """See ``FewShotMethod``."""
+        if self.features == "cl2n" and self.centre == "train" and self._train_mean is None:
+            raise self._no_mean()
+
     def _no_mean(self) -> FewShotError:
         return FewShotError(
             "method.features=cl2n needs the mean of the training classes, and there are none here; choose "
