@@ -4,6 +4,9 @@ import csv
 import json
 import pathlib
 import pickle
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from torchvision.models import get_model
 
 from conftest import nothing_touched
 from fewshot import FewShotClassifier
-from fewshot.config import compose
+from fewshot.config import ROOT, compose
 from fewshot.data.photos import prepare
 from fewshot.errors import FewShotError
 from fewshot.export import Photos, export_classifier
@@ -155,6 +158,41 @@ def test_the_onnx_file_answers_photos_of_any_size(photos, taught, tmp_path):
         (probabilities,), (familiarity,) = session.run(None, {"pixels": pixels[None]})
         assert probabilities.max() == pytest.approx(float(row["probability"]), abs=5e-3)
         assert familiarity == pytest.approx(float(row["familiarity"]), abs=5e-3)
+
+
+@pytest.mark.slow
+def test_a_newcomer_gets_from_photos_to_an_onnx_file_that_needs_onnxruntime_alone(photos, cli, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} of the extra export is not installed")
+
+    def use(command, *arguments):
+        done = cli(*arguments, script=f"{command}.py", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (tmp_path / "examples").symlink_to(photos / "support")
+    (tmp_path / "pictures").symlink_to(photos / "query")
+    network = [*encoder(photos), "cache_dir=kept", "support=examples"]
+    assert "leave-one-out accuracy" in use("predict", *network, "query=pictures", "unknown=true", "out=out")
+    assert "mine.fewshot: 3 classes, 9 examples" in use("teach", *network, "out=mine.fewshot")
+    use("export", "model=mine.fewshot", "out=mine.onnx")
+    # The program that the guide shows, where neither fewshot nor torch can be imported.
+    guide = (ROOT / "notebooks" / "guides" / "predict.md").read_text()
+    (code,) = re.findall(r"^```\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+    blocked = "import sys\nsys.modules.update(dict.fromkeys(('fewshot', 'torch', 'torchvision')))\n"
+    (tmp_path / "use.py").write_text(blocked + code)
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    command = [sys.executable, "use.py", "mine.onnx", *(row["file"] for row in rows)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == len(rows) == 12, done.stderr
+    for row, line in zip(rows, lines, strict=True):
+        label, _, probability = line.removeprefix(f"{row['file']}: ").rpartition(", ")
+        assert label in (row["label"], f"none of these ({row['label']}?)"), (row, line)
+        assert float(probability.rstrip("%")) == pytest.approx(100 * float(row["probability"]), abs=0.6), (row, line)
+    differ = sum(("none of these" in line) != (row["unknown"] == "yes") for row, line in zip(rows, lines, strict=True))
+    assert differ <= 1  # one may be at the limit
 
 
 def clusters(classes, shots, seed):
