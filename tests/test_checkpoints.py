@@ -140,8 +140,11 @@ def test_a_file_is_written_completely_or_stays_unchanged(tmp_path):
     assert path.read_bytes() == b"first"
     with Path("/dev/full").open("wb") as full, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fdopen", lambda *_: full)
-        with pytest.raises(FewShotError, match=f"cannot write {path}: No space left on device"):
+        with pytest.raises(FewShotError, match=f"cannot write {path}: No space left on device; .*: free some"):
             write_atomically(path, bytes(10**6))
+    assert path.read_bytes() == b"first"
+    with pytest.raises(FewShotError, match=r"deep: Is a directory; .* is kept: name a path that is writable$"):
+        write_atomically(path.parent, b"second")
     assert path.read_bytes() == b"first"
 
 

@@ -3,7 +3,8 @@
     python src/benchmarks/photos.py encoder=lite0 encoder.file=efficientnet-lite0-57934424.pth --photos clothing=DIR
 
 prints the table of notebooks/guides/predict.md, for miniImageNet's test classes and folders of photos. ``--study``
-prints what the constants of ``method=auto`` and ``fewshot.familiarity`` were set by, on validation classes.
+prints what the constants of ``method=auto`` and ``fewshot.familiarity`` were set by, on miniImageNet's validation
+classes, and the same of the folders, by which nothing was set.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from fewshot.config import compose  # noqa: E402
 from fewshot.data.files import ImageFile, list_folder  # noqa: E402
 from fewshot.errors import FewShotError  # noqa: E402
 from fewshot.familiarity import learn_familiarity  # noqa: E402
-from fewshot.methods.auto import TEMPERATURES, Auto, class_means, fit  # noqa: E402
+from fewshot.methods.auto import DEFAULT, TEMPERATURES, Auto, class_means, expected_temperature, fit  # noqa: E402
 from fewshot.predictor import Predictor, make_predictor  # noqa: E402
 from fewshot.taught import digest  # noqa: E402
 from fewshot.text import say  # noqa: E402
@@ -43,6 +44,7 @@ from fewshot.training import make_data  # noqa: E402
 WAY, QUERY, SHOTS, UNSEEN = 10, 50, (1, 2, 5, 10), 10
 IMAGES = QUERY + max(SHOTS)  # of each class
 BINS = 15  # of the calibration error
+FACTORS = (1, 1.2, 1.4, 1.6, 1.8, 2)  # of a temperature
 Answer = Callable[[torch.Tensor], torch.Tensor]  # from embeddings to logits
 
 
@@ -188,32 +190,44 @@ def compare(name: str, embeddings: torch.Tensor, count: int) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def study(embeddings: torch.Tensor, count: int) -> Iterator[str]:
-    """Yield, for ways and shots, the best temperature of each classifier, and the scores of known queries."""
+def study(name: str, embeddings: torch.Tensor, count: int) -> Iterator[str]:
+    """Yield, for ways and shots, the best temperature of each classifier, and the scores of known queries.
+
+    With one example a class, also the calibration error of ``auto``, with its own temperature and with others.
+    """
     for way in (2, 5, 10):
         for shot in SHOTS:
             logits: dict[str, list[torch.Tensor]] = {}
             truths, scores = [], []
             for draw in draws(embeddings, way, shot, count):
-                for name in TEMPERATURES:
-                    answer = fit(name, draw.support, draw.labels, way)(draw.query)
-                    logits.setdefault(name, []).append(answer.double())
+                for classifier in TEMPERATURES:
+                    answer = fit(classifier, draw.support, draw.labels, way)(draw.query)
+                    logits.setdefault(classifier, []).append(answer.double())
                 truths.append(draw.truth)
                 scores.append(learn_familiarity(draw.support, draw.labels, way)(draw.query))
             truth, known = torch.cat(truths), torch.cat(scores)
             best = {}
-            for name, answers in logits.items():
+            for classifier, answers in logits.items():
                 both = torch.cat(answers)
                 found = minimize_scalar(
                     lambda log, both=both, truth=truth: float(cross_entropy(both / np.exp(log), truth)),
                     bounds=(-6, 3),
                     method="bounded",
                 )
-                best[name] = f"{np.exp(found.x):.3f} ({name})"
+                best[classifier] = f"{np.exp(found.x):.3f} ({classifier})"
             yield (
-                f"way {way}, shot {shot}: best temperature {', '.join(best.values())}; familiarity of queries: mean "
-                f"{known.mean():.2f}, standard deviation {known.std():.2f}, 5% below {known.quantile(0.05):.2f}"
+                f"{name}, way {way}, shot {shot}: best temperature {', '.join(best.values())}; familiarity of queries: "
+                f"mean {known.mean():.2f}, standard deviation {known.std():.2f}, 5% below {known.quantile(0.05):.2f}"
             )
+            if shot == 1:
+                expected, errors = expected_temperature(DEFAULT, shot, way), []
+                for factor in FACTORS:
+                    shares = [(answers / expected / factor).softmax(1) for answers in logits[DEFAULT]]
+                    errors.append(np.mean([calibration_error(*pair) for pair in zip(shares, truths, strict=True)]))
+                yield (
+                    f"    calibration error at {', '.join(map(str, FACTORS))} times the temperature of {expected:.3f}: "
+                    f"{', '.join(f'{100 * error:.1f}' for error in errors)}"
+                )
 
 
 def _interval(values: NDArray[np.float64]) -> str:
@@ -230,13 +244,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--photos", action="append", default=[], metavar="NAME=DIR", help="another set, in folders")
     options = parser.parse_args(arguments)
     cache, predictor = options.cache.expanduser(), make_predictor(compose(*options.overrides, name="predict"))
-    if options.study:
-        for line in study(embed(predictor, "val", of_split("val", cache), cache), options.draws):
-            say(line)
-        return
-    sets = {"miniImageNet": embed(predictor, "test", of_split("test", cache), cache)}
+    split = "val" if options.study else "test"
+    sets = {"miniImageNet": embed(predictor, split, of_split(split, cache), cache)}
     for name, _, folder in (photos.partition("=") for photos in options.photos):
         sets[name] = embed(predictor, name, of_folder(Path(folder).expanduser()), cache)
+    if options.study:
+        for name, embeddings in sets.items():
+            for line in study(name, embeddings, options.draws):
+                say(line)
+        return
     names = ["protonet, %", "scikit-learn, %", "auto, %", "difference", "calibration error of each", "ROC area of each"]
     say(f"| classes | way | shot | {' | '.join(names)} |")
     say("| --- " * 9 + "|")

@@ -1,5 +1,6 @@
 """Files in run directories: written atomically, and untrusted when read."""
 
+import errno
 import io
 import json
 import os
@@ -33,10 +34,9 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())  # otherwise a crash could leave the new name without the content
     except OSError as error:
-        raise FewShotError(
-            f"cannot write {path}: {error.strerror}; what was saved before is kept: free some space there, then "
-            "resume the run with resume=RUN_DIR"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        fix = "free some space there, then resume a run with resume=RUN_DIR" if full else "name a path that is writable"
+        raise FewShotError(f"cannot write {path}: {error.strerror}; what was saved before is kept: {fix}") from error
 
 
 @contextmanager

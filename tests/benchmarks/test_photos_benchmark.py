@@ -64,7 +64,15 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
     assert photos.calibration_error(probabilities, truth) == pytest.approx(0.2, abs=1e-6)
 
 
-def test_the_study_names_the_best_temperature(embeddings, monkeypatch):
-    monkeypatch.setattr(photos, "SHOTS", (2,))
-    line = next(photos.study(embeddings, 2))
-    assert "way 2, shot 2: best temperature 0." in line and "(nearest class mean)" in line
+def test_the_study_names_the_best_temperature_and_what_others_would_do_to_the_calibration(embeddings, monkeypatch):
+    monkeypatch.setattr(photos, "SHOTS", (2, 1))
+    more, one, errors, *_ = photos.study("some", embeddings, 2)
+    assert more.startswith("some, way 2, shot 2: best temperature 0.") and "(nearest class mean)" in more
+    assert one.startswith("some, way 2, shot 1: ")
+    draw = next(photos.draws(embeddings, 2, 1, 1))
+    own = photos.score(draw, photos.auto(draw), by_familiarity=False).calibration_error
+    monkeypatch.setattr(photos, "FACTORS", (1,))
+    monkeypatch.setattr(photos, "SHOTS", (1,))
+    _, errors, *_ = photos.study("some", embeddings, 1)
+    assert errors.startswith("    calibration error at 1 times the temperature of 0.016: ")
+    assert errors.endswith(f": {100 * own:.1f}")

@@ -139,6 +139,9 @@ def test_a_broken_file_is_named(weights, tmp_path):
     message = rf"{path} is broken, or does not contain weights of this network: .*; specify a different file"
     with pytest.raises(FewShotError, match=message):
         pretrained(path)
+    path.write_bytes(b"hello" * 100)
+    with pytest.raises(FewShotError, match=r"of this network: it was not written by torch\.save; specify"):
+        pretrained(path)
 
 
 def test_it_sets_the_size_and_normalisation_of_the_images():

@@ -124,7 +124,8 @@ def load_weights(
 
 def unfit(file: Path, error: Exception, fix: str) -> FewShotError:
     """Make the error for a file that does not contain the weights of a network."""
-    return FewShotError(f"{file} is broken, or does not contain weights of this network: {reason(error)}; {fix}")
+    why = "it was not written by torch.save" if isinstance(error, KeyError) else reason(error)  # of an unknown opcode
+    return FewShotError(f"{file} is broken, or does not contain weights of this network: {why}; {fix}")
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
