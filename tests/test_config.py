@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import nothing_touched
+from fewshot.checks import refuse
 from fewshot.cli import _explain
-from fewshot.config import CONF, check, check_types, compose
+from fewshot.config import CONF, check, compose, wrong_settings
 from fewshot.errors import FewShotError
 
 
@@ -35,7 +36,7 @@ def test_every_option_of_every_group_passes_its_own_check(group):
         ("encoder.filters=null", "encoder.filters=None must be a whole number"),
         ("+encoder.depth=3", "encoder.depth is not a setting of Conv4"),
         ("+encoder.filtres=3", "encoder.filtres is not a setting of Conv4 (did you mean filters?)"),
-        ("seed=4294967296", "seed=4294967296 must be below 2**32"),
+        ("seed=4294967296", "seed=4294967296 must be a whole number of at least 0 and below 4294967296"),
         ("+dataset.source.colour=red", "dataset.source.colour is not a setting of glyphs"),
         ("+hardware.speed=9", "hardware.speed is not a setting of Trainer"),
         ("hardware.devices=[0,1.5]", "hardware.devices=[0, 1.5] must be"),
@@ -78,19 +79,19 @@ def test_a_constructors_type_hints_decide(target, settings, message):
     name = f"{target.__module__}.{target.__name__}"
     node = OmegaConf.create({"_target_": name, **settings})
     if message is None:
-        check_types("node", node)
+        refuse(wrong_settings({"node": node}))
         return
     with pytest.raises(FewShotError) as caught:
-        check_types("node", node)
+        refuse(wrong_settings({"node": node}))
     assert message in str(caught.value)
 
 
 def test_the_keys_of_a_figure_are_checked_against_its_function():
     for option in (CONF / "figure").glob("*.yaml"):
-        check_types("figure", compose(f"figure={option.stem}", name="figure").figure)
+        refuse(wrong_settings({"figure": compose(f"figure={option.stem}", name="figure").figure}))
     wrong = compose("figure=intervals", "figure.episodes=many", "+figure.colour=red", name="figure").figure
     with pytest.raises(FewShotError) as caught:
-        check_types("figure", wrong)
+        refuse(wrong_settings({"figure": wrong}))
     assert (
         str(caught.value) == "figure.episodes=many must be a whole number; figure.colour is not a setting of intervals"
     )

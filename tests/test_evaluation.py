@@ -116,8 +116,8 @@ def test_a_paired_difference_is_that_of_the_episodes():
     [
         (["checkpoint=null"], "nothing to evaluate"),
         (["split=rest"], "split=rest must be train, val or test"),
-        (["way=1"], "way=1 must be at least 2"),
-        (["episodes=1"], "test.episodes=1 must be at least 2"),
+        (["way=1"], "way=1 must be a whole number of at least 2"),
+        (["episodes=1"], "test.episodes=1 must be a whole number of at least 2"),
         (["way=9999"], "way=9999 is more than the"),
         (["pictured=none"], "pictured=none must be a whole number"),
         (["hardware=cpu", "hardware.devices=2"], "evaluation uses one device"),

@@ -219,7 +219,7 @@ def test_jobs_of_other_processes_are_summarised_and_failures_reported(cli, tmp_p
     assert re.search(r"│ 0 +│ +[\d.]+ ± +[\d.]+ +│ +[\d.]+ ± +[\d.]+ +│", done.stdout)
     assert list(pandas.read_csv(tmp_path / "results.csv").job) == [0]
     first, failed = [line for line in done.stderr.splitlines() if "_run_job" not in line][-2:]
-    assert first == "error: 1 of the jobs failed" and failed.endswith("way=1 must be at least 2")
+    assert first == "error: 1 of the jobs failed" and failed.endswith("way=1 must be a whole number of at least 2")
     assert "Traceback" not in done.stderr + done.stdout
 
 

@@ -155,7 +155,10 @@ def test_a_job_that_fails_is_named_at_the_end_of_a_sweep_and_the_others_run(cli,
     assert (tmp_path / "1" / "results.json").exists() and not (tmp_path / "0" / "results.json").exists()
     first, *failed = done.stderr.splitlines()[-3:]
     assert first == "error: 2 of the jobs failed"
-    assert "way=9999: way=9999 is more than" in failed[0] and "way=1: way=1 must be at least 2" in failed[1]
+    assert (
+        "way=9999: way=9999 is more than" in failed[0]
+        and "way=1: way=1 must be a whole number of at least 2" in failed[1]
+    )
     assert "Traceback" not in done.stderr + done.stdout
 
 
@@ -224,11 +227,12 @@ BAD = {
         "distance.scale=-1",
         "encoder.filters=0",
     ): (
-        "way=1 must be at least 2; train.episodes=0 must be at least 1; optimizer.lr=-1 must be positive; ",
+        "way=1 must be a whole number of at least 2; optimizer.lr=-1 must be a number above 0 and at most 1000000; ",
+        "train.episodes=0 must be a whole number of at least 1; ",
         "encoder.filters=0 of at least 1; distance.scale=-1 must be positive",
     ),
     ("hardware.precision=17", "hardware.compile=maybe", "schedule.step_size=often", "dataset.source.samples=1.5"): (
-        "dataset.source.samples=1.5 must be a whole number; schedule.step_size=often must be a whole number; ",
+        "dataset.source.samples=1.5 must be a whole number; schedule.step_size=often must be a whole number",
         "hardware.precision=17 must be ",
         "hardware.compile=maybe must be true or false",
     ),
@@ -244,7 +248,7 @@ BAD = {
     ("dataset=miniimagenet", "data_dir=/proc/none"): ("/proc/none/miniimagenet",),
     ("hardware=gpu",): ("gpu",),
     ("dataset.normalise=no", "train.on_nan=pray"): (
-        "train.on_nan=pray must be stop or skip; dataset.normalise=no must be range or standardise or plain",
+        "dataset.normalise=no must be range or standardise or plain; train.on_nan=pray must be stop or skip",
     ),
     ("method=maml", "method.order=3", "method.task_batching=magic"): ("method.order=3 must be 1 or 2; method.task_",),
     ("method=maml", "train.way=6"): ("made for 5 classes, and the episode has 6",),

@@ -42,7 +42,7 @@ from fewshot.config import (
     search_path,
     source_at,
 )
-from fewshot.errors import Interrupted, mistake, nearest
+from fewshot.errors import Interrupted, causes, mistake, nearest
 from fewshot.models import is_model
 from fewshot.paths import make_absolute
 from fewshot.processes import PATIENCE, rank
@@ -244,8 +244,7 @@ def _explain(error: BaseException) -> str | None:
     if ours is not None:
         return str(ours)
     help_ = f"(see {_program()}.py --help)" if CHECKOUT else f"(see fewshot {_program()} --help)"
-    causes = list(_causes(error))
-    for cause in causes:
+    for cause in causes(error):
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's; importing it takes seconds
             return f"{' '.join(str(cause).split())} {help_}"
         if isinstance(cause, OSError) and cause.filename is not None:
@@ -256,7 +255,7 @@ def _explain(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             return f"{cause.strerror}; what was saved before is kept: free some space, then resume with resume=RUN_DIR"
     known = HydraException | OmegaConfBaseException
-    libraries = [cause for cause in causes if isinstance(cause, known) or _raised_in_hydra(cause)]
+    libraries = [cause for cause in causes(error) if isinstance(cause, known) or _raised_in_hydra(cause)]
     if not libraries:
         return None
     line = "; ".join(_wrong_overrides()) or _plain(*libraries) or "an argument is not understood"
@@ -296,10 +295,6 @@ def _wrong_overrides() -> Iterator[str]:
     yield from _wrong_keys(keys, chosen, {group.key_or_group: _values(group) for group in groups}, name, places)
 
 
-def _is_bare(error: Exception) -> bool:
-    return not isinstance(error, HydraException | OmegaConfBaseException)
-
-
 def _values(override: Override) -> list[str]:
     """Return the values of an override: several in a sweep, and of an interval its start."""
     value = override.value()
@@ -321,13 +316,14 @@ def _wrong_choices(groups: Iterable[Override], chosen: list[str], name: str, pla
             try:
                 compose_unresolved(*chosen, choice, name=name, places=places)
             except UNCOMPOSED as error:
-                plugin = f" (pip install -e '.[{PLUGINS[option]}]' installs it)" if option in PLUGINS else ""
                 available = list(_options(override.key_or_group, search_path(*places)))
-                # Hydra's ValueError does not name the group.
-                message = f"{choice} is not an option. Available options in" if _is_bare(error) else _plain(error)
-                if available:  # Hydra's list leaves out those in folders
-                    message = re.sub(r"Available options in.*", f"Choose one of {_listed(available, option)}", message)
-                yield message + (plugin or nearest("none" if option == "null" else option, available))
+                if option in PLUGINS:
+                    yield f"{_plain(error)} (pip install -e '.[{PLUGINS[option]}]' installs it)"
+                elif option in available or not available:  # something else is wrong
+                    yield _plain(error)
+                else:  # Hydra's list leaves out those in folders
+                    near = nearest("none" if option == "null" else option, available)
+                    yield f"{choice} is not an option. Choose one of {_listed(available, option)}{near}"
                 break
         else:
             chosen.append(_first(override))
@@ -425,12 +421,6 @@ def _raised_in_hydra(error: BaseException) -> bool:
     """Whether Hydra itself failed on the command line; not all of its errors have their own type."""
     modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(modules) and modules[-1].startswith(("hydra.core", "hydra._internal"))
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _help(*, _root_: DictConfig) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fewshot.config import CHECKOUT, ROOT, check_types
+from fewshot.checks import refuse
+from fewshot.config import CHECKOUT, ROOT, wrong_settings
 from fewshot.errors import FewShotError
 from fewshot.processes import rank
 from fewshot.text import say
@@ -63,7 +64,7 @@ def compare(config: DictConfig) -> None:
 def figure(config: DictConfig) -> None:
     """Draw one of the project's figures."""
     _only_in_a_checkout("figure")
-    check_types("figure", config.figure)
+    refuse(wrong_settings({"figure": config.figure}))
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     for path in instantiate(config.figure, out=out):

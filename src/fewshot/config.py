@@ -1,19 +1,17 @@
 """The configuration: types, ranges, and how to compose it without the command line."""
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from inspect import Parameter, signature
 from itertools import pairwise
-from math import prod
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import hydra
+from annotated_types import Ge, Gt, Le, Lt
 from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
@@ -30,8 +28,9 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 
+from fewshot.checks import Count, Positive, misfits, refuse
 from fewshot.directories import is_taken
-from fewshot.errors import FewShotError, mistake, nearest, reason
+from fewshot.errors import FewShotError, causes, mistake, nearest, reason
 from fewshot.paths import CHECKOUT, CONF, ROOT, run_directory
 
 FOR_TRAINING = ("optimizer", "schedule", "train")  # a method chosen for another command may set these
@@ -42,17 +41,17 @@ SWEPT = "FEWSHOT_SWEPT"  # environment variable: the keys that a sweep varies, f
 class Task:
     """The size of an episode."""
 
-    way: int = MISSING
-    shot: int = MISSING
-    query: int = MISSING
+    way: Annotated[int, Ge(2)] = MISSING
+    shot: Count = MISSING
+    query: Count = MISSING
 
 
 @dataclass
 class Training(Task):
     """The ``train`` node."""
 
-    episodes: int = MISSING
-    meta_batch: int = MISSING
+    episodes: Count = MISSING
+    meta_batch: Count = MISSING
     batch_size: int | None = None
     also_on: str | None = None
     steps: int = MISSING
@@ -63,15 +62,15 @@ class Training(Task):
 class Validation:
     """The ``val`` node."""
 
-    episodes: int = MISSING
-    every: int = MISSING
+    episodes: Count = MISSING
+    every: Count = MISSING
 
 
 @dataclass
 class Test:
     """The ``test`` node."""
 
-    episodes: int = MISSING
+    episodes: Annotated[int, Ge(2)] = MISSING  # an interval needs two
 
 
 @dataclass
@@ -92,45 +91,43 @@ class TrainConfig(Task):
     val: Validation = field(default_factory=Validation)
     test: Test = field(default_factory=Test)
     name: str | None = None  # checkpoints of an earlier version have none
-    seed: int = MISSING
-    eval_seed: int = MISSING
+    seed: Annotated[int, Ge(0), Lt(2**32)] = MISSING  # NumPy's limit
+    eval_seed: Annotated[int, Ge(0)] = MISSING
     data_dir: str = MISSING
     cache_dir: str = MISSING
     run_dir: str | None = None
     trust: Any = field(default_factory=list)
     resume: str | None = None
-    checkpoint_every: int = MISSING
-    log_every: int = MISSING
+    checkpoint_every: Count = MISSING
+    log_every: Count = MISSING
     pictures: bool = MISSING
     overrides: list[str] = field(default_factory=list)
     choices: dict[str, str | None] = MISSING
 
 
-AT_LEAST = {
-    "way": 2,
-    "shot": 1,
-    "query": 1,
-    "train.way": 2,
-    "train.shot": 1,
-    "train.query": 1,
-    "train.episodes": 1,
-    "train.meta_batch": 1,
-    "val.episodes": 1,
-    "val.every": 1,
-    "test.episodes": 2,  # an interval needs two
-    "seed": 0,
-    "eval_seed": 0,
-    "checkpoint_every": 1,
-    "log_every": 1,
-    "schedule.step_size": 1,
-    "schedule.T_max": 1,
-    "schedule.eta_min": 0,
-    "hardware.num_nodes": 1,
-    "hardware.accumulate_grad_batches": 1,
+# Types of keys that OmegaConf has none for, or that no constructor takes; and of those that PyTorch's and Lightning's
+# constructors take, but no training can use.
+TYPES: dict[str, Any] = {
+    "train.also_on": Literal["val"] | None,
+    "train.on_nan": Literal["stop", "skip"],
+    "dataset.size": Count,
+    "dataset.channels": Literal[1, 3],
+    "dataset.normalise": Literal["range", "standardise", "plain"],
+    "encoder.init": str | None,
+    "optimizer.lr": Annotated[float, Gt(0), Le(1_000_000)],  # far below the largest float32, optimizers overflow
+    "schedule.gamma": Positive,
+    "schedule.step_size": Count,
+    "schedule.T_max": Count,
+    "schedule.eta_min": Annotated[float, Ge(0)],
+    "hardware.compile": bool,
+    "hardware.num_nodes": Count,
+    "hardware.accumulate_grad_batches": Count,
 }
-NODES = ("dataset", "method", "distance", "encoder", "optimizer", "hardware", "train", "val", "test")
-ABOVE_ZERO = ("optimizer.lr", "schedule.gamma")
-MOST_RATE = 1e6  # optimizers fail with an overflow long before the largest float32
+# What every configuration has, and Lightning's part in it.
+PARTS = ("dataset.source", "method", "distance", "encoder", "optimizer")
+NODES = ("hardware.accelerator", "hardware.precision", "train.episodes", "val.episodes", "test.episodes")
+TARGETS = {"hardware": "pytorch_lightning.Trainer"}
+OURS = ("encoder.init", "hardware.compile")  # settings that no constructor takes
 # Keys of earlier versions, and what to write today.
 RENAMED = {
     "method.learning_rate": "optimizer.lr",
@@ -139,79 +136,84 @@ RENAMED = {
 }
 # Until version 0.2, each task had an experiment of its own: omniglot/protonet_20way_1shot.
 OF_ONE_TASK = re.compile(r"((?:\w+/)?\w+)_(\d+)way_(\d+)shot")
-ONE_OF = {
-    "train.on_nan": ("stop", "skip"),
-    "train.also_on": (None, "val"),
-    "dataset.normalise": ("range", "standardise", "plain"),
-    "dataset.channels": (1, 3),
-}
 
 
 def check(config: DictConfig) -> None:
     """Reject values of a wrong type or out of range before anything slow begins.
 
-    Keys of a group are checked against the signature of the function or class that its ``_target_`` names, and those
-    of ``hardware`` against Lightning's trainer. Encoder, distance and method are instantiated to run their own checks.
-
     Raises:
         FewShotError: names every wrong key, and what it must be.
     """
-    missing = [key for key in NODES if not OmegaConf.is_dict(OmegaConf.select(config, key))]
-    missing += ["encoder"] if "encoder" not in missing and "_target_" not in config.encoder else []
+    missing = [key for key in PARTS if OmegaConf.select(config, f"{key}._target_") is None]
+    missing += [key for key in NODES if OmegaConf.select(config, key) is None]
     if missing:
         raise FewShotError(f"the configuration has no {', '.join(missing)}; leave out the override that removes it")
     unset = sorted(OmegaConf.missing_keys(config))
     if unset:
         raise FewShotError(f"{' and '.join(unset)} must be set: {unset[0]}=VALUE")
     config = with_classes(config)
-    wrong = [
-        line for key, node in _targets(config) for line in _wrong_types(key, node, import_target(key, node._target_))
-    ]
-    wrong += _shadowed(config.choices)
-    if not isinstance(config.encoder.get("init"), str | None):
-        wrong.append(f"encoder.init={config.encoder.init} must be the directory of a run, a checkpoint, or null")
-    hardware = {key: value for key, value in config.hardware.items() if key != "compile"}
-    if hardware.get("precision") == "auto":  # ours; see fewshot.hardware
-        del hardware["precision"]
-    from pytorch_lightning import Trainer  # noqa: PLC0415
-
-    wrong += _wrong_types("hardware", hardware, Trainer)
-    if not isinstance(config.hardware.compile, bool):
-        wrong.append(f"hardware.compile={config.hardware.compile} must be true or false")
-    wrong_type = bool(wrong)
-    values = {key: OmegaConf.select(config, key) for key in (*AT_LEAST, *ABOVE_ZERO, *ONE_OF)}
-    for key, least in AT_LEAST.items():
-        number = _fits(values[key], float)
-        if values[key] < least if number else not key.startswith("schedule."):  # some schedules have other keys
-            wrong.append(f"{key}={values[key]} must be at least {least}")
-    if not wrong_type:
-        if _fits(values["seed"], int) and values["seed"] >= 2**32:  # NumPy's limit
-            wrong.append(f"seed={values['seed']} must be below 2**32")
-        positive = [key for key in ABOVE_ZERO if values[key] is not None]
-        wrong += [f"{key}={values[key]} must be positive" for key in positive if not _is_positive(values[key])]
-        wrong += [
-            f"{key}={values[key]} must be at most {MOST_RATE:g}: larger steps leave the range of the weights"
-            for key in positive
-            if _is_positive(values[key]) and values[key] > MOST_RATE
-        ]
-        wrong += [
-            f"{key}={values[key]} must be {_or(allowed)}"
-            for key, allowed in ONE_OF.items()
-            if values[key] not in allowed
-        ]
-        wrong += _refused(config)
-    if wrong:
-        raise FewShotError("; ".join(dict.fromkeys(wrong)))
+    wrong = [*wrong_settings(config, TrainConfig), *_shadowed(config.choices)]
+    refuse([*wrong, *_refused(config, wrong)])
 
 
-def outdated(config: Mapping[Any, Any]) -> str | None:
-    """Return a key of an earlier version that a configuration (of a checkpoint, say) has; None if it has none."""
-    for key in RENAMED:
-        node, _, name = key.partition(".")
-        section = config.get(node)
-        if isinstance(section, dict) and name in section:
-            return key
-    return None
+def wrong_settings(settings: Mapping[Any, Any], target: Any = None, prefix: str = "") -> Iterator[str]:
+    """Yield a line for each setting that is not of the type that ``TYPES`` or a signature has for it.
+
+    Args:
+        settings: those of nodes with a ``_target_`` are compared with the signature of what it names.
+        target: the function or class that takes the settings; None: any.
+        prefix: of their keys.
+    """
+    parameters: Mapping[str, Parameter] = {}
+    hints: Mapping[str, Any] = {}
+    # Suppressed: it is written in C, or names types for type checkers alone.
+    with suppress(AttributeError, NameError, TypeError, ValueError):
+        parameters = signature(target).parameters
+        takes: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+        hints = get_type_hints(takes, include_extras=True)
+    open_ended = not parameters or any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        hint = TYPES.get(name, hints.get(key))
+        if str(key).startswith("_") or f"{name}={value}" == "hardware.precision=auto":  # ours; see fewshot.hardware
+            continue
+        if name in TARGETS or (OmegaConf.is_dict(value) and "_target_" in value):
+            if prefix != "method.":  # it repeats the encoder and the distance
+                below = import_target(name, value.get("_target_", TARGETS.get(name)))
+                yield from wrong_settings(value, below, f"{name}.")
+        elif not open_ended and key not in parameters and name not in OURS:
+            called = getattr(target, "__name__", target)
+            yield f"{name} is not a setting of {called}{nearest(str(key), parameters)}"
+        elif OmegaConf.is_dict(value) and (hint in (None, Any) or is_dataclass(hint)):
+            yield from wrong_settings(value, hint if is_dataclass(hint) else None, f"{name}.")
+        elif hint is not None:
+            yield from misfits({name: value}, {name: hint})
+
+
+def _refused(config: DictConfig, wrong: Iterable[str]) -> Iterator[str]:
+    """Yield what constructors refuse, unless a line has it. On the meta device, they allocate and read no weights."""
+    import torch  # noqa: PLC0415
+
+    parts: Any = OmegaConf.to_container(config)
+    parts["method"] = without_initial_weights(parts["method"])
+    parts["encoder"] = without_initial_weights(parts)["encoder"]
+    needed = {"transform": (), "encoder": (), "distance": (), "method": ("encoder", "distance"), "optimizer": ()}
+    failed = {line.partition(".")[0] for line in wrong}
+    updated: Any = [torch.nn.Parameter(torch.zeros(1))]
+    for part, others in {**needed, "schedule": ("optimizer",)}.items():
+        if not failed.isdisjoint((part, *others)):
+            continue
+        try:
+            with torch.device("meta"):
+                made = instantiate(parts[part])
+            if part in ("optimizer", "schedule") and made is not None:
+                updated = made(updated)
+        except Exception as error:
+            known, cause = mistake(error), [*causes(error)][-1]
+            if known is None and not isinstance(cause, TypeError | ValueError):
+                raise
+            failed.add(part)
+            yield str(known or f"{part}={config.choices[part]}: {reason(cause)}")
 
 
 def trains_on(config: DictConfig) -> str:
@@ -249,112 +251,6 @@ def with_classes(config: DictConfig, classes: int | None = None) -> DictConfig:
     return config
 
 
-def check_types(key: str, node: DictConfig) -> None:
-    """Check the keys of a node against the signature of the function that its ``_target_`` names.
-
-    Raises:
-        FewShotError: names every key of a wrong type, and what it must be.
-    """
-    wrong = list(_wrong_types(key, node, import_target(key, node._target_)))
-    if wrong:
-        raise FewShotError("; ".join(wrong))
-
-
-def _targets(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Yield the nodes that Hydra instantiates, with their keys; parts repeated inside ``method`` are left out."""
-    for key, value in node.items():
-        if isinstance(value, DictConfig) and (prefix != "method." or "_target_" not in value):
-            if "_target_" in value:
-                yield f"{prefix}{key!s}", value
-            yield from _targets(value, f"{prefix}{key!s}.")
-
-
-def _wrong_types(prefix: str, settings: Mapping[Any, Any], target: Callable[..., Any]) -> Iterator[str]:
-    parameters: Mapping[str, Parameter] = {}
-    hints: Mapping[str, Any] = {}
-    with suppress(
-        AttributeError, NameError, TypeError, ValueError
-    ):  # written in C, or names types for type checkers alone
-        parameters = signature(target).parameters
-        hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
-    open_ended = not parameters or any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
-    for key, value in settings.items():
-        made = OmegaConf.is_dict(value) and "_target_" in value
-        if str(key).startswith("_") or made or (prefix, key) == ("encoder", "init"):
-            continue
-        if key not in parameters:
-            if not open_ended:
-                name = getattr(target, "__name__", target)
-                yield f"{prefix}.{key} is not a setting of {name}{nearest(str(key), parameters)}"
-        elif key in hints and not _fits(value, hints[key]):
-            yield f"{prefix}.{key}={value} must be {_or(_in_words(hints[key]))}"
-
-
-def _or(choices: Iterable[Any]) -> str:
-    return " or ".join(dict.fromkeys("null" if choice is None else str(choice) for choice in choices))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a YAML file is of a type. It is compared as JSON, which has the same types."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError  # noqa: PLC0415
-    from pydantic.errors import PydanticUserError  # noqa: PLC0415
-
-    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    try:
-        expected: Any = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
-        expected.validate_json(json.dumps(plain, ensure_ascii=False).encode(errors="replace"), strict=True)
-    except ValidationError:
-        return False
-    except PydanticUserError:  # a type it does not know
-        return True
-    return True
-
-
-def _is_positive(value: Any) -> bool:
-    return _fits(value, float) and value > 0
-
-
-def _in_words(hint: Any) -> Iterator[str]:
-    """Describe the values that fit a type."""
-    if get_origin(hint) in (Union, UnionType):
-        for option in get_args(hint):
-            yield from _in_words(option)
-    elif get_origin(hint) is Literal:
-        yield from map(str, get_args(hint))
-    elif getattr(hint, "__module__", None) != "torch":  # no YAML holds a tensor
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
-        yield words.get(hint, str(hint))
-
-
-def _refused(config: DictConfig) -> Iterator[str]:
-    import torch  # noqa: PLC0415
-
-    refused = False
-    encoder = without_initial_weights({"encoder": OmegaConf.to_container(config.encoder)})["encoder"]
-    method = without_initial_weights(OmegaConf.to_container(config.method))  # type: ignore[arg-type]
-    parts = {"transform": config.transform, "encoder": encoder, "distance": config.distance, "method": method}
-    for part, node in parts.items():
-        if part == "method" and refused:
-            return  # it contains the encoder and the distance
-        try:
-            with torch.device("meta"):  # allocates no weights
-                instantiate(node)
-        except Exception as error:
-            known = mistake(error)
-            if known is None:
-                raise
-            refused = True
-            yield str(known)
-    updated: Any = [torch.nn.Parameter(torch.zeros(1))]
-    for part in ("optimizer", "schedule"):
-        if config[part] is not None:
-            try:
-                updated = instantiate(config[part])(updated)
-            except (TypeError, ValueError) as error:  # PyTorch's own checks
-                yield f"{part}={config.choices[part]}: {reason(error)}"
-                return
-
-
 def without_initial_weights(method: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the configuration of a method without initial weights of its encoder: a checkpoint provides them."""
     encoder = method.get("encoder")
@@ -383,12 +279,9 @@ def import_target(key: str, name: str) -> Any:
     try:
         return get_object(name)
     except Exception as error:  # a module may raise anything
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
         raise FewShotError(
-            f"{key}._target_={name} cannot be imported: {root}; correct the name, install its package, or add its "
-            "directory to PYTHONPATH"
+            f"{key}._target_={name} cannot be imported: {[*causes(error)][-1]}; correct the name, install its package, "
+            "or add its directory to PYTHONPATH"
         ) from error
 
 
@@ -461,38 +354,26 @@ def is_group(name: str, *places: str) -> bool:
     return any(source.is_group(name) for source in search_path(*places))
 
 
-def current_names(arguments: Sequence[str]) -> list[str]:
-    """Replace the experiments of one task that earlier versions had; the task is now ``way`` and ``shot``.
+def current_names(arguments: Sequence[str], *places: str) -> list[str]:
+    """Replace an experiment of one task, which earlier versions had; the task is now ``way`` and ``shot``.
 
     Args:
         arguments: of a command line; ``experiment=omniglot/protonet_20way_1shot`` becomes ``way=20``, ``shot=1`` and
             ``experiment=omniglot/protonet``, unless the user's configuration has one of that name.
-
-    Raises:
-        FewShotError: a sweep over such experiments cannot be replaced by one over their tasks.
+        places: additions to the search path, see ``search_path``.
     """
     current: list[str] = []
     typed = {argument.partition("=")[0] for argument in arguments}
+    places = (*places, *places_in(arguments))
     for argument in arguments:
         key, _, value = argument.partition("=")
-        group, names = key.lstrip("+"), value.split(",")
-        tasks = [match.groups() for match in map(OF_ONE_TASK.fullmatch, names) if match]
-        if (
-            group.partition("/")[0] != "experiment"
-            or len(tasks) < len(names)
-            or not all((CONF / group / f"{option}.yaml").is_file() for option, _, _ in tasks)
-            or any(place.is_config(f"{group}/{name}") for name in names for place in search_path(*places_in(arguments)))
-        ):
+        group, old = key.lstrip("+"), OF_ONE_TASK.fullmatch(value)
+        ours = group.partition("/")[0] == "experiment" and old and (CONF / group / f"{old[1]}.yaml").is_file()
+        if not ours or any(place.is_config(f"{group}/{value}") for place in search_path(*places)):
             current.append(argument)
-            continue
-        columns = [list(dict.fromkeys(column)) for column in zip(*tasks, strict=True)]
-        options, ways, shots = map(",".join, columns)
-        if len(set(tasks)) != prod(map(len, columns)):
-            raise FewShotError(
-                f"{argument} has no other name; sweep over tasks with -m {key}={options} way={ways} shot={shots}"
-            )
-        current += [f"{name}={value}" for name, value in (("way", ways), ("shot", shots)) if name not in typed]
-        current.append(f"{key}={options}")
+        elif old:
+            current += [f"{name}={size}" for name, size in (("way", old[2]), ("shot", old[3])) if name not in typed]
+            current.append(f"{key}={old[1]}")
     return current
 
 
@@ -504,7 +385,7 @@ def compose(*overrides: str, name: str = "train", places: Sequence[str] = ()) ->
         name: the file in ``conf``.
         places: additions to the search path, see ``search_path``.
     """
-    config = compose_unresolved(*overrides, name=name, places=places)
+    config = compose_unresolved(*current_names(overrides, *places), name=name, places=places)
     hydra_config = HydraConfig.instance()
     outer = hydra_config.cfg  # set if this program runs under Hydra
     try:
@@ -566,8 +447,7 @@ def compose_unresolved(*overrides: str, name: str = "train", places: Sequence[st
     try:
         version.setbase("1.3")
         Hydra.create_main_hydra2("fewshot", sources)
-        arguments = [*(f"--config-dir={place}" for place in places), *overrides]
-        return hydra.compose(name, current_names(arguments)[len(places) :], return_hydra_config=True)
+        return hydra.compose(name, list(overrides), return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = outer
 

@@ -1,7 +1,7 @@
 """Errors that users see."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from textwrap import shorten
 
 from fewshot.text import for_terminal
@@ -38,12 +38,17 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def mistake(error: BaseException | None) -> FewShotError | None:
     """Return the user's mistake that caused a library's error, if there is one."""
-    while error is not None and not isinstance(error, FewShotError):
+    return next((cause for cause in causes(error) if isinstance(cause, FewShotError)), None)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and those that it followed from; the last is the first that was raised."""
+    while error is not None:
+        yield error
         error = error.__cause__
-    return error
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return a library's error in one line; for weights that do not fit, the first of them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     is_about_weights = lines[0].startswith("Error(s) in loading state_dict") and len(lines) > 1

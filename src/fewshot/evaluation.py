@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from fewshot.callbacks import Answers, TestTime
+from fewshot.checks import Count, Positive, misfits, refuse
 from fewshot.config import FOR_TRAINING, TrainConfig, check
 from fewshot.data.bank import SPLITS, ImageBank, ImageClass
 from fewshot.data.contents import contents_of, differences, known_to
@@ -43,6 +44,8 @@ from fewshot.trained import (
 from fewshot.training import make_data, make_trainer, outcome
 
 TASK = ("way", "shot", "query", "eval_seed")
+TYPES = {"split": Literal[SPLITS], "concentration": Positive | None, "pictured": Count, "allow_other_classes": bool}
+TYPES |= {"resume": Annotated[Literal["auto"], "auto, to resume a sweep of evaluations,"] | None}
 PRINTED = 5  # classes with the lowest accuracy
 
 
@@ -136,7 +139,9 @@ def evaluate(config: DictConfig) -> float:
             "there is nothing to evaluate: name a run with checkpoint=RUN_DIR, or choose an encoder that needs no "
             "training, a method and a data set: encoder=pretrained method=protonet dataset=miniimagenet"
         )
-    _check_settings(config)
+    refuse(misfits(config, TYPES))
+    if config.out is not None and last_checkpoint(Path(config.out).expanduser()).exists():
+        raise FewShotError(f"out={config.out} contains a run; choose a different directory, to keep its results")
     settings = [override for override in config.overrides if not override.startswith("resume=")]
     if config.resume == "auto" and (finished := _finished(output_directory(config.out, "evaluate"), settings)):
         say(f"{finished[0]}: kept, because it is finished")
@@ -183,21 +188,6 @@ def evaluate(config: DictConfig) -> float:
     _print(results, [names[number] for number in worst[:PRINTED]], trained[0].method.assumes_balance)
     say(written, picture)
     return own.estimate.accuracy
-
-
-def _check_settings(config: DictConfig) -> None:
-    if config.split not in SPLITS:
-        raise FewShotError(f"split={config.split} must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
-    if config.concentration is not None and not (
-        isinstance(config.concentration, int | float) and 0 < config.concentration < float("inf")
-    ):
-        raise FewShotError(f"concentration={config.concentration} must be a positive number, or null")
-    if not isinstance(config.pictured, int) or config.pictured < 1:
-        raise FewShotError(f"pictured={config.pictured} must be a whole number of at least 1")
-    if config.out is not None and last_checkpoint(Path(config.out).expanduser()).exists():
-        raise FewShotError(f"out={config.out} contains a run; choose a different directory, to keep its results")
-    if config.resume not in (None, "auto"):
-        raise FewShotError(f"resume={config.resume} must be auto, to resume a sweep of evaluations, or null")
 
 
 def _finished(folder: Path, settings: Sequence[str]) -> tuple[Path, float] | None:
@@ -279,8 +269,6 @@ def task_of(run: DictConfig, config: DictConfig) -> DictConfig:
 
 def _leave_out_known_classes(trained: Sequence[Trained], splits: Sequence[OneSplit], config: DictConfig) -> None:
     """Compare the data with those of each training; if they may differ, leave out classes that were trained on."""
-    if not isinstance(config.allow_other_classes, bool):
-        raise FewShotError(f"allow_other_classes={config.allow_other_classes} must be true or false")
     known: list[str] = []
     for run, data in zip(trained, splits, strict=True):
         path = run.path

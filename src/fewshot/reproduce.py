@@ -5,11 +5,14 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
+from fewshot.checks import misfits, refuse
 from fewshot.config import as_overrides, check, compose
 from fewshot.data.contents import contents_of, differences
 from fewshot.errors import FewShotError, mistake
@@ -53,11 +56,7 @@ def reproduce(config: DictConfig) -> None:
     Raises:
         FewShotError: a line is unknown, has no weights, could not be measured, or differs.
     """
-    episodes = config.episodes
-    if episodes is not None and (not isinstance(episodes, int) or episodes < 2):
-        raise FewShotError(f"episodes={episodes} must be a whole number of at least 2, or null")
-    if not isinstance(config.train, bool):
-        raise FewShotError(f"train={config.train} must be true or false")
+    refuse(misfits(config, {"episodes": Annotated[int, Ge(2)] | None, "train": bool}))
     chosen = [config.lines] if isinstance(config.lines, str) else list(config.lines)
     models = {str(name): require(str(name)) for name in (names() if chosen == ["all"] else chosen)}
     check_hardware(config.hardware)

@@ -15,7 +15,8 @@ from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewshot.config import ONE_OF, TrainConfig, compose_unresolved, import_target, options, outdated, search_path
+from fewshot.checks import fits
+from fewshot.config import RENAMED, TYPES, TrainConfig, compose_unresolved, import_target, options, search_path
 from fewshot.errors import FewShotError, reason
 
 MOST_NODES = 10_000  # mappings, lists and values of a configuration; ours have about 100
@@ -116,7 +117,8 @@ def read_config(
         raise ValueError("its configuration is not a mapping")
     config |= dict.fromkeys(CHOSEN_ON_RESUME)
     config.pop("overrides", None)
-    if (old := outdated(config)) is not None:
+    old = next((key for key in RENAMED if _select(config, key) is not None), None)
+    if old is not None:
         raise FewShotError(
             f"{path} is from an earlier version of fewshot, which had {old}: train again, or use it with that version"
         )
@@ -287,15 +289,12 @@ def _check_values(config: Mapping[str, Any]) -> None:
         value = _select(config, key)
         if type(value) in (int, float) and not value <= largest:
             raise ValueError(f"its {key} is {value}, more than {largest:,}")
+    for key in ("dataset.size", "dataset.channels", "dataset.normalise"):
+        if not fits(_select(config, key), TYPES[key]):
+            raise ValueError(f"its {key} is {_select(config, key)}")
     size = _select(config, "dataset.size")
-    if type(size) is not int or size < 1:
-        raise ValueError(f"its dataset.size is {size}")
     if _select(config, "dataset.source.size") not in (None, size):  # of the images in memory and on disk
         raise ValueError(f"its dataset.source.size is not its dataset.size, {size}")
-    for key, choices in ONE_OF.items():
-        value = _select(config, key)
-        if key.startswith("dataset.") and value not in choices:
-            raise ValueError(f"its {key} is {value}")
 
 
 def _select(config: Any, key: str) -> Any:

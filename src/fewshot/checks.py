@@ -1,0 +1,66 @@
+"""Whether settings fit their types and ranges, which pydantic decides, and what they must be, in words."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from omegaconf import OmegaConf
+
+from fewshot.errors import FewShotError
+
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
+LIMITS = {Ge: "of at least", Gt: "above", Le: "at most", Lt: "below"}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a YAML file is of a type. It is compared as JSON, which has the same types."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # noqa: PLC0415
+    from pydantic.errors import PydanticUserError  # noqa: PLC0415
+
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    try:
+        expected: Any = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
+        expected.validate_json(json.dumps(plain, ensure_ascii=False).encode(errors="replace"), strict=True)
+    except ValidationError:
+        return False
+    except (PydanticUserError, TypeError):  # a type that it does not know
+        return True
+    return True
+
+
+def misfits(settings: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each setting that is not of its type."""
+    for key, hint in types.items():
+        if not fits(settings[key], hint):
+            yield f"{key}={settings[key]} must be {' or '.join(dict.fromkeys(_in_words(hint)))}"
+
+
+def refuse(wrong: Iterable[str]) -> None:
+    """Raise what is wrong, if anything is.
+
+    Raises:
+        FewShotError: has all lines.
+    """
+    lines = dict.fromkeys(wrong)
+    if lines:
+        raise FewShotError("; ".join(lines))
+
+
+def _in_words(hint: Any) -> Iterator[str]:
+    """Describe the values that fit a type."""
+    if get_origin(hint) in (Union, UnionType):
+        for option in get_args(hint):
+            yield from _in_words(option)
+    elif get_origin(hint) is Literal:
+        yield from map(str, get_args(hint))
+    elif get_origin(hint) is Annotated:
+        kind, *limits = get_args(hint)
+        words = [f"{LIMITS[type(limit)]} {astuple(limit)[0]}" for limit in limits if type(limit) in LIMITS]
+        yield f"{' or '.join(_in_words(kind))} {' and '.join(words)}".rstrip()
+    elif getattr(hint, "__module__", None) != "torch":  # no YAML holds a tensor
+        yield WORDS.get(hint, str(hint))
