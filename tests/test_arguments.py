@@ -13,7 +13,7 @@ import programs
 from command_lines import COMPOSED, PARSED
 from fewshot import cli as command_line
 from fewshot.arguments import prepare, quoted
-from fewshot.config import ROOT, compose, compose_unresolved
+from fewshot.config import ROOT, compose, compose_unresolved, current_names
 from fewshot.directories import checkpoint_at
 from fewshot.errors import FewShotError
 from fewshot.paths import make_absolute, run_directory
@@ -32,7 +32,7 @@ def test_a_command_line_is_accepted_or_the_error_says_what_to_type(arguments):
 
 @pytest.mark.parametrize("arguments", COMPOSED, ids=" ".join)
 def test_what_cannot_be_composed_is_explained(monkeypatch, arguments):
-    monkeypatch.setattr(sys, "argv", ["train.py", *prepare(arguments)])
+    monkeypatch.setattr(sys, "argv", ["train.py", *current_names(prepare(arguments))])
     found = "; ".join(command_line._wrong_overrides())
     assert re.search(COMPOSED[arguments] or "^$", found), found
 

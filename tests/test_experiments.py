@@ -137,6 +137,10 @@ def test_a_task_that_an_experiment_has_no_settings_for_is_refused():
         (["seed=1", "experiment=omniglot/a_20way_5shot"], None),
         (["+experiment/omniglot=protonet_20way_5shot"], ["way=20", "shot=5", "+experiment/omniglot=protonet"]),
         (["experiment=omniglot/protonet_20way_5shot", "shot=1"], ["way=20", "experiment=omniglot/protonet", "shot=1"]),
+        (
+            ["-m", "experiment=omniglot/protonet_5way_1shot,omniglot/protonet_20way_1shot"],
+            ["-m", "way=5,20", "shot=1", "experiment=omniglot/protonet"],
+        ),
         (["name=omniglot/protonet_20way_5shot"], None),
     ],
 )
@@ -144,8 +148,9 @@ def test_names_with_a_task_are_replaced(typed, meant):
     assert current_names(typed) == (meant or typed)
 
 
-def test_a_sweep_over_such_names_says_what_to_type(monkeypatch):
+def test_a_sweep_over_some_of_the_cells_has_no_other_name(monkeypatch):
     typed = "experiment=omniglot/protonet_5way_1shot,omniglot/protonet_20way_5shot"
+    assert current_names([typed]) == [typed]
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", typed])
     (found,) = command_line._wrong_overrides()
     assert found.endswith("(did you mean omniglot/protonet?)")

@@ -218,7 +218,7 @@ BAD = {
         "(did you mean way?)",
         "(did you mean optimizer.lr?)",
     ),
-    ("dataset=cifar",): ("'dataset/cifar'",),
+    ("dataset=cifar",): ("dataset=cifar is not an option. Choose one of cifar_fs, ",),
     (
         "way=1",
         "train.episodes=0",

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass
 from inspect import Parameter, signature
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -355,25 +356,36 @@ def is_group(name: str, *places: str) -> bool:
 
 
 def current_names(arguments: Sequence[str], *places: str) -> list[str]:
-    """Replace an experiment of one task, which earlier versions had; the task is now ``way`` and ``shot``.
+    """Replace experiments of one task, which earlier versions had; the task is now ``way`` and ``shot``.
 
     Args:
         arguments: of a command line; ``experiment=omniglot/protonet_20way_1shot`` becomes ``way=20``, ``shot=1`` and
-            ``experiment=omniglot/protonet``, unless the user's configuration has one of that name.
+            ``experiment=omniglot/protonet``, unless the user's configuration has one of that name. A sweep over some
+            becomes one over their tasks, unless that would have more jobs.
         places: additions to the search path, see ``search_path``.
     """
     current: list[str] = []
     typed = {argument.partition("=")[0] for argument in arguments}
-    places = (*places, *places_in(arguments))
     for argument in arguments:
         key, _, value = argument.partition("=")
-        group, old = key.lstrip("+"), OF_ONE_TASK.fullmatch(value)
-        ours = group.partition("/")[0] == "experiment" and old and (CONF / group / f"{old[1]}.yaml").is_file()
-        if not ours or any(place.is_config(f"{group}/{value}") for place in search_path(*places)):
+        group, names = key.lstrip("+"), value.split(",")
+        tasks = [match.groups() for match in map(OF_ONE_TASK.fullmatch, names) if match]
+        columns = [list(dict.fromkeys(column)) for column in zip(*tasks, strict=True)]
+        if (
+            group.partition("/")[0] != "experiment"
+            or not len(tasks) == len(names) == prod(map(len, columns))
+            or not all((CONF / group / f"{old}.yaml").is_file() for old in columns[0])
+            or any(
+                place.is_config(f"{group}/{name}")
+                for place in search_path(*places, *places_in(arguments))
+                for name in names
+            )
+        ):
             current.append(argument)
-        elif old:
-            current += [f"{name}={size}" for name, size in (("way", old[2]), ("shot", old[3])) if name not in typed]
-            current.append(f"{key}={old[1]}")
+            continue
+        rows, ways, shots = map(",".join, columns)
+        current += [f"{name}={sizes}" for name, sizes in (("way", ways), ("shot", shots)) if name not in typed]
+        current.append(f"{key}={rows}")
     return current
 
 
