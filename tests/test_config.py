@@ -36,18 +36,23 @@ def test_every_option_of_every_group_passes_its_own_check(group):
         ("encoder.filters=null", "encoder.filters=None must be a whole number"),
         ("+encoder.depth=3", "encoder.depth is not a setting of Conv4"),
         ("+encoder.filtres=3", "encoder.filtres is not a setting of Conv4 (did you mean filters?)"),
-        ("seed=4294967296", "seed=4294967296 must be a whole number of at least 0 and below 4294967296"),
+        ("seed=4294967296", "seed=4294967296 must be a whole number of at least 0 and below 4,294,967,296"),
         ("+dataset.source.colour=red", "dataset.source.colour is not a setting of glyphs"),
         ("+hardware.speed=9", "hardware.speed is not a setting of Trainer"),
         ("hardware.devices=[0,1.5]", "hardware.devices=[0, 1.5] must be"),
         ("dataset=torchvision", "dataset.source.name must be set: dataset.source.name=VALUE"),
         ("dataset.channels=2", "dataset.channels=2 must be 1 or 3"),
+        ("~hardware.compile", "the configuration has no hardware.compile; leave out the override"),
     ],
 )
 def test_wrong_types_are_named(override, message):
     with pytest.raises(FewShotError) as caught:
         check(compose("run_dir=x", override))
     assert message in str(caught.value)
+
+
+def test_keys_of_the_users_own_may_be_added_for_interpolations():
+    check(compose("run_dir=x", "+width=32", "+val.often=2", "encoder.filters=${width}", "val.every=${val.often}"))
 
 
 class Untyped:

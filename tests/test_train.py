@@ -227,7 +227,7 @@ BAD = {
         "distance.scale=-1",
         "encoder.filters=0",
     ): (
-        "way=1 must be a whole number of at least 2; optimizer.lr=-1 must be a number above 0 and at most 1000000; ",
+        "way=1 must be a whole number of at least 2; optimizer.lr=-1 must be a number above 0 and at most 1,000,000; ",
         "train.episodes=0 must be a whole number of at least 1; ",
         "encoder.filters=0 of at least 1; distance.scale=-1 must be positive",
     ),

@@ -60,7 +60,8 @@ def _in_words(hint: Any) -> Iterator[str]:
         yield from map(str, get_args(hint))
     elif get_origin(hint) is Annotated:
         kind, *limits = get_args(hint)
-        words = [f"{LIMITS[type(limit)]} {astuple(limit)[0]}" for limit in limits if type(limit) in LIMITS]
-        yield f"{' or '.join(_in_words(kind))} {' and '.join(words)}".rstrip()
+        words = [f"{LIMITS[type(limit)]} {astuple(limit)[0]:,}" for limit in limits if type(limit) in LIMITS]
+        described = [limit for limit in limits if isinstance(limit, str)]
+        yield " and ".join(described) or f"{' or '.join(_in_words(kind))} {' and '.join(words)}".rstrip()
     elif getattr(hint, "__module__", None) != "torch":  # no YAML holds a tensor
         yield WORDS.get(hint, str(hint))

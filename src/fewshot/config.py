@@ -109,12 +109,12 @@ class TrainConfig(Task):
 # Types of keys that OmegaConf has none for, or that no constructor takes; and of those that PyTorch's and Lightning's
 # constructors take, but no training can use.
 TYPES: dict[str, Any] = {
-    "train.also_on": Literal["val"] | None,
+    "train.also_on": None | Literal["val"],
     "train.on_nan": Literal["stop", "skip"],
     "dataset.size": Count,
     "dataset.channels": Literal[1, 3],
     "dataset.normalise": Literal["range", "standardise", "plain"],
-    "encoder.init": str | None,
+    "encoder.init": Annotated[str, "the directory of a run, a checkpoint"] | None,
     "optimizer.lr": Annotated[float, Gt(0), Le(1_000_000)],  # far below the largest float32, optimizers overflow
     "schedule.gamma": Positive,
     "schedule.step_size": Count,
@@ -126,7 +126,14 @@ TYPES: dict[str, Any] = {
 }
 # What every configuration has, and Lightning's part in it.
 PARTS = ("dataset.source", "method", "distance", "encoder", "optimizer")
-NODES = ("hardware.accelerator", "hardware.precision", "train.episodes", "val.episodes", "test.episodes")
+NODES = (
+    "hardware.accelerator",
+    "hardware.precision",
+    "hardware.compile",
+    "train.episodes",
+    "val.episodes",
+    "test.episodes",
+)
 TARGETS = {"hardware": "pytorch_lightning.Trainer"}
 OURS = ("encoder.init", "hardware.compile")  # settings that no constructor takes
 # Keys of earlier versions, and what to write today.
@@ -172,7 +179,9 @@ def wrong_settings(settings: Mapping[Any, Any], target: Any = None, prefix: str 
         parameters = signature(target).parameters
         takes: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
         hints = get_type_hints(takes, include_extras=True)
-    open_ended = not parameters or any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    # A configuration may have keys of the user's own, for interpolations.
+    open_ended = not parameters or is_dataclass(target)
+    open_ended |= any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in settings.items():
         name = f"{prefix}{key}"
         hint = TYPES.get(name, hints.get(key))

@@ -448,7 +448,7 @@ def test_a_run_is_evaluated_by_any_of_them(run, cache_dir, tmp_path, capsys):
     results, shown = tested("method=tim", "concentration=2", f"against={run_dir}")
     assert results["concentration"] == 2 and results["difference"]["episodes"] == 20
     assert "assumes as many" not in shown
-    with pytest.raises(FewShotError, match="concentration=-1 must be a positive number"):
+    with pytest.raises(FewShotError, match="concentration=-1 must be a number above 0 or null"):
         tested("concentration=-1")
 
 
