@@ -227,9 +227,9 @@ BAD = {
         "distance.scale=-1",
         "encoder.filters=0",
     ): (
-        "way=1 must be a whole number of at least 2; optimizer.lr=-1 must be a number above 0 and at most 1,000,000; ",
-        "train.episodes=0 must be a whole number of at least 1; ",
-        "encoder.filters=0 of at least 1; distance.scale=-1 must be positive",
+        "way=1 must be a whole number of at least 2; distance.scale=-1 must be a number above 0; ",
+        "encoder.filters=0 must be a whole number of at least 1; ",
+        "optimizer.lr=-1 must be a number above 0 and at most 1,000,000; train.episodes=0 must be a whole number",
     ),
     ("hardware.precision=17", "hardware.compile=maybe", "schedule.step_size=often", "dataset.source.samples=1.5"): (
         "dataset.source.samples=1.5 must be a whole number; schedule.step_size=often must be a whole number",
@@ -248,9 +248,11 @@ BAD = {
     ("dataset=miniimagenet", "data_dir=/proc/none"): ("/proc/none/miniimagenet",),
     ("hardware=gpu",): ("gpu",),
     ("dataset.normalise=no", "train.on_nan=pray"): (
-        "dataset.normalise=no must be range or standardise or plain; train.on_nan=pray must be stop or skip",
+        "dataset.normalise=no must be range, standardise or plain; train.on_nan=pray must be stop or skip",
     ),
-    ("method=maml", "method.order=3", "method.task_batching=magic"): ("method.order=3 must be 1 or 2; method.task_",),
+    ("method=maml", "method.order=3", "method.task_batching=magic"): (
+        "method.order=3 must be 1 or 2; method.task_batching=magic must be auto, loop, threads or vmap",
+    ),
     ("method=maml", "train.way=6"): ("made for 5 classes, and the episode has 6",),
     ("method=matching_fce", "method.unrolling_steps=0"): ("method.unrolling_steps=0 must be at least 1",),
 }

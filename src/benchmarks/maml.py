@@ -13,6 +13,7 @@ from benchmarks.references import article_meta_step, clone_and_adapt, copy_weigh
 from fewshot.data.episodes import Episode
 from fewshot.encoders.conv4 import Conv4
 from fewshot.methods.maml import MAML
+from fewshot.methods.tasks import TaskBatching
 
 TASK = {"tasks": 32, "way": 5, "shot": 1, "query": 1, "channels": 1, "size": 28, "steps": 1, "rate": 0.4}
 
@@ -39,7 +40,7 @@ def make_tasks(
 
 def ours(
     order: int,
-    batching: str,
+    batching: TaskBatching,
     task: Mapping[str, Any],
     recompute: bool = False,
     vmap_tasks: int = 8,
@@ -63,7 +64,13 @@ def ours(
     return work
 
 
-def make_maml(order: int, batching: str, task: Mapping[str, Any], recompute: bool = False, vmap_tasks: int = 8) -> MAML:
+def make_maml(
+    order: int,
+    batching: TaskBatching,
+    task: Mapping[str, Any],
+    recompute: bool = False,
+    vmap_tasks: int = 8,
+) -> MAML:
     """Make the method, with the weights of the textbook network."""
     method = MAML(
         Conv4(task["channels"], task["size"]),

@@ -1,10 +1,12 @@
 """Whether settings fit their types and ranges, which pydantic decides, and what they must be, in words."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple
+from functools import wraps
+from inspect import signature
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import OmegaConf
@@ -13,7 +15,9 @@ from fewshot.errors import FewShotError
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
+Share = Annotated[float, Ge(0), Lt(1)]
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
+Arguments = ParamSpec("Arguments")
 LIMITS = {Ge: "of at least", Gt: "above", Le: "at most", Lt: "below"}
 
 
@@ -37,7 +41,32 @@ def misfits(settings: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[s
     """Yield a line for each setting that is not of its type."""
     for key, hint in types.items():
         if not fits(settings[key], hint):
-            yield f"{key}={settings[key]} must be {' or '.join(dict.fromkeys(_in_words(hint)))}"
+            words = list(dict.fromkeys(_in_words(hint)))
+            yield f"{key}={settings[key]} must be {' or '.join(filter(None, [', '.join(words[:-1]), *words[-1:]]))}"
+
+
+def checked(node: str) -> Callable[[Callable[Arguments, None]], Callable[Arguments, None]]:
+    """Make a constructor refuse arguments that do not fit its annotations.
+
+    Args:
+        node: of the configuration, for messages: "method".
+
+    Returns:
+        A decorator; the decorated constructor raises a ``FewShotError`` that names all of them.
+    """
+
+    def decorate(construct: Callable[Arguments, None]) -> Callable[Arguments, None]:
+        @wraps(construct)
+        def refusing(*values: Arguments.args, **named: Arguments.kwargs) -> None:
+            given = signature(construct).bind(*values, **named).arguments
+            hints = get_type_hints(construct, include_extras=True)
+            types = {f"{node}.{name}": hint for name, hint in hints.items() if name in given}
+            refuse(misfits({f"{node}.{name}": value for name, value in given.items()}, types))
+            construct(*values, **named)
+
+        return refusing
+
+    return decorate
 
 
 def refuse(wrong: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass
 from inspect import Parameter, signature
@@ -135,6 +135,7 @@ NODES = (
     "test.episodes",
 )
 TARGETS = {"hardware": "pytorch_lightning.Trainer"}
+MADE_OF = {"method": ("encoder", "distance"), "schedule": ("optimizer",)}
 OURS = ("encoder.init", "hardware.compile")  # settings that no constructor takes
 # Keys of earlier versions, and what to write today.
 RENAMED = {
@@ -160,8 +161,8 @@ def check(config: DictConfig) -> None:
     if unset:
         raise FewShotError(f"{' and '.join(unset)} must be set: {unset[0]}=VALUE")
     config = with_classes(config)
-    wrong = [*wrong_settings(config, TrainConfig), *_shadowed(config.choices)]
-    refuse([*wrong, *_refused(config, wrong)])
+    refuse([*wrong_settings(config, TrainConfig), *_shadowed(config.choices)])
+    refuse(_refused(config))
 
 
 def wrong_settings(settings: Mapping[Any, Any], target: Any = None, prefix: str = "") -> Iterator[str]:
@@ -200,24 +201,23 @@ def wrong_settings(settings: Mapping[Any, Any], target: Any = None, prefix: str 
             yield from misfits({name: value}, {name: hint})
 
 
-def _refused(config: DictConfig, wrong: Iterable[str]) -> Iterator[str]:
-    """Yield what constructors refuse, unless a line has it. On the meta device, they allocate and read no weights."""
+def _refused(config: DictConfig) -> Iterator[str]:
+    """Yield what constructors refuse. They are called on the meta device, where they allocate and read no weights."""
     import torch  # noqa: PLC0415
 
     parts: Any = OmegaConf.to_container(config)
     parts["method"] = without_initial_weights(parts["method"])
     parts["encoder"] = without_initial_weights(parts)["encoder"]
-    needed = {"transform": (), "encoder": (), "distance": (), "method": ("encoder", "distance"), "optimizer": ()}
-    failed = {line.partition(".")[0] for line in wrong}
-    updated: Any = [torch.nn.Parameter(torch.zeros(1))]
-    for part, others in {**needed, "schedule": ("optimizer",)}.items():
-        if not failed.isdisjoint((part, *others)):
+    made: Any = [torch.nn.Parameter(torch.zeros(1))]
+    failed: set[str] = set()
+    for part in ("transform", "encoder", "distance", "method", "optimizer", "schedule"):
+        if not failed.isdisjoint(MADE_OF.get(part, ())):
             continue
         try:
             with torch.device("meta"):
-                made = instantiate(parts[part])
-            if part in ("optimizer", "schedule") and made is not None:
-                updated = made(updated)
+                new = instantiate(parts[part])
+            if part in ("optimizer", "schedule") and new is not None:
+                made = new(made)
         except Exception as error:
             known, cause = mistake(error), [*causes(error)][-1]
             if known is None and not isinstance(cause, TypeError | ValueError):

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from fewshot.checks import Positive
 from fewshot.errors import FewShotError
 
 # Maps [queries, features] and [points, features] to [queries, points].
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def l2(queries: torch.Tensor, points: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+def l2(queries: torch.Tensor, points: torch.Tensor, scale: Positive = 1.0) -> torch.Tensor:
     """Squared Euclidean distance, the Bregman divergence of Snell et al. (arXiv 1703.05175, section 2.4).
 
     Args:
@@ -64,7 +65,7 @@ class ScaledCosine(nn.Module):
         FewShotError: ``scale`` is not positive.
     """
 
-    def __init__(self, scale: float, learn: bool) -> None:
+    def __init__(self, scale: Positive, learn: bool) -> None:
         super().__init__()
         _check_positive(scale)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)

@@ -134,13 +134,16 @@ def test_training_images_are_changed_by_the_number_of_their_episode_and_no_other
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["transform=flip", "transform.p=2"], "p=2 of the transform must be between 0 and 1"),
-        (["transform=crop", "transform.padding=-1"], "padding=-1 of the transform must be at least 0"),
-        (["transform=crop", "transform.mode=white"], "mode=white of the transform is unknown: choose constant, edge"),
+        (["transform=flip", "transform.p=2"], "transform.p=2 must be a number of at least 0 and at most 1"),
+        (["transform=crop", "transform.padding=-1"], "transform.padding=-1 must be a whole number of at least 0"),
+        (["transform=crop", "transform.mode=white"], "transform.mode=white must be constant, edge or reflect"),
         (["transform=crop_flip", "transform.crop.padding=2.5"], "transform.crop.padding=2.5 must be a whole number"),
         (["transform=resized_crop_flip", "transform.crop.scale=[0,2]"], "scale=[0, 2] of the transform must be two"),
         (["transform=resized_crop_flip", "transform.crop.ratio=[1]"], "ratio=[1] of the transform must be two"),
-        (["transform=crop_flip_colour", "transform.colour.contrast=3"], "contrast=3 of the transform must be between"),
+        (
+            ["transform=crop_flip_colour", "transform.colour.contrast=3"],
+            "transform.colour.contrast=3 must be a number",
+        ),
         (["transform=flip", "+transform.size=3"], "transform.size is not a setting of RandomFlip"),
     ],
 )

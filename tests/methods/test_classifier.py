@@ -68,8 +68,8 @@ def test_episodes_are_solved_by_the_nearest_prototype(distance, expected):
     ("override", "message"),
     [
         ("method.head=round", "method.head=round must be linear or cosine"),
-        ("method.scale=0", "method.scale=0 must be positive"),
-        ("method.label_smoothing=1", "method.label_smoothing=1 must be at least 0 and below 1"),
+        ("method.scale=0", "method.scale=0 must be a number above 0"),
+        ("method.label_smoothing=1", "method.label_smoothing=1 must be a number of at least 0 and below 1"),
         ("method.classes=7", "method.classes=7: the data have [0-9]+ training classes; leave it out"),
         ("train.batch_size=null", "train.batch_size=null must be at least 1"),
     ],

@@ -198,13 +198,17 @@ def test_conv4_pools_its_last_maps(pool, features):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("r2d2", {"penalty": 0.0}, "method.penalty=0.0 must be positive"),
-        ("r2d2", {"scale": -1.0}, "method.scale=-1.0 must be positive"),
-        ("metaoptnet_ridge", {"label_smoothing": 1.0}, "method.label_smoothing=1.0 must be at least 0 and below 1"),
-        ("relation", {"filters": 0}, "method.filters=0 and method.hidden=8 must be at least 1"),
+        ("r2d2", {"penalty": 0.0}, "method.penalty=0.0 must be a number above 0"),
+        ("r2d2", {"scale": -1.0}, "method.scale=-1.0 must be a number above 0"),
+        (
+            "metaoptnet_ridge",
+            {"label_smoothing": 1.0},
+            "label_smoothing=1.0 must be a number of at least 0",
+        ),
+        ("relation", {"filters": 0}, "method.filters=0 must be a whole number of at least 1"),
         ("relation", {"objective": "hinge"}, "method.objective=hinge must be mse or cross_entropy"),
-        ("feat", {"balance": -1.0}, "method.balance=-1.0 must be at least 0"),
-        ("feat", {"dropout": 1.0}, "method.dropout=1.0 must be at least 0 and below 1"),
+        ("feat", {"balance": -1.0}, "method.balance=-1.0 must be a number of at least 0"),
+        ("feat", {"dropout": 1.0}, "method.dropout=1.0 must be a number of at least 0 and below 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(name, settings, message):

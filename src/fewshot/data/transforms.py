@@ -7,16 +7,19 @@ training episode.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from torch.nn.functional import affine_grid, grid_sample
 from torchvision.transforms.v2 import functional
 
+from fewshot.checks import checked
 from fewshot.errors import FewShotError
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
-PADDINGS = ("constant", "edge", "reflect")
+Fraction = Annotated[float, Ge(0), Le(1)]
 
 
 def seeded(transform: Transform, seeds: Sequence[Sequence[int]]) -> Transform:
@@ -85,8 +88,8 @@ class RandomFlip:
         FewShotError: the probability is not between 0 and 1.
     """
 
-    def __init__(self, p: float = 0.5) -> None:
-        _check_share("p", p)
+    @checked("transform")
+    def __init__(self, p: Fraction = 0.5) -> None:
         self.p = p
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -107,11 +110,10 @@ class RandomCrop:
         FewShotError: the padding is negative, or the mode unknown.
     """
 
-    def __init__(self, padding: int, mode: str = "constant") -> None:
-        if padding < 0:
-            raise FewShotError(f"the padding={padding} of the transform must be at least 0")
-        if mode not in PADDINGS:
-            raise FewShotError(f"the mode={mode} of the transform is unknown: choose {', '.join(PADDINGS)}")
+    @checked("transform")
+    def __init__(
+        self, padding: Annotated[int, Ge(0)], mode: Literal["constant", "edge", "reflect"] = "constant"
+    ) -> None:
         self.padding, self.mode = padding, mode
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -182,9 +184,8 @@ class RandomColour:
         FewShotError: a number is not between 0 and 1.
     """
 
-    def __init__(self, brightness: float, contrast: float, saturation: float) -> None:
-        for name, value in {"brightness": brightness, "contrast": contrast, "saturation": saturation}.items():
-            _check_share(name, value)
+    @checked("transform")
+    def __init__(self, brightness: Fraction, contrast: Fraction, saturation: Fraction) -> None:
         self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -207,11 +208,6 @@ def _draw(images: torch.Tensor, low: float, high: float) -> torch.Tensor:
 
 def _around_one(images: torch.Tensor, most: float) -> torch.Tensor:
     return _draw(images, 1 - most, 1 + most)
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise FewShotError(f"the {name}={value} of the transform must be between 0 and 1")
 
 
 def _check(transform: Transform, images: torch.Tensor, changed: torch.Tensor) -> None:

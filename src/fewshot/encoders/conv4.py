@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fewshot.checks import Count, checked
 from fewshot.encoders.block import Block
 from fewshot.errors import FewShotError
 
@@ -31,16 +32,12 @@ class Conv4(nn.Sequential):
         float ``[images, channels, size, size]`` to ``[images, features]``.
     """
 
+    @checked("encoder")
     def __init__(
-        self, channels: int, size: int, filters: int = 64, pool: Literal["none", "max", "mean"] = "none"
+        self, channels: Count, size: int, filters: Count = 64, pool: Literal["none", "max", "mean"] = "none"
     ) -> None:
-        if size < 16 or channels < 1 or filters < 1:
-            raise FewShotError(
-                f"encoder=conv4 needs dataset.size={size} of at least 16, dataset.channels={channels} of at least 1 "
-                f"and encoder.filters={filters} of at least 1"
-            )
-        if pool not in ("none", *POOLS):
-            raise FewShotError(f"encoder.pool={pool} must be none, max or mean")
+        if size < 16:
+            raise FewShotError(f"encoder=conv4 needs dataset.size={size} of at least 16")
         super().__init__(
             Block(channels, filters),
             Block(filters, filters),

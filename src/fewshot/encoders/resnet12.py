@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.functional import leaky_relu, max_pool2d
 from torchvision.ops import DropBlock2d
 
+from fewshot.checks import Count, Share, checked
 from fewshot.errors import FewShotError
 
 WIDTHS = (64, 160, 320, 640)
@@ -31,12 +32,10 @@ class ResNet12(nn.Sequential):
         float ``[images, channels, size, size]`` to ``[images, 640]``.
     """
 
-    def __init__(self, channels: int, size: int, drop: float = 0.0) -> None:
-        if size < 16 or channels < 1 or not 0 <= drop < 1:
-            raise FewShotError(
-                f"encoder=resnet12 needs dataset.size={size} of at least 16, dataset.channels={channels} of at least 1 "
-                f"and encoder.drop={drop} of at least 0 and below 1"
-            )
+    @checked("encoder")
+    def __init__(self, channels: Count, size: int, drop: Share = 0.0) -> None:
+        if size < 16:
+            raise FewShotError(f"encoder=resnet12 needs dataset.size={size} of at least 16")
         drops = (0.0, 0.0, drop, drop)
         super().__init__(
             *map(_Block, (channels, *WIDTHS), WIDTHS, drops),

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fewshot.checks import Count, Positive, Share, checked
 from fewshot.data.classes import ClassBatch
 from fewshot.distances import Distance, cosine
-from fewshot.errors import FewShotError
 from fewshot.methods.protonet import PrototypicalNetwork
-from fewshot.methods.training_free import check_positive, check_share
 
 
 class Baseline(PrototypicalNetwork):
@@ -36,22 +35,17 @@ class Baseline(PrototypicalNetwork):
 
     trains_on = "classes"
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
         distance: Distance,
-        classes: int,
+        classes: Count,
         head: Literal["linear", "cosine"] = "linear",
-        scale: float = 10.0,
-        label_smoothing: float = 0.0,
+        scale: Positive = 10.0,
+        label_smoothing: Share = 0.0,
     ) -> None:
         super().__init__(encoder, distance)
-        if classes < 1:
-            raise FewShotError(f"method.classes={classes} must be at least 1")
-        if head not in ("linear", "cosine"):
-            raise FewShotError(f"method.head={head} must be linear or cosine")
-        check_positive(scale=scale)
-        check_share(label_smoothing=label_smoothing)
         self.scale, self.label_smoothing, self.by_cosine = scale, label_smoothing, head == "cosine"
         self.head = nn.Linear(int(encoder.features), classes, bias=not self.by_cosine)  # type: ignore[arg-type]
 

@@ -1,14 +1,16 @@
 """FEAT: prototypes that look at each other (Ye et al., 2020, arXiv 1812.03664)."""
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fewshot.checks import Share, checked
 from fewshot.data.episodes import EmbeddedEpisode, MetaBatch
 from fewshot.distances import Distance
-from fewshot.errors import FewShotError
 from fewshot.methods.protonet import PrototypicalNetwork, prototypes
-from fewshot.methods.training_free import check_share
 
 
 class FEAT(PrototypicalNetwork):
@@ -27,11 +29,11 @@ class FEAT(PrototypicalNetwork):
         FewShotError: a setting is out of range.
     """
 
-    def __init__(self, encoder: nn.Module, distance: Distance, balance: float = 0.1, dropout: float = 0.5) -> None:
+    @checked("method")
+    def __init__(
+        self, encoder: nn.Module, distance: Distance, balance: Annotated[float, Ge(0)] = 0.1, dropout: Share = 0.5
+    ) -> None:
         super().__init__(encoder, distance)
-        if not balance >= 0:
-            raise FewShotError(f"method.balance={balance} must be at least 0")
-        check_share(dropout=dropout)
         features = int(encoder.features)  # type: ignore[arg-type]
         self.balance = balance
         self.attention = nn.MultiheadAttention(features, num_heads=1, batch_first=True)

@@ -1,19 +1,21 @@
 """Model-agnostic meta-learning (Finn, Abbeel & Levine, 2017, arXiv 1703.03400), first and second order."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
+from annotated_types import Ge, Le
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
+from fewshot.checks import Count, Positive, checked
 from fewshot.data.episodes import Episode, MetaBatch
 from fewshot.encoders.adaptable import BatchStatisticsNorm2d, make_adaptable
 from fewshot.errors import FewShotError
 from fewshot.methods.base import Classifier, FewShotMethod
-from fewshot.methods.tasks import TASK_BATCHING, for_each_task
+from fewshot.methods.tasks import TaskBatching, for_each_task
 
 Weights = dict[str, torch.Tensor]
 
@@ -70,38 +72,21 @@ class MAML(FewShotMethod):
 
     automatic_optimization = False
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
-        way: int,
-        order: int = 2,
-        inner_learning_rate: float = 0.4,
-        inner_steps: int = 1,
-        test_inner_steps: int = 3,
-        clip_norm: float | None = None,
-        task_batching: str = "auto",
-        vmap_tasks: int = 8,
+        way: Count,
+        order: Annotated[int, Ge(1), Le(2), "1 or 2"] = 2,
+        inner_learning_rate: Positive = 0.4,
+        inner_steps: Annotated[int, Ge(0)] = 1,
+        test_inner_steps: Annotated[int, Ge(0)] = 3,
+        clip_norm: Positive | None = None,
+        task_batching: TaskBatching = "auto",
+        vmap_tasks: Count = 8,
         recompute: bool = False,
     ) -> None:
         super().__init__(encoder)
-        wrong = [
-            message
-            for out_of_range, message in (
-                (order not in {1, 2}, f"method.order={order} must be 1 or 2"),
-                (inner_learning_rate <= 0, f"method.inner_learning_rate={inner_learning_rate} must be positive"),
-                (inner_steps < 0, f"method.inner_steps={inner_steps} must be at least 0"),
-                (test_inner_steps < 0, f"method.test_inner_steps={test_inner_steps} must be at least 0"),
-                (clip_norm is not None and clip_norm <= 0, f"method.clip_norm={clip_norm} must be positive, or null"),
-                (vmap_tasks < 1, f"method.vmap_tasks={vmap_tasks} must be at least 1"),
-                (
-                    task_batching not in TASK_BATCHING,
-                    f"method.task_batching={task_batching} is unknown: choose {', '.join(TASK_BATCHING)}",
-                ),
-            )
-            if out_of_range
-        ]
-        if wrong:
-            raise FewShotError("; ".join(wrong))
         make_adaptable(encoder, twice=order == 2)
         self.transductive = any(isinstance(module, BatchStatisticsNorm2d) for module in encoder.modules())
         self.head = nn.Linear(int(encoder.features), way)  # type: ignore[arg-type]

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from fewshot.checks import Positive, Share, checked
 from fewshot.data.episodes import EmbeddedEpisode
 from fewshot.methods.base import MetricMethod
-from fewshot.methods.training_free import check_positive, check_share
 
 
 class R2D2(MetricMethod):
@@ -26,17 +26,16 @@ class R2D2(MetricMethod):
         FewShotError: a setting is out of range.
     """
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
-        penalty: float = 1.0,
+        penalty: Positive = 1.0,
         learn_penalty: bool = True,
-        scale: float = 10.0,
-        label_smoothing: float = 0.0,
+        scale: Positive = 10.0,
+        label_smoothing: Share = 0.0,
     ) -> None:
         super().__init__(encoder)
-        check_positive(penalty=penalty, scale=scale)
-        check_share(label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
         self.log_penalty = nn.Parameter(torch.tensor(penalty).log(), requires_grad=learn_penalty)
         self.scale, self.shift = nn.Parameter(torch.tensor(float(scale))), nn.Parameter(torch.zeros(()))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
+from fewshot.checks import Count, checked
 from fewshot.data.episodes import EmbeddedEpisode
 from fewshot.encoders import feature_maps
 from fewshot.errors import FewShotError
@@ -28,18 +29,15 @@ class RelationNetwork(MetricMethod):
         FewShotError: a setting is out of range, or the encoder does not say how many maps it has.
     """
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
-        filters: int = 64,
-        hidden: int = 8,
+        filters: Count = 64,
+        hidden: Count = 8,
         objective: Literal["mse", "cross_entropy"] = "mse",
     ) -> None:
         super().__init__(encoder)
-        if filters < 1 or hidden < 1:
-            raise FewShotError(f"method.filters={filters} and method.hidden={hidden} must be at least 1")
-        if objective not in ("mse", "cross_entropy"):
-            raise FewShotError(f"method.objective={objective} must be mse or cross_entropy")
         maps = getattr(encoder, "maps", None)
         if maps is None:
             raise FewShotError(

@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from fewshot.data.episodes import Episode
 from fewshot.hardware import map_in_threads
 
-TASK_BATCHING = ("auto", "loop", "threads", "vmap")
+TaskBatching = Literal["auto", "loop", "threads", "vmap"]
 
 Learner = TypeVar("Learner", bound=nn.Module)
 Result = TypeVar("Result")
@@ -21,7 +21,7 @@ def for_each_task(
     learner: Learner,
     work: Callable[[Learner, Episode], Result],
     meta_batch: Episode,
-    task_batching: str,
+    task_batching: TaskBatching,
     vmap_tasks: int,
 ) -> Iterator[Result]:
     """Apply ``work`` to every task of a meta-batch, with gradients enabled.
