@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from fewshot.checkpoints import load_checkpoint
 from fewshot.config import OF_ONE_TASK, as_overrides, compose
 from fewshot.data.bank import has_bright_ink
 from fewshot.errors import FewShotError
 from fewshot.models import CARD, FORMAT, MODELS, WEIGHTS, all_models, digests
-from fewshot.results import Result, best_validation, find_results, run_config, seed_of, training_settings
+from fewshot.results import Result, best_validation, find_results, flat, run_config, seed_of, training_settings
 from fewshot.runs import write_json
 
 CHOICES = ("dataset", "method", "distance", "encoder", "optimizer", "schedule", "transform", "budget")
@@ -133,8 +133,8 @@ def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any]) -> l
     if initial:
         parts = Path(str(initial).partition("/checkpoints")[0]).parts
         said.append(f"encoder.init={next((name for name in lines if parts[-3:] == tuple(name.split('/'))), 'RUN_DIR')}")
-    today = _flat(compose(*said, *task))
-    differing = {key: value for key, value in _flat(OmegaConf.create(dict(config))).items() if today.get(key) != value}
+    today = dict(flat(OmegaConf.to_container(compose(*said, *task))))
+    differing = {key: value for key, value in flat(config) if today.get(key) != value}
     if differing.get("hardware.precision") == "32-true" and today.get("hardware.precision") == "auto":
         del differing["hardware.precision"]  # what auto is, on a processor
     plain = {key: value for key, value in differing.items() if _is_said(key, value)}
@@ -150,21 +150,6 @@ def _is_said(key: str, value: Any) -> bool:
     if value is None or UNSAID & {first, key} or key.startswith(REPEATED):
         return False
     return key not in ("way", "shot", "seed") and (first != "hardware" or key == "hardware.precision")
-
-
-def _flat(config: DictConfig) -> dict[str, Any]:
-    """Return the values by their dotted keys; a list is a value."""
-    flat: dict[str, Any] = {}
-
-    def collect(node: Any, prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                collect(value, f"{prefix}{key}.")
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    collect(OmegaConf.to_container(config), "")
-    return flat
 
 
 def _is_same_training(one: Result, other: Result) -> bool:

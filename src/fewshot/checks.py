@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from fewshot.errors import FewShotError
 
 Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}

@@ -29,7 +29,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 
-from fewshot.checks import Count, Positive, misfits, refuse
+from fewshot.checks import Count, Natural, Positive, misfits, refuse
 from fewshot.directories import is_taken
 from fewshot.errors import FewShotError, causes, mistake, nearest, reason
 from fewshot.paths import CHECKOUT, CONF, ROOT, run_directory
@@ -93,7 +93,7 @@ class TrainConfig(Task):
     test: Test = field(default_factory=Test)
     name: str | None = None  # checkpoints of an earlier version have none
     seed: Annotated[int, Ge(0), Lt(2**32)] = MISSING  # NumPy's limit
-    eval_seed: Annotated[int, Ge(0)] = MISSING
+    eval_seed: Natural = MISSING
     data_dir: str = MISSING
     cache_dir: str = MISSING
     run_dir: str | None = None

@@ -225,7 +225,8 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
     dataset = trained.config.dataset
     size, channels = dataset.size, dataset.channels
     embedder = Embedder(trained.method.encoder.float(), dataset.normalise).eval()
-    content = _to_onnx(embedder, (max(BATCHES), size, size, channels))
+    program = _program(embedder, (max(BATCHES), size, size, channels), ["embeddings"], {0: "images"})
+    content: bytes = program.SerializeToString()
     difference = _largest_difference(embedder, content, (size, size, channels))
     _write(path, content, difference, f"ONNX Runtime differs from PyTorch by {difference:.2g} of the largest value")
     say(
@@ -250,11 +251,6 @@ def _share(trained: Trained, path: Path) -> None:
     save_weights(path, trained.method.state_dict(), {key: value for key, value in content.items() if value is not None})
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     say(f"{path}: weights and configuration, {path.stat().st_size:,} bytes, SHA-256 {digest}")
-
-
-def _to_onnx(embedder: Embedder, shape: tuple[int, ...]) -> bytes:
-    content: bytes = _program(embedder, shape, ["embeddings"], {0: "images"}).SerializeToString()
-    return content
 
 
 def _program(module: nn.Module, shape: tuple[int, ...], outputs: list[str], dynamic: dict[int, str]) -> Any:

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from fewshot.errors import FewShotError
 from fewshot.held_out import hold_out
+from fewshot.methods.auto import class_means
 
 FALSE_ALARM = 0.05  # share of the images of a class that the page and ONNX files call perhaps none of these
 LEAST = 4  # examples left out, from which on their scores decide the threshold
@@ -82,11 +83,9 @@ def learn_familiarity(support: torch.Tensor, labels: torch.Tensor, way: int) -> 
 
 
 def _means(support: torch.Tensor, labels: torch.Tensor, way: int) -> Familiarity:
-    def average(points: torch.Tensor) -> torch.Tensor:
-        sums = points.new_zeros(way, points.shape[1]).index_add_(0, labels.to(points.device), points)
-        return sums / labels.bincount(minlength=way).to(points.device)[:, None]
-
     points = normalize(support.flatten(1).float(), dim=1)
-    means = average(points)
+    labels = labels.to(points.device)
+    means = class_means(points, labels, way)
     centre = means.mean(0)
-    return Familiarity(centre, normalize(means, dim=1), normalize(average(normalize(points - centre, dim=1)), dim=1))
+    centred = class_means(normalize(points - centre, dim=1), labels, way)
+    return Familiarity(centre, normalize(means, dim=1), normalize(centred, dim=1))

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.progress import track
 
+from fewshot.checks import Count, Natural, misfits, refuse
 from fewshot.data.files import ImageFile, file_at, list_folder
 from fewshot.data.folder import by_class
 from fewshot.data.kinds import is_drawn, warn_of_strangers
@@ -70,7 +71,7 @@ def predict(config: DictConfig) -> None:
         FewShotError: the support set or the queries are missing; a class has no readable image; or no query is
             readable and outside of the support set.
     """
-    _check_numbers(config)
+    refuse(misfits(config, {"batch": Count, "sheet": Natural, "shown": Natural}))
     queries = _find_queries(config.query)
     left_out: list[str] = []  # why, for each file
     start = _start(config, left_out)
@@ -161,12 +162,6 @@ def _list_left_out(left_out: Sequence[str], out: Path) -> None:
     if left_out:
         with atomic_writer(out / "left_out.txt") as lines:
             lines.writelines(f"{for_terminal(line)}\n" for line in left_out)
-
-
-def _check_numbers(config: DictConfig) -> None:
-    for key, least in (("batch", 1), ("sheet", 0), ("shown", 0)):
-        if not isinstance(config[key], int) or config[key] < least:
-            raise FewShotError(f"{key}={config[key]} must be a whole number of at least {least}")
 
 
 def find_support(place: str | None, least: int = 2) -> dict[str, list[ImageFile]]:

@@ -237,7 +237,7 @@ def settings(result: Result) -> Settings:
     """
     run = run_config(result)
     decisive = {
-        **dict(_flat({key: result.get(key) for key in ("data", "precision", "encoder_parameters")})),
+        **dict(flat({key: result.get(key) for key in ("data", "precision", "encoder_parameters")})),
         **training_settings(result),
         "encoder_init": (result.get("encoder_init") or {}).get("sha256"),
         "test.episodes": result["episodes"],
@@ -258,7 +258,7 @@ def settings(result: Result) -> Settings:
     hardware = run.get("hardware")
     if isinstance(hardware, dict) and hardware.get("precision") != decisive.get("precision"):
         decisive["train.precision" if decisive.get("precision") else "precision"] = hardware.get("precision")
-    tested, trained = (dict(_flat({"method": config.get("method")})) for config in (result["config"], run))
+    tested, trained = (dict(flat({"method": config.get("method")})) for config in (result["config"], run))
     decisive |= {
         f"test.{key}": tested.get(key)
         for key in {**tested, **trained}
@@ -269,7 +269,7 @@ def settings(result: Result) -> Settings:
 
 def training_settings(result: Result) -> Settings:
     """Return what affects accuracy in the configuration of the training, except the seed."""
-    return {key: value for key, value in _flat(run_config(result)) if not _is_below(key, NOT_DECISIVE)}
+    return {key: value for key, value in flat(run_config(result)) if not _is_below(key, NOT_DECISIVE)}
 
 
 def run_config(result: Result) -> Mapping[str, Any]:
@@ -308,10 +308,11 @@ def _test_of(result: Result) -> str:
     return json.dumps([same, seed_of(result)], sort_keys=True)
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings with their dotted keys; a list is a value."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+            yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
 
@@ -335,7 +336,7 @@ def _not_its_test(result: Result) -> str | None:
     """Return why an evaluation on test classes does not count as the test of a run, or None."""
     weights = result.get("weights") or Path(str(result["checkpoint"])).stem  # older format
     configs = result["config"], run_config(result)
-    methods = [dict(_flat({"method": config.get("method")})).get("method._target_") for config in configs]
+    methods = [dict(flat({"method": config.get("method")})).get("method._target_") for config in configs]
     reasons = {
         "an evaluation without training": weights == "untrained",
         "an evaluation that does not record the configuration of its run": result.get("data") is not None

@@ -60,9 +60,7 @@ def read_file(path: Path) -> bytes:
     Raises:
         OSError: there is no such file, or it is larger than ``LARGEST``.
     """
-    size = plain(path).stat().st_size
-    if size > LARGEST:
-        raise OSError(f"it has {size:,} bytes; at most {LARGEST:,} are read")
+    _refuse_bulk(plain(path).stat().st_size)
     return path.read_bytes()
 
 

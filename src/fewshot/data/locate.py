@@ -92,13 +92,7 @@ def places(data_dir: Path, name: str, first: tuple[str, ...], belongs: Callable[
 
 def children(folder: Path) -> list[str]:
     """Return the names of the folders in a folder, including links to folders, without hidden ones."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise FewShotError(f"cannot list the folder {folder}: {error.strerror}; make it readable") from error
+    return sorted(name.removesuffix("/") for name in contents(folder) if name.endswith("/"))
 
 
 def holds(folder: Path) -> str:

@@ -15,7 +15,7 @@ from annotated_types import Ge, Le
 from torch.nn.functional import affine_grid, grid_sample
 from torchvision.transforms.v2 import functional
 
-from fewshot.checks import checked
+from fewshot.checks import Natural, checked
 from fewshot.errors import FewShotError
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -111,9 +111,7 @@ class RandomCrop:
     """
 
     @checked("transform")
-    def __init__(
-        self, padding: Annotated[int, Ge(0)], mode: Literal["constant", "edge", "reflect"] = "constant"
-    ) -> None:
+    def __init__(self, padding: Natural, mode: Literal["constant", "edge", "reflect"] = "constant") -> None:
         self.padding, self.mode = padding, mode
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
-from fewshot.checks import Count, Positive, checked
+from fewshot.checks import Count, Natural, Positive, checked
 from fewshot.data.episodes import Episode, MetaBatch
 from fewshot.encoders.adaptable import BatchStatisticsNorm2d, make_adaptable
 from fewshot.errors import FewShotError
@@ -79,8 +79,8 @@ class MAML(FewShotMethod):
         way: Count,
         order: Annotated[int, Ge(1), Le(2), "1 or 2"] = 2,
         inner_learning_rate: Positive = 0.4,
-        inner_steps: Annotated[int, Ge(0)] = 1,
-        test_inner_steps: Annotated[int, Ge(0)] = 3,
+        inner_steps: Natural = 1,
+        test_inner_steps: Natural = 3,
         clip_norm: Positive | None = None,
         task_batching: TaskBatching = "auto",
         vmap_tasks: Count = 8,
