@@ -127,12 +127,8 @@ TYPES: dict[str, Any] = {
 # What every configuration has, and Lightning's part in it.
 PARTS = ("dataset.source", "method", "distance", "encoder", "optimizer")
 NODES = (
-    "hardware.accelerator",
-    "hardware.precision",
-    "hardware.compile",
-    "train.episodes",
-    "val.episodes",
-    "test.episodes",
+    *("hardware.accelerator", "hardware.precision", "hardware.compile"),
+    *("train.episodes", "val.episodes", "test.episodes"),
 )
 TARGETS = {"hardware": "pytorch_lightning.Trainer"}
 MADE_OF = {"method": ("encoder", "distance"), "schedule": ("optimizer",)}
@@ -180,9 +176,8 @@ def wrong_settings(settings: Mapping[Any, Any], target: Any = None, prefix: str 
         parameters = signature(target).parameters
         takes: Any = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
         hints = get_type_hints(takes, include_extras=True)
-    # A configuration may have keys of the user's own, for interpolations.
-    open_ended = not parameters or is_dataclass(target)
-    open_ended |= any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    open_ended = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    open_ended |= not parameters or is_dataclass(target)  # whose users may add keys, for interpolations
     for key, value in settings.items():
         name = f"{prefix}{key}"
         hint = TYPES.get(name, hints.get(key))
