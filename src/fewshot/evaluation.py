@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -45,7 +45,7 @@ from fewshot.training import make_data, make_trainer, outcome
 
 TASK = ("way", "shot", "query", "eval_seed")
 TYPES = {"split": Literal[SPLITS], "concentration": Positive | None, "pictured": Count, "allow_other_classes": bool}
-TYPES |= {"resume": Annotated[Literal["auto"], "auto, to resume a sweep of evaluations,"] | None}
+TYPES |= {"resume": Literal["auto"] | None}
 PRINTED = 5  # classes with the lowest accuracy
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-from fewshot.methods.training_free import Features, TrainingFree, check_positive, cosines, prototypes
+from fewshot.checks import Positive, checked
+from fewshot.methods.training_free import Features, TrainingFree, cosines, prototypes
 
 
 class BDCSPN(TrainingFree):
@@ -24,15 +25,15 @@ class BDCSPN(TrainingFree):
 
     transductive = True
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
         features: Features = "none",
         centre: Literal["train", "support"] = "train",
-        scale: float = 10.0,
+        scale: Positive = 10.0,
     ) -> None:
         super().__init__(encoder, features, centre)
-        check_positive(scale=scale)
         self.scale = scale
 
     def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize, pad
 
-from fewshot.errors import FewShotError
-from fewshot.methods.training_free import Features, TrainingFree, check_positive, check_steps, descend, prototypes
+from fewshot.checks import Count, Positive, checked
+from fewshot.methods.training_free import Features, TrainingFree, descend, prototypes
 
 
 class FineTuning(TrainingFree):
@@ -29,21 +29,18 @@ class FineTuning(TrainingFree):
         FewShotError: a setting is out of range.
     """
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
         features: Features = "l2n",
         centre: Literal["train", "support"] = "train",
         head: Literal["linear", "cosine"] = "linear",
-        scale: float = 10.0,
-        steps: int = 100,
-        learning_rate: float = 0.01,
+        scale: Positive = 10.0,
+        steps: Count = 100,
+        learning_rate: Positive = 0.01,
     ) -> None:
         super().__init__(encoder, features, centre)
-        if head not in ("linear", "cosine"):
-            raise FewShotError(f"method.head={head} must be linear or cosine")
-        check_positive(scale=scale, learning_rate=learning_rate)
-        check_steps(steps=steps)
         self.head, self.scale, self.steps, self.learning_rate = head, scale, steps, learning_rate
 
     def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -5,16 +5,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fewshot.errors import FewShotError
+from fewshot.checks import Count, Positive, checked
 from fewshot.methods.bd_cspn import rectify
-from fewshot.methods.training_free import (
-    Features,
-    TrainingFree,
-    check_positive,
-    check_steps,
-    prototypes,
-    squared_distances,
-)
+from fewshot.methods.training_free import Features, TrainingFree, prototypes, squared_distances
 
 
 class LaplacianShot(TrainingFree):
@@ -36,22 +29,19 @@ class LaplacianShot(TrainingFree):
 
     transductive = True
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
         features: Features = "cl2n",
         centre: Literal["train", "support"] = "train",
-        neighbours: int = 2,
-        weight: float = 0.7,
-        steps: int = 20,
+        neighbours: Count = 2,
+        weight: Positive = 0.7,
+        steps: Count = 20,
         rectified: bool = True,
-        scale: float = 10.0,
+        scale: Positive = 10.0,
     ) -> None:
         super().__init__(encoder, features, centre)
-        check_positive(weight=weight, scale=scale)
-        check_steps(neighbours=neighbours, steps=steps)
-        if not isinstance(rectified, bool):
-            raise FewShotError(f"method.rectified={rectified} must be true or false")
         self.neighbours, self.weight, self.steps = neighbours, weight, steps
         self.rectified, self.scale = rectified, scale
 

@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fewshot.methods.training_free import Features, TrainingFree, check_positive
+from fewshot.checks import Positive, checked
+from fewshot.methods.training_free import Features, TrainingFree
 
 STEPS = 2000  # at most
 TOLERANCE = 1e-5  # of the weights, between two steps
@@ -26,15 +27,15 @@ class LogisticRegression(TrainingFree):
         FewShotError: a setting is out of range.
     """
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
         features: Features = "l2n",
         centre: Literal["train", "support"] = "train",
-        inverse_penalty: float = 1.0,
+        inverse_penalty: Positive = 1.0,
     ) -> None:
         super().__init__(encoder, features, centre)
-        check_positive(inverse_penalty=inverse_penalty)
         self.inverse_penalty = inverse_penalty
 
     def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,14 @@
 """PT-MAP (Hu, Gripon & Pateux, 2021, arXiv 2006.03806)."""
 
+from typing import Annotated
+
 import torch
+from annotated_types import Gt, Le
 from torch import nn
 from torch.nn.functional import normalize
 
-from fewshot.errors import FewShotError
-from fewshot.methods.training_free import (
-    TrainingFree,
-    check_positive,
-    check_steps,
-    in_span,
-    prototypes,
-    squared_distances,
-)
+from fewshot.checks import Count, Positive, checked
+from fewshot.methods.training_free import TrainingFree, in_span, prototypes, squared_distances
 
 SINKHORN_STEPS = 100  # at most, for each movement of the centres: the next one continues from there
 TOLERANCE = 1e-4  # of the sum over the classes of a query, which is 1
@@ -38,19 +34,16 @@ class PTMAP(TrainingFree):
     transductive = True
     assumes_balance = True
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
-        power: float = 0.5,
-        regularisation: float = 10.0,
-        inertia: float = 0.2,
-        steps: int = 20,
+        power: Positive = 0.5,
+        regularisation: Positive = 10.0,
+        inertia: Annotated[float, Gt(0), Le(1)] = 0.2,
+        steps: Count = 20,
     ) -> None:
         super().__init__(encoder)
-        check_positive(power=power, regularisation=regularisation, inertia=inertia)
-        check_steps(steps=steps)
-        if inertia > 1:
-            raise FewShotError(f"method.inertia={inertia} must be at most 1")
         self.power, self.regularisation, self.inertia, self.steps = power, regularisation, inertia, steps
 
     def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

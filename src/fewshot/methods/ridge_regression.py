@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fewshot.methods.training_free import Features, TrainingFree, check_positive
+from fewshot.checks import Positive, checked
+from fewshot.methods.training_free import Features, TrainingFree
 
 
 class RidgeRegression(TrainingFree):
@@ -21,15 +22,15 @@ class RidgeRegression(TrainingFree):
         FewShotError: a setting is out of range.
     """
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
         features: Features = "l2n",
         centre: Literal["train", "support"] = "train",
-        penalty: float = 1.0,
+        penalty: Positive = 1.0,
     ) -> None:
         super().__init__(encoder, features, centre)
-        check_positive(penalty=penalty)
         self.penalty = penalty
 
     def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

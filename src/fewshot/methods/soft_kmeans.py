@@ -5,14 +5,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fewshot.methods.training_free import (
-    Features,
-    TrainingFree,
-    check_positive,
-    check_steps,
-    prototypes,
-    squared_distances,
-)
+from fewshot.checks import Count, Positive, checked
+from fewshot.methods.training_free import Features, TrainingFree, prototypes, squared_distances
 
 
 class SoftKMeans(TrainingFree):
@@ -31,17 +25,16 @@ class SoftKMeans(TrainingFree):
 
     transductive = True
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
         features: Features = "l2n",
         centre: Literal["train", "support"] = "train",
-        steps: int = 1,
-        scale: float = 10.0,
+        steps: Count = 1,
+        scale: Positive = 10.0,
     ) -> None:
         super().__init__(encoder, features, centre)
-        check_positive(scale=scale)
-        check_steps(steps=steps)
         self.steps, self.scale = steps, scale
 
     def classify(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -1,21 +1,14 @@
 """TIM (Boudiaf et al., 2020, arXiv 2008.11297) and alpha-TIM (Veilleux et al., 2021, arXiv 2204.11181)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Gt
 from torch import nn
 
-from fewshot.errors import FewShotError
+from fewshot.checks import Count, Positive, checked
 from fewshot.methods.finetune import cross_entropy, entropy
-from fewshot.methods.training_free import (
-    Features,
-    TrainingFree,
-    check_positive,
-    check_steps,
-    descend,
-    in_span,
-    prototypes,
-)
+from fewshot.methods.training_free import Features, TrainingFree, descend, in_span, prototypes
 
 
 class TIM(TrainingFree):
@@ -43,25 +36,21 @@ class TIM(TrainingFree):
     transductive = True
     assumes_balance = True
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
         features: Features = "l2n",
         centre: Literal["train", "support"] = "train",
         solver: Literal["adm", "gradient"] = "adm",
-        temperature: float = 15.0,
-        support_weight: float = 0.1,
-        conditional_weight: float = 0.1,
-        marginal_weight: float = 1.0,
-        steps: int = 150,
-        learning_rate: float = 1e-4,
+        temperature: Positive = 15.0,
+        support_weight: Positive = 0.1,
+        conditional_weight: Positive = 0.1,
+        marginal_weight: Positive = 1.0,
+        steps: Count = 150,
+        learning_rate: Positive = 1e-4,
     ) -> None:
         super().__init__(encoder, features, centre)
-        if solver not in ("adm", "gradient"):
-            raise FewShotError(f"method.solver={solver} must be adm or gradient")
-        check_positive(temperature=temperature, support_weight=support_weight, conditional_weight=conditional_weight)
-        check_positive(marginal_weight=marginal_weight, learning_rate=learning_rate)
-        check_steps(steps=steps)
         self.solver, self.temperature, self.steps, self.learning_rate = solver, temperature, steps, learning_rate
         self.support_weight, self.conditional_weight = support_weight, conditional_weight
         self.marginal_weight = marginal_weight
@@ -131,24 +120,22 @@ class AlphaTIM(TIM):
 
     assumes_balance = False
 
+    @checked("method")
     def __init__(
         self,
         encoder: nn.Module,
         features: Features = "l2n",
         centre: Literal["train", "support"] = "train",
-        alpha: float = 2.0,
-        temperature: float = 15.0,
-        support_weight: float = 1.0,
-        conditional_weight: float = 1.0,
-        marginal_weight: float = 1.0,
-        steps: int = 100,
-        learning_rate: float = 1e-3,
+        alpha: Annotated[float, Gt(1)] = 2.0,
+        temperature: Positive = 15.0,
+        support_weight: Positive = 1.0,
+        conditional_weight: Positive = 1.0,
+        marginal_weight: Positive = 1.0,
+        steps: Count = 100,
+        learning_rate: Positive = 1e-3,
     ) -> None:
         weights = support_weight, conditional_weight, marginal_weight
         super().__init__(encoder, features, centre, "gradient", temperature, *weights, steps, learning_rate)
-        check_positive(alpha=alpha)
-        if alpha <= 1:
-            raise FewShotError(f"method.alpha={alpha} must be above 1")
         self.alpha = alpha
 
     def loss_of_prototypes(self, support: torch.Tensor, labels: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

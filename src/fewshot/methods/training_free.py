@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize, one_hot
 
+from fewshot.checks import checked
 from fewshot.data.episodes import EmbeddedEpisode
 from fewshot.embeddings import LabelledEmbeddings
 from fewshot.errors import FewShotError
@@ -33,14 +34,11 @@ class TrainingFree(MetricMethod):
 
     trains_on = "nothing"
 
+    @checked("method")
     def __init__(
         self, encoder: nn.Module, features: Features = "none", centre: Literal["train", "support"] = "train"
     ) -> None:
         super().__init__(encoder)
-        if features not in ("none", "l2n", "cl2n"):
-            raise FewShotError(f"method.features={features} must be none, l2n or cl2n")
-        if centre not in ("train", "support"):
-            raise FewShotError(f"method.centre={centre} must be train or support")
         self.features, self.centre = features, centre
         self._train_mean: torch.Tensor | None = None
 
@@ -170,36 +168,3 @@ def descend(
             (weights.grad,) = torch.autograd.grad(loss(weights).sum(), weights)
             adam.step()
     return weights.detach()
-
-
-def check_positive(**settings: float) -> None:
-    """Reject settings of a method that must be positive.
-
-    Raises:
-        FewShotError: names the key.
-    """
-    for name, value in settings.items():
-        if not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise FewShotError(f"method.{name}={value} must be positive and finite")
-
-
-def check_share(**settings: float) -> None:
-    """Reject settings of a method that must be at least 0 and below 1.
-
-    Raises:
-        FewShotError: names the key.
-    """
-    for name, value in settings.items():
-        if not 0 <= value < 1:
-            raise FewShotError(f"method.{name}={value} must be at least 0 and below 1")
-
-
-def check_steps(**settings: int) -> None:
-    """Reject numbers of steps below 1.
-
-    Raises:
-        FewShotError: names the key.
-    """
-    for name, value in settings.items():
-        if not isinstance(value, int) or value < 1:
-            raise FewShotError(f"method.{name}={value} must be at least 1, a whole number")
