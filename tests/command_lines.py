@@ -92,6 +92,7 @@ COMPOSED: dict[tuple[str, ...], str | None] = {
     ): r"to add it anyway, type \+hydra\.launcher\.ray\.init\.num_cpus=2",
     ("hydra.job.env_set.A=1",): r"to add it anyway, type \+hydra\.job\.env_set\.A=1",
     ("logger=null",): r"logger=null is not an option\. Choose one of csv, .*did you mean none\?",
+    ("logger=[{a:1}]",): r"logger=\[{a:1}\] is not an option\. Choose one of csv, ",
     ("transform=5",): r"transform=5 is not an option\. Choose one of ",
     ("-m", "distance=l2,null"): r"distance=null is not an option\. Choose one of cosine, l2, scaled_cosine",
     ("-m", "method=maml,null", "method.order=1"): r"method=null is not an option",

@@ -59,7 +59,7 @@ RESOLVING = "FewShotError raised while resolving interpolation: "
 PLUGINS = {
     **{"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray"},
 }
-UNCOMPOSED = (HydraException, OmegaConfBaseException, ValueError)  # the last for a group set to null or a number
+UNCOMPOSED = (HydraException, OmegaConfBaseException, TypeError, ValueError)  # the last two for a group set to a value
 MOST_OPTIONS = 20  # of a group that a message lists one by one
 HYDRAS_OWN = ("hydra", "hydra_debug")  # groups
 
