@@ -82,7 +82,9 @@ COMPOSED: dict[tuple[str, ...], str | None] = {
     (
         "encoder=resnet",
     ): r"Choose one of best, conv4, fast, lite0, pretrained, resnet12, timm \(did you mean resnet12\?\)",
-    ("dataset=cifar",): r"Choose one of cifar_fs, cub, fc100, folder, glyphs, miniimagenet, omniglot, torchvision",
+    (
+        "dataset=cifar",
+    ): r"Choose one of cifar_fs, cub, fc100, folder, glyphs, miniimagenet, omniglot, tieredimagenet, torchvision",
     (
         "hydra.launcher.n_jobs=2",
     ): r"hydra\.launcher\.n_jobs is not in .*; to add it anyway, type \+hydra\.launcher\.n_jobs=2",

@@ -77,6 +77,7 @@ ELSEWHERE = {
     r"fewshot demo": "serves until stopped; see tests/test_demo.py",
     r"study=classifiers": "takes an hour; see tests/test_sweeps.py",
     r"dataset=(cifar_fs|fc100)": "is downloaded; see tests/data/test_torchvision.py",
+    r"dataset=tieredimagenet": "needs its 608 classes; see tests/data/test_tieredimagenet.py",
 }
 SUBPROCESS = r"hardware=ddp_cpu"  # child processes run the main program's file
 SLOW = (
