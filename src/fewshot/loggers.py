@@ -165,7 +165,7 @@ def _make(key: str, node: DictConfig, step: int, ids: Mapping[str, str]) -> Logg
         extra = kind.__name__.removesuffix("Logger").lower()
         if isinstance(cause, ModuleNotFoundError) and extra in EXTRAS:
             raise FewShotError(f"logger={extra} needs the package {extra}: pip install 'fewshot[{extra}]'") from error
-        raise FewShotError(f"{key}={target} cannot be made: {reason(cause)}") from error  # type: ignore[arg-type]
+        raise FewShotError(f"{key}={target} cannot be made: {reason(cause)}") from error
     if not isinstance(logger, Logger):
         raise FewShotError(f"{key}._target_={target} is not a logger of Lightning")
     return logger
