@@ -136,9 +136,9 @@ def _choose(support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
     held_out = replace(held_out, logits=held_out.logits / temperature)
     ratio = expected_temperature(chosen, shots, way) / expected_temperature(chosen, max(1.0, shots - 1), way)
     why = (
-        "no other answers examples that are left out better by more than two standard errors"
+        "on left-out examples, no other is better by more than two standard errors"
         if chosen == DEFAULT
-        else "it answers examples that are left out better by more than two standard errors"
+        else "on left-out examples, it is better than the default by more than two standard errors"
     )
     fitted = fit(chosen, support, labels, way)
     return replace(fitted, temperature=temperature * ratio, why=why, held_out=held_out)
