@@ -104,7 +104,8 @@ def wheel(tmp_path_factory):
 def test_the_wheel_contains_the_whole_package_and_its_configuration(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     packages = [ROOT / "src" / "fewshot", ROOT / "src" / "hydra_plugins"]
-    package = {path.relative_to(ROOT / "src") for folder in packages for path in folder.rglob("*.py")}
+    kinds = ("*.py", "*.txt")
+    package = {path.relative_to(ROOT / "src") for folder in packages for kind in kinds for path in folder.rglob(kind)}
     configuration = {Path("fewshot/conf") / path.relative_to(CONF) for path in CONF.rglob("*.yaml")}
     page = {Path("fewshot/page", path.name) for path in (ROOT / "src" / "fewshot" / "page").iterdir()}
     models = {Path("fewshot/shipped", line, name) for line in short_names().values() for name in MODEL}
@@ -158,7 +159,7 @@ def test_the_wheel_alone_trains_evaluates_predicts_and_resumes(wheel, tmp_path):
     assert len((home / "predicted" / "predictions.csv").read_text().splitlines()) == 3
     assert "report.md" in run("report", "outputs", "out=reported")
     assert all(name in run("models") for name in short_names())
-    assert " equal " in run("reproduce", "glyphs/protonet", "hardware=cpu")
+    assert "  equal\n" in run("reproduce", "glyphs/protonet", "hardware=cpu")
     run("predict", "checkpoint=omniglot/protonet", "support=support", "query=query", "out=predicted")
     for command in ("bench", "figure"):
         done = call(command)
