@@ -114,6 +114,13 @@ def test_the_wheel_contains_the_whole_package_and_its_configuration(wheel):
     assert {name for name in held if ".dist-info/" not in name} == expected
 
 
+@pytest.mark.parametrize("folder", ["src", "src/benchmarks", "src/figures"])
+def test_no_script_hides_a_module_of_the_standard_library(folder):
+    """A script's folder comes first in the search path: a ``profile.py`` there broke PyTorch's import of cProfile."""
+    here = {path.stem for path in (ROOT / folder).iterdir()}
+    assert not here & sys.stdlib_module_names
+
+
 @pytest.mark.slow
 def test_the_wheel_alone_trains_evaluates_predicts_and_resumes(wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=False)

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import track
 
-from benchmarks.profile import busy_seconds
+from benchmarks.profiling import busy_seconds
 from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.text import make_table, say

@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end = time.strftime("%X", time.localtime(time.time() + 60 * options.minutes))
         say(f"on {torch.cuda.get_device_name()}, until {end}")
 
-    suite = ["-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "--confcutdir=tests/gpu", "--durations=10", "-v"]
+    suite = ["-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "--confcutdir=tests/gpu", "--durations=10", "-vv"]
     bench = ["src/bench.py", f"out={out / 'bench.json'}"]
     if options.dry_run:
         suite += ["-k", "loss_scale or every_option"]

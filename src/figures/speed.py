@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.maml import TASK, ours
-from benchmarks.profile import KINDS_AND_ELSE, convolution_peak, profile_step
+from benchmarks.profiling import KINDS_AND_ELSE, convolution_peak, profile_step
 from benchmarks.training import MINIIMAGENET, OMNIGLOT, bare_loop
 from fewshot.hardware import keep_freed_memory
 from fewshot.style import COLOURS, STYLE, WIDTH

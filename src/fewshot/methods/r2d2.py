@@ -55,7 +55,9 @@ class R2D2(MetricMethod):
             gram = (support @ support.T + 1) * (weights @ weights.T)
             gram = gram + self.log_penalty.exp() * torch.eye(len(gram), dtype=wide, device=gram.device)
             products = (query @ support.T + 1) * weights.T
-            return self.scale * products @ torch.linalg.solve(gram, weights * labels) + self.shift
+            # ``solve`` would make the host wait for a GPU, to check that it succeeded.
+            solution = torch.linalg.solve_ex(gram, weights * labels).result
+            return self.scale * products @ solution + self.shift
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See ``MetricMethod``."""

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from benchmarks.contest import Contest, Entrant, show
-from benchmarks.profile import KINDS_AND_ELSE, OTHER, convolution_peak, profile_step, union
+from benchmarks.profiling import KINDS_AND_ELSE, OTHER, convolution_peak, profile_step, union
 
 
 @pytest.fixture
