@@ -197,7 +197,7 @@ def test_train_keys_default_to_those_of_the_test_unless_the_method_sets_them():
 def test_help_shows_the_groups_and_every_key_with_a_comment(cli):
     shown = cli("--help").stdout
     for group, options in {
-        "dataset": "cifar_fs|cub|fc100|folder|glyphs|miniimagenet|omniglot|torchvision",
+        "dataset": "cifar_fs|cub|fc100|folder|glyphs|miniimagenet|omniglot|tieredimagenet|torchvision",
         "distance": "cosine|l2|scaled_cosine",
     }.items():
         assert f"# {group}={options}" in shown
