@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from fewshot.checkpoints import NOWHERE
+from fewshot.checks import Count, misfits, refuse
 from fewshot.config import ROOT
 from fewshot.data.files import ImageFile
 from fewshot.data.kinds import Kind, is_drawn
@@ -523,9 +524,8 @@ def serve(config: DictConfig) -> None:
         FewShotError: a number is not a positive whole number; the extra is not installed; there is no complete run, or
             no predictor (see ``make_predictor``); or the address is not available.
     """
-    for key in ("port", "max_megabytes", "max_model", "max_images", "max_classes"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise FewShotError(f"{key}={config[key]} must be a whole number of at least 1")
+    numbers = ("port", "max_megabytes", "max_model", "max_images", "max_classes")
+    refuse(misfits(config, dict.fromkeys(numbers, Count)))
     if config.checkpoint == "newest":
         config.checkpoint = str(newest_run(ROOT / "outputs"))
     with page_of(config), suppress(KeyboardInterrupt):
