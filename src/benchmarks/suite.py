@@ -29,7 +29,7 @@ def choose(only: Sequence[str] | None, device: str = "cpu") -> dict[str, Contest
     if device == "cpu":
         known = training.contests() | maml.contests() | without.contests() | reading.contests()
     else:
-        known = training.device_contests(device) | maml.device_contests(device)
+        known = maml.device_contests(device) | training.device_contests(device)
     if only is None:
         return known
     for name in only:
