@@ -235,7 +235,7 @@ def trains_on(config: DictConfig) -> str:
 
 
 def with_classes(config: DictConfig, classes: int | None = None) -> DictConfig:
-    """Add the number of training classes to the configuration, if its method trains on classes.
+    """Add the number of training classes to the configuration, if its method trains on classes and takes it.
 
     Args:
         config: the composed ``conf/train.yaml``.
@@ -245,6 +245,8 @@ def with_classes(config: DictConfig, classes: int | None = None) -> DictConfig:
         FewShotError: the configuration already has a different number.
     """
     if trains_on(config) != "classes":
+        return config
+    if "classes" not in signature(import_target("method", config.method._target_)).parameters:
         return config
     configured = config.method.get("classes")
     if classes is None:

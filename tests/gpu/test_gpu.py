@@ -57,6 +57,7 @@ METHODS = {
     ],
     "classifier": ["method=classifier", "train.batch_size=16"],
     "classifier_cosine": ["method=classifier", "method.head=cosine", "train.batch_size=16"],
+    "nca": ["method=nca", "train.batch_size=16"],
     "r2d2": ["method=r2d2"],
     "metaoptnet_ridge": ["method=metaoptnet_ridge", "method.penalty=1"],  # 50 is much for four features
     "relation": ["method=relation", "method.filters=8"],

@@ -28,10 +28,7 @@ class MetaSGD(MAML):
         rates = {name: torch.full_like(weight, self.inner_learning_rate) for name, weight in self.weights().items()}
         self.rates = nn.ParameterDict({name.replace(".", "/"): rate for name, rate in rates.items()})
 
-    def adapts(self, name):
-        return not name.startswith("rates.")
-
-    def update(self, weights, gradients):
+    def update(self, weights, gradients, number):  # noqa: ARG002
         rates = {name: weights[f"rates.{name.replace('.', '/')}"] for name in gradients}
         return {name: weights[name] - rates[name] * gradient for name, gradient in gradients.items()}
 
@@ -116,3 +113,48 @@ def test_meta_sgd_with_equal_rates_is_maml_and_learns_them():
     learned, plain = make(MetaSGD).meta_gradient(tasks()), make(MAML).meta_gradient(tasks())
     torch.testing.assert_close(learned.gradients[: len(plain.gradients)], plain.gradients)
     assert all(gradient.abs().max() > 0 for gradient in learned.gradients[len(plain.gradients) :][:1])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_learned_rates_start_as_maml_and_have_a_derivative_for_each_step_and_tensor(order):
+    method = make(MAML, order=order, learn_rates=True)
+    found, plain = method.meta_gradient(tasks()), make(MAML, order=order).meta_gradient(tasks())
+    torch.testing.assert_close(found.gradients[: len(plain.gradients)], plain.gradients)
+    gradients = dict(zip(method.weights(), found.gradients, strict=True))
+    name, rate = "head.weight", method.rates["head/weight"]
+    assert set(gradients) == {*make(MAML).weights(), *(f"rates.{key}" for key in method.rates)} and rate.shape == (2,)
+    if order == 1:
+        return  # whose derivative leaves terms out
+    for step in range(2):
+        losses = []
+        for change in (1e-5, -1e-5):
+            changed = make(MAML, learn_rates=True)
+            with torch.no_grad():
+                changed.rates["head/weight"][step] += change
+            losses.append(changed.meta_gradient(tasks()).loss.item())
+        by_difference = (losses[0] - losses[1]) / 2e-5
+        assert gradients[f"rates.{name.replace('.', '/')}"][step].item() == pytest.approx(by_difference, rel=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_learned_rates_do_not_depend_on_how_tasks_are_run(order):
+    expected = make(MAML, order=order, learn_rates=True).meta_gradient(tasks())
+    for batching in ("threads", "vmap"):
+        for recompute in (False, True):
+            changes = {"order": order, "task_batching": batching, "recompute": recompute, "learn_rates": True}
+            torch.testing.assert_close(make(MAML, **changes).meta_gradient(tasks()), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_test_of_more_steps_uses_the_rates_of_the_last_one():
+    method = make(MAML, learn_rates=True, test_inner_steps=3)
+    with torch.no_grad():
+        for rates in method.rates.values():
+            rates[:] = torch.tensor([0.1, 0.2])
+    task = next(tasks(1).tasks())
+    arguments = task.support, task.support_labels
+    weights = method.weights()
+    for rate, steps in ((0.1, 1), (0.2, 2)):
+        weights = {name: weight.detach().requires_grad_() for name, weight in weights.items() if "rates" not in name}
+        weights = make(MAML, inner_learning_rate=rate).adapt(weights, *arguments, steps)
+    adapted = method.adapt(method.weights(), *arguments, 3)
+    torch.testing.assert_close({name: adapted[name] for name in weights}, weights)

@@ -33,9 +33,9 @@ class FewShotMethod(pl.LightningModule, ABC):
             does.
         make_schedule: makes the schedule, which counts training steps, from the optimizer; None: constant rate.
         estimates: the latest accuracy on "val" and on "test".
-        trains_on: "episodes" if ``training_step`` takes a ``MetaBatch``; "classes" if it takes a ``ClassBatch`` and the
-            constructor takes the number of training ``classes``; "nothing" if there is nothing to train. Validation
-            and test always use episodes.
+        trains_on: "episodes" if ``training_step`` takes a ``MetaBatch``; "classes" if it takes a ``ClassBatch``, in
+            which case the constructor may take the number of training ``classes``; "nothing" if there is nothing to
+            train. Validation and test always use episodes.
         transductive: whether the answer to a query of an episode depends on the other queries.
         assumes_balance: whether a transductive method assumes, or prefers, as many queries of every class.
         compilable: whether the encoder can be compiled: ``torch.compile`` does not support second derivatives.

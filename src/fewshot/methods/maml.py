@@ -57,6 +57,9 @@ class MAML(FewShotMethod):
         order: 2 differentiates through the inner steps (equation 1 and algorithm 2); 1 takes the gradient at the
             adapted weights (section 5.2).
         inner_learning_rate: the paper's alpha.
+        learn_rates: learn a rate for each tensor of weights and each inner step, starting from ``inner_learning_rate``:
+            LSLR of MAML++ (Antoniou, Edwards & Storkey, 2019, arXiv 1810.09502, section 4). They may become negative.
+            Inner steps of a test beyond those of the training use the rates of the last one. None: one fixed rate.
         inner_steps: gradient steps on the support set in training.
         test_inner_steps: gradient steps on the support set in validation and test.
         clip_norm: largest norm of the meta-gradient; larger ones are scaled down to it. None: no clipping.
@@ -85,6 +88,7 @@ class MAML(FewShotMethod):
         task_batching: TaskBatching = "auto",
         vmap_tasks: Count = 8,
         recompute: bool = False,
+        learn_rates: bool | None = None,
     ) -> None:
         super().__init__(encoder)
         make_adaptable(encoder, twice=order == 2)
@@ -96,6 +100,9 @@ class MAML(FewShotMethod):
         self.clip_norm, self.recompute = clip_norm, recompute
         self.task_batching, self.vmap_tasks = task_batching, vmap_tasks
         self._scaler: torch.amp.GradScaler | None = None
+        rates = torch.full((max(inner_steps, 1),), inner_learning_rate)
+        learned = {_rate_of(name): rates.clone() for name in self.weights()} if learn_rates else {}
+        self.rates = nn.ParameterDict(learned)
 
     def forward(self, episode: Episode) -> torch.Tensor:
         """Adapt to the support samples, then classify the queries: logits ``[queries, way]``.
@@ -166,24 +173,33 @@ class MAML(FewShotMethod):
         """Compute the logits of images with the given weights: the paper's f. Shapes as in ``logits``."""
         return self.logits(weights, self.features(weights, images))
 
-    def adapts(self, name: str) -> bool:  # noqa: ARG002
-        """Whether the inner steps change the parameter ``name``; in MAML they change all."""
-        return True
+    def adapts(self, name: str) -> bool:
+        """Whether the inner steps change the parameter ``name``; in MAML they change all but the rates."""
+        return not name.startswith("rates.")
 
-    def update(self, weights: Weights, gradients: Weights) -> Weights:
+    def update(self, weights: Weights, gradients: Weights, number: int) -> Weights:
         """One inner step: theta - alpha * gradient.
 
         Args:
             weights: all weights, by name.
             gradients: of the weights that the inner steps change, by name.
+            number: of the inner step, from 0.
 
         Returns:
             New weights for the names in ``gradients``.
         """
-        return {
-            name: torch.sub(weights[name], gradient, alpha=self.inner_learning_rate)
-            for name, gradient in gradients.items()
-        }
+        if not self.rates:
+            return {
+                name: torch.sub(weights[name], gradient, alpha=self.inner_learning_rate)
+                for name, gradient in gradients.items()
+            }
+        updated = {}
+        for name, gradient in gradients.items():
+            rates = weights[f"rates.{_rate_of(name)}"]
+            rate = rates[..., min(number, rates.shape[-1] - 1)]
+            # With a leading dimension of tasks, each task has its rate.
+            updated[name] = weights[name] - rate.reshape(*rate.shape, *[1] * (gradient.ndim - rate.ndim)) * gradient
+        return updated
 
     def adapt(
         self, weights: Weights, support: torch.Tensor, labels: torch.Tensor, steps: int, differentiable: bool = False
@@ -213,7 +229,7 @@ class MAML(FewShotMethod):
         """Take the steps of ``adapt`` with any function from weights to the logits of the support samples."""
         names = [name for name in weights if self.adapts(name)]
 
-        def step(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def step(number: int, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
             current = weights | dict(zip(names, values, strict=True))
             loss = total_cross_entropy(classify(current), labels)
             # Without create_graph the gradients are constants to autograd, and the derivative of
@@ -225,15 +241,15 @@ class MAML(FewShotMethod):
             gradients = torch.autograd.grad(loss, values, create_graph=differentiable)
             if scale is not None:
                 gradients = tuple(gradient / scale for gradient in gradients)
-            updated = self.update(current, dict(zip(names, gradients, strict=True)))
+            updated = self.update(current, dict(zip(names, gradients, strict=True)), number)
             return tuple(updated[name] for name in names)
 
         values = tuple(weights[name] for name in names)
-        for _ in range(steps):
+        for number in range(steps):
             if differentiable and self.recompute:
-                values = checkpoint(step, *values, use_reentrant=False, preserve_rng_state=False)
+                values = checkpoint(step, number, *values, use_reentrant=False, preserve_rng_state=False)
             else:
-                values = step(*values)
+                values = step(number, *values)
         return weights | dict(zip(names, values, strict=True))
 
     def solve(self, episode: Episode) -> torch.Tensor:
@@ -330,9 +346,13 @@ class MAML(FewShotMethod):
     def _check(self, episode: Episode) -> None:
         if episode.way != self.head.out_features:
             raise FewShotError(
-                f"method=maml was made for {self.head.out_features} classes, and the episode has {episode.way}: its "
+                f"this MAML was made for {self.head.out_features} classes, and the episode has {episode.way}: its "
                 f"head has one row per class, so train.way, way and the way it is tested at must be the same"
             )
+
+
+def _rate_of(name: str) -> str:
+    return name.replace(".", "/")  # a name in a module has no dot
 
 
 def _inner_loss_scale(device: str) -> float | None:
