@@ -18,9 +18,9 @@ FORKED.set_forkserver_preload(["fewshot.training"])
 
 
 def call(
-    program: Path | str, arguments: Sequence[str], cwd: Path | str, env: Mapping[str, str], timeout: float
+    program: Path, arguments: Sequence[str], cwd: Path | str, env: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``python PROGRAM ARGUMENTS``, or ``python -m PROGRAM ARGUMENTS`` if the program is not a path.
+    """Run ``python PROGRAM ARGUMENTS``.
 
     Returns:
         What ``subprocess.run`` returns with ``capture_output`` and ``text``.
@@ -41,9 +41,7 @@ def call(
     return subprocess.CompletedProcess([str(program), *arguments], process.exitcode, output, errors)
 
 
-def _run(
-    program: Path | str, arguments: list[str], cwd: Path | str, env: dict[str, str], streams: Sequence[Path]
-) -> None:
+def _run(program: Path, arguments: list[str], cwd: Path | str, env: dict[str, str], streams: Sequence[Path]) -> None:
     """Make this process what a new interpreter would be, and run the program in it."""
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -52,13 +50,9 @@ def _run(
     os.environ |= env
     installed = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
     added = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
-    first = program.parent if isinstance(program, Path) else cwd
-    sys.path[:] = [str(first), *added, *installed]
+    sys.path[:] = [str(program.parent), *added, *installed]
     sys.argv = [str(program), *arguments]
-    if isinstance(program, Path):
-        runpy.run_path(str(program), run_name="__main__")
-    else:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    runpy.run_path(str(program), run_name="__main__")
 
 
 def start_training(*overrides: str) -> ForkServerProcess:

@@ -270,7 +270,7 @@ def test_incompatible_settings_are_rejected(tmp_path, cache_dir, monkeypatch):
             "hardware=ddp_cpu",
             "hydra.mode=MULTIRUN",
         ): r"hardware\.devices=2: the jobs of a sweep .* have one process each",
-        ("hardware=ddp_cpu", "test.episodes=2", "hardware.devices=3"): r"test\.episodes=2 cannot be shared out to 3",
+        ("hardware=ddp_cpu", "val.episodes=1"): r"val\.episodes=1 cannot be shared out to 2",
         ("hardware=cpu", "hardware.precision=16-mixed"): "16-mixed needs a GPU; choose hardware.precision=auto",
         (
             "method=maml",

@@ -1,6 +1,7 @@
 """GPU work, on a fake device of PyTorch, and hardware options that may fail."""
 
 import json
+import os
 import re
 
 import pytest
@@ -199,6 +200,16 @@ def test_too_many_gpus_are_rejected(gpus, devices, count, instead):
 def test_existing_gpus_are_accepted(gpus, devices):
     gpus(2)
     check_hardware({**CARD, "devices": devices})
+
+
+@pytest.mark.parametrize(("cores", "devices", "most"), [(4, 5, 4), (4, "1000", 4), (1, 3, 2), (None, 3, 2)])
+def test_more_processes_than_cores_are_rejected(monkeypatch, cores, devices, most):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    on_cpu = {**CARD, "accelerator": "cpu"}
+    with pytest.raises(FewShotError, match=rf"devices={devices} starts .*devices={most} or fewer$"):
+        check_hardware({**on_cpu, "devices": devices})
+    for fine in (most, str(most), "auto"):
+        check_hardware({**on_cpu, "devices": fine})
 
 
 @pytest.mark.parametrize(("accelerator", "variable"), [("cpu", "CXX"), ("gpu", "CC")])

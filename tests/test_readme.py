@@ -207,8 +207,8 @@ def test_command_runs(command, request, stand_ins, cache_dir, tmp_path, monkeypa
         monkeypatch.setenv("COLUMNS", "150")
         if OWN in part or re.search(SUBPROCESS, part):
             path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-            started = ("fewshot", [name, *arguments], stand_ins) if OWN in part else (script, arguments, tmp_path)
-            done = programs.call(*started, env=os.environ | {"PYTHONPATH": path}, timeout=500)
+            cwd = stand_ins if OWN in part else tmp_path
+            done = programs.call(script, arguments, cwd, os.environ | {"PYTHONPATH": path}, timeout=500)
             assert done.returncode == 0, done.stderr
             continue
         # Run in this process to save the time of starting another; undo what the program changes.

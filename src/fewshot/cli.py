@@ -133,7 +133,10 @@ def run(name: str, arguments: list[str] | None = None) -> None:
     typed, sys.argv = sys.argv, sys.argv if arguments is None else arguments
     if name in LEADING:
         name_leading(LEADING[name], sys.argv)
-    sys.argv[1:] = _guard(lambda: current_names(prepare(sys.argv[1:])))
+    sys.argv[1:] = _guard(lambda: prepare(sys.argv[1:]))
+    if any((*places_in(sys.argv[1:]), *option_values(sys.argv[1:], "trust"))):
+        sys.path.append(str(Path.cwd()))  # the user's own modules may be here, as for python -m
+    sys.argv[1:] = _guard(lambda: current_names(sys.argv[1:]))
     if {"--help", "-h"} & set(sys.argv):
         # Hydra's list of groups takes a second, and our help prints its own.
         Hydra.format_config_groups = lambda *_: ""  # type: ignore[method-assign]

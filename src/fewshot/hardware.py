@@ -99,6 +99,8 @@ def check_hardware(hardware: Mapping[str, Any]) -> None:
         _warn(f"hardware.accelerator=auto: {why}. Using the CPU")
     if found == "cuda":
         _check_devices(hardware.get("devices", 1))
+    if found == "cpu":
+        _check_processes(str(hardware.get("devices", 1)).strip())
     if hardware.get("compile"):
         _check_compiler(found)
     precision = str(hardware.get("precision"))
@@ -204,6 +206,15 @@ def _check_devices(devices: int | str | Sequence[int]) -> None:
         raise FewShotError(
             f"hardware.devices={text}: this machine has {_gpus(range(count))}; choose hardware.devices="
             f"{count if isinstance(devices, int) else 'auto'}"
+        )
+
+
+def _check_processes(devices: str) -> None:
+    most = max(os.cpu_count() or 1, 2)  # two show anywhere how processes share the work
+    if devices.isdecimal() and int(devices) > most:
+        raise FewShotError(
+            f"hardware.devices={devices} starts as many processes, and this machine has {_cpu()}; choose "
+            f"hardware.devices={most} or fewer"
         )
 
 

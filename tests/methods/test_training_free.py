@@ -334,6 +334,26 @@ def test_settings_out_of_range_are_refused(name, settings, message):
     assert isinstance(caught.value, FewShotError) or isinstance(caught.value.__cause__, FewShotError)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {"features": "none"}) for name in (*INDUCTIVE, *TRANSDUCTIVE) if name != "pt_map"),
+        *(("tim", {"temperature": 1e4, "solver": solver}) for solver in ("adm", "gradient")),
+        ("alpha_tim", {"temperature": 1e4}),
+        ("pt_map", {"regularisation": 1e4}),
+        ("soft_kmeans", {"scale": 1e8}),
+        ("bd_cspn", {"scale": 1e8}),
+        ("finetune_cosine", {"scale": 1e6}),
+    ],
+)
+@pytest.mark.parametrize("factor", [1000.0, 0.0])
+def test_large_embeddings_large_factors_and_equal_embeddings_get_finite_logits(name, settings, factor):
+    task = episodes()
+    task = task._replace(support=factor * task.support, query=factor * task.query)
+    steps = {"steps": 20} if "tim" in name or "tune" in name else {}
+    assert method(name, **settings, **steps).compare_tasks(task).isfinite().all()
+
+
 def test_the_mean_of_training_classes_is_not_made_up():
     made = method("simpleshot")
     made._train_mean = None

@@ -68,7 +68,7 @@ class FineTuning(TrainingFree):
         """Apply the layer: ``[tasks, images, way]``."""
         outputs = self.scale * (weights @ inputs.mT)  # in this order, the gradient has the layout of the weights
         if self.head == "cosine":
-            outputs = outputs / weights.norm(dim=-1, keepdim=True)
+            outputs = outputs / weights.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # as in normalize
         return outputs.mT
 
     def loss_of_layer(
@@ -110,4 +110,5 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
     """Return Shannon entropies, natural logarithm, over the last dimension."""
-    return torch.special.entr(probabilities).sum(-1)
+    # The slope at 0 is infinite.
+    return torch.special.entr(probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny)).sum(-1)

@@ -91,7 +91,8 @@ class TIM(TrainingFree):
         """Take one step of proposition 1: auxiliary answers q of the queries, then the prototypes w."""
         known, answers = self.logits(support, centres).softmax(-1), self.logits(query, centres).softmax(-1)
         powers = answers ** (1 + self.conditional_weight)
-        auxiliary = powers / powers.sum(1, keepdim=True).sqrt()
+        tiny = torch.finfo(powers.dtype).tiny  # no query may answer a class
+        auxiliary = powers / powers.sum(1, keepdim=True).clamp_min(tiny).sqrt()
         auxiliary = auxiliary / auxiliary.sum(-1, keepdim=True)
         own, theirs = self.support_weight / (1 + self.conditional_weight), support.shape[1] / query.shape[1]
         moved = own * (labels - known).mT @ support + theirs * (auxiliary - answers).mT @ query
