@@ -397,6 +397,8 @@ def test_the_server_does_what_the_page_asks(address, letters):
     assert line.startswith("mine.fewshot is broken") and "/tmp" not in line
     assert json.loads(post(address, "remove", **{"class": "a"})[1]) == {"notes": []}
     assert [one["name"] for one in json.loads(post(address, "view")[1])["classes"]] == ["b"]
+    assert json.loads(post(address, "forget")[1]) == {"notes": []}
+    assert json.loads(post(address, "view")[1])["query"] is None
     post(address, "restart")
     view = json.loads(post(address, "view")[1])
     assert view["classes"] == [] and view["query"] is None
@@ -629,6 +631,51 @@ def test_in_a_browser_files_are_answered_as_the_predictor_answers_them(browser, 
         browser.execute_script("arguments[0].value = arguments[1]; arguments[0].onchange()", chooser, chosen)
         tab.until(lambda: ("scaled cosine" in " ".join(tab.texts("#answer li"))) == (chosen != "fitting"), chosen)  # noqa: B023
     assert not Tab(browser, served, tmp_path).all(".class")  # another visitor
+
+
+@pytest.mark.slow
+def test_in_a_browser_only_clear_removes_a_picture_and_a_reload_keeps_the_network(browser, served, letters, tmp_path):
+    chains = pytest.importorskip("selenium.webdriver").ActionChains
+    tab = Tab(browser, served, tmp_path)
+    for label in range(2):
+        tab.examples(f"letter {label}", letters[label][:2], 2 * (label + 1))
+    tab.upload([letters[0][4]], "query")
+    tab.until(lambda: tab.all(".scores"), "the answer")
+    ink, answer = tab.ink("query"), tab.texts("#answer")
+    chains(browser).move_to_element(tab.all("#query canvas")[0]).click().perform()
+    browser.execute_script(
+        "arguments[0].value = 'miniimagenet/protonet'; arguments[0].onchange()", *tab.all("#network")
+    )
+    tab.until(lambda: "scaled cosine" in tab.texts("#answer")[0], "the answer of the other network")
+    assert tab.ink("query") == ink > 1000
+    browser.refresh()
+    tab.until(lambda: "scaled cosine" in "".join(tab.texts("#answer")), "the same, after a reload")
+    assert "miniimagenet/protonet" in tab.texts("#about")[0] and tab.texts("#answer") != answer
+    tab.press("#query .clear", "\ue007")
+    tab.until(lambda: not tab.all(".scores") and tab.ink("query") == 0, "the end of the query")
+    tab.press(".pictures button", "\ue007")
+    tab.until(lambda: len(tab.all(".class img")) == 3, "the removal of one")
+    assert browser.execute_script("return document.activeElement.matches('#classes button')")
+    assert tab.ink("query") == 0  # it does not come back
+    chains(browser).move_to_element(tab.all("#query canvas")[0]).click().perform()
+    tab.until(lambda: tab.all(".scores"), "the answer to a dot")
+
+
+@pytest.mark.slow
+def test_in_a_browser_what_cannot_be_read_or_answered_is_said_and_the_page_goes_on(browser, served, letters, tmp_path):
+    tab = Tab(browser, served, tmp_path)
+    browser.execute_script(
+        "pads.examples.files([{name: 'folder', slice: () => ({arrayBuffer: () => Promise.reject(Error())})}])"
+    )
+    tab.until(lambda: tab.texts("#notes span") == ["folder cannot be read: add files, not folders"], "the folder")
+    browser.execute_script("""const real = fetch;
+        window.fetch = async () => {
+            window.fetch = real;
+            return new Response("{", {headers: {"content-type": "application/json"}});
+        }""")
+    tab.upload(letters[0][:1], "examples")
+    tab.until(lambda: "no answer from the server" in "".join(tab.texts("#notes span")), "the broken answer")
+    tab.examples("letter 0", letters[0][:1], 1)
 
 
 @pytest.mark.slow

@@ -138,11 +138,11 @@ def letter(path, seed):
 
 
 PHOTOS_TO_LETTERS = "6 of the 6 {} look like photos, but this network knows letters, .*; for photos, choose encoder=pre"
-LETTERS_TO_PHOTOS = "6 of the 6 {} look like letters or drawings, but this network knows photos, .*: checkpoint=RUN_DIR"
+LETTERS_TO_PHOTOS = "6 of the 6 {} look like letters or drawings, but this network knows photos, .*: checkpoint=omni"
 
 
 @pytest.mark.parametrize("drawn", [(), ("support",), ("query",), ("support", "query")])
-@pytest.mark.parametrize("network", ["letters", "photos"])
+@pytest.mark.parametrize("network", ["letters", "photos", "trained on photos"])
 def test_a_network_of_letters_that_is_shown_photos_says_so_and_the_other_way_round(
     run, places, weights, capsys, network, drawn
 ):
@@ -153,13 +153,14 @@ def test_a_network_of_letters_that_is_shown_photos_says_so_and_the_other_way_rou
         answer(places, weights)
     else:
         paths = [f"{name}={places / name}" for name in ("support", "query", "out")]
-        predict(compose(f"checkpoint={run('protonet')}", *paths, name="predict"))
+        place = run("protonet") if network == "letters" else "miniimagenet/protonet"
+        predict(compose(f"checkpoint={place}", *paths, name="predict"))
     warnings = [line for line in capsys.readouterr().err.splitlines() if "look like" in line]
     message = PHOTOS_TO_LETTERS if network == "letters" else LETTERS_TO_PHOTOS
     strange = [
         name
         for folder, name in (("support", "examples"), ("query", "queries"))
-        if (folder in drawn) == (network == "photos")
+        if (folder in drawn) == (network != "letters")
     ]
     assert len(warnings) == len(strange)
     for line, name in zip(warnings, strange, strict=True):

@@ -607,8 +607,8 @@ def make_app(demo: Demo) -> Any:
                     demo.remove(visit, label, query.get("example"))
                 case "load":
                     demo.load(visit, name, Path(body.name))
-                case "restart":
-                    visit = Visit()
+                case "restart" | "forget":  # everything, or the query alone
+                    visit = Visit() if action == "restart" else replace(visit, query=None)
                 case _:
                     return PlainTextResponse("not part of the page", 404)
         except FewShotError as error:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import get_object
 from numpy.typing import ArrayLike, NDArray
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -18,7 +17,6 @@ from torch import nn
 
 from fewshot.checkpoints import NOWHERE, read_weights
 from fewshot.config import compose
-from fewshot.data.bank import has_bright_ink
 from fewshot.data.files import file_at
 from fewshot.data.kinds import is_drawn, strangers
 from fewshot.data.photos import prepare
@@ -26,9 +24,9 @@ from fewshot.errors import FewShotError
 from fewshot.learned import Learned, Pixels
 from fewshot.methods.base import FewShotMethod
 from fewshot.methods.protonet import PrototypicalNetwork
-from fewshot.predictor import Predictor, arbitrary_alone
+from fewshot.predictor import Predictor, arbitrary_alone, predictor_of
 from fewshot.taught import load_taught, save_taught
-from fewshot.trained import load_trained, restore
+from fewshot.trained import Trained, load_trained, restore
 from fewshot.trust import read_config
 
 
@@ -189,8 +187,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             dataset = {"size": self.size, "channels": self.channels, "normalise": self.normalise}
             return Predictor(method, OmegaConf.create(dataset), self.ink, hardware)
         method, config = self._open()
-        ink = has_bright_ink(get_object(config["dataset"]["source"]["_target_"]))
-        return Predictor(method, OmegaConf.create(config["dataset"]), ink, hardware)
+        return predictor_of(Trained(None, method, OmegaConf.create(config), {}), hardware, "auto")
 
     def _open(self, places: dict[str, str] | None = None) -> tuple[FewShotMethod, dict[str, Any]]:
         """Load the method in a file and the configuration of its run."""

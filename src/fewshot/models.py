@@ -169,8 +169,8 @@ def show(chosen: Sequence[str]) -> None:
         kinds.setdefault("{kind}, {size} × {size}".format(**model.card["expects"]), []).append((name, model))
     for kind, found in kinds.items():
         rows = [(name, model.task, model.accuracy) for name, model in found]
-        sizes = [model.card["bytes"] / 1e6 for _, model in found]
-        title = f"For {kind}; weights of {min(sizes):.1f} to {max(sizes):.1f} MB"
+        sizes = sorted({f"{model.card['bytes'] / 1e6:.1f}" for _, model in found}, key=float)
+        title = f"For {kind}; weights of {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} MB"
         say(make_table(title, ["name", "test", "accuracy, %"], rows, numbers=["accuracy, %"]))
 
 

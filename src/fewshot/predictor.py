@@ -11,7 +11,7 @@ from hydra.utils import get_object
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
-from fewshot.data.bank import has_bright_ink
+from fewshot.data.bank import has_bright_ink, has_photos
 from fewshot.data.files import ImageFile
 from fewshot.data.images import normalise
 from fewshot.data.kinds import Kind
@@ -35,13 +35,20 @@ class Predictor:
         ink: it was trained on bright letters on black, see ``read_photo``.
         hardware: the group of that name; one device is used.
         crop: what becomes of images that are not square, see ``fewshot.data.photos.prepare``.
+        photos: it was trained on photos.
 
     Raises:
         FewShotError: ``hardware`` requests more than one device, or ``crop`` is unknown.
     """
 
     def __init__(
-        self, method: FewShotMethod, dataset: DictConfig, ink: bool, hardware: DictConfig, crop: str = "auto"
+        self,
+        method: FewShotMethod,
+        dataset: DictConfig,
+        ink: bool,
+        hardware: DictConfig,
+        crop: str = "auto",
+        photos: bool = False,
     ) -> None:
         if crop not in CROPS:
             raise FewShotError(f"crop={crop} is unknown: choose {', '.join(CROPS)}")
@@ -55,6 +62,7 @@ class Predictor:
         require_finite(method, "the network")
         method.before_prediction()
         self.method = method.eval().to(self._fabric.device)
+        self._photos = photos
         if precision.startswith("64"):
             self.method.double()
         self._precision: str = precision
@@ -82,7 +90,7 @@ class Predictor:
         if self.ink:
             return "letters"
         encoder = getattr(self.method, "encoder", None)
-        return "photos" if isinstance(encoder, Backbone) and encoder.frozen else None
+        return "photos" if self._photos or (isinstance(encoder, Backbone) and encoder.frozen) else None
 
     def read(self, file: ImageFile) -> Pixels:
         """Read an image as the network sees it: uint8 ``[size, size, channels]``; see ``read_photo``."""
@@ -184,8 +192,9 @@ def make_predictor(config: DictConfig) -> Predictor:
 
 def predictor_of(trained: Trained, hardware: DictConfig, crop: str, cache_dir: str | None = None) -> Predictor:
     """Make the predictor of a method; see ``Predictor``. ``cache_dir`` keeps the embeddings of examples."""
-    ink = has_bright_ink(get_object(trained.config.dataset.source._target_))
-    predictor = Predictor(trained.method, trained.config.dataset, ink, hardware, crop)
+    data_set = get_object(trained.config.dataset.source._target_)
+    ink, photos = has_bright_ink(data_set), has_photos(data_set)
+    predictor = Predictor(trained.method, trained.config.dataset, ink, hardware, crop, photos)
     if cache_dir is not None:
         folder = Path(cache_dir).expanduser() / "embeddings"
         predictor.keep_embeddings(folder, OmegaConf.to_container(trained.config.method, resolve=True))

@@ -85,6 +85,17 @@ def has_bright_ink(data_set: Any) -> bool:
     return bool(getattr(data_set, "bright_ink", False))
 
 
+def of_photos(data_set: MakeSource) -> MakeSource:
+    """Mark the function of a data set of photos: a network of such a data set says so when it is shown letters."""
+    data_set.of_photos = True  # type: ignore[attr-defined]
+    return data_set
+
+
+def has_photos(data_set: Any) -> bool:
+    """Return whether the function of a data set is marked with ``of_photos``."""
+    return bool(getattr(data_set, "of_photos", False))
+
+
 @dataclass(frozen=True)
 class ImageBank:
     """All images of a data set, class after class.

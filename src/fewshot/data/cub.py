@@ -5,7 +5,7 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from fewshot.data.bank import SPLITS, ImageClass, Source
+from fewshot.data.bank import SPLITS, ImageClass, Source, of_photos
 from fewshot.data.folder import list_files, load_images, only_images
 from fewshot.data.locate import holds
 from fewshot.errors import FewShotError
@@ -15,6 +15,7 @@ SPECIES = 200
 RULE = ("train", "val", "train", "test")
 
 
+@of_photos
 def cub(data_dir: str, size: int, channels: int) -> Source:
     """Find CUB as its authors distribute it, and divide it into 100 species to train, 50 to validate and 50 to test.
 

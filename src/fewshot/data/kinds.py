@@ -16,7 +16,7 @@ NEAR = 16  # of 255: a pixel this close to the median of the edges belongs to th
 COLOURLESS = 0.9  # least share of pixels whose channels are this close to each other
 FIXES = {
     "letters": "for photos, choose encoder=pretrained instead of a checkpoint",
-    "photos": "for letters, name a run that was trained on some: checkpoint=RUN_DIR",
+    "photos": "for letters, choose a network that was trained on some: checkpoint=omniglot/protonet",
 }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fewshot.data.bank import SPLITS, ImageClass, Source
+from fewshot.data.bank import SPLITS, ImageClass, Source, of_photos
 from fewshot.data.files import BULK, ImageFile, is_archive
 from fewshot.data.hdf5 import list_hdf5, read_hdf5
 from fewshot.data.images import decode, to_pixels
@@ -57,6 +57,7 @@ BROKEN = (
 Tree = Mapping[str, ImageFile]
 
 
+@of_photos
 def miniimagenet(data_dir: str, size: int) -> Source:
     """Find miniImageNet in or below ``data_dir``, in any common layout.
 

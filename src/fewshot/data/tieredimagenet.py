@@ -4,7 +4,7 @@ from collections import defaultdict
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
-from fewshot.data.bank import ImageClass, Source
+from fewshot.data.bank import ImageClass, Source, of_photos
 from fewshot.data.folder import list_files, load_images, only_images
 from fewshot.data.locate import holds
 from fewshot.errors import FewShotError
@@ -12,6 +12,7 @@ from fewshot.errors import FewShotError
 LISTS = Path(__file__).with_suffix(".txt")  # of their code: a split and its classes, WordNet numbers, in each line
 
 
+@of_photos
 def tieredimagenet(data_dir: str, size: int, channels: int) -> Source:
     """Find ImageNet's training images, and divide 608 of its classes: 351 to train, 97 to validate, 160 to test.
 

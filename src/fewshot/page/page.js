@@ -1,8 +1,7 @@
 "use strict";
 
 const $ = selector => document.querySelector(selector);
-const names = {visit: "visit", network: "network"};
-const visit = sessionStorage[names.visit] ??= [...crypto.getRandomValues(new Uint8Array(16))]
+const visit = sessionStorage.visit ??= [...crypto.getRandomValues(new Uint8Array(16))]
     .map(byte => byte.toString(16).padStart(2, "0")).join("");
 let most = {image: 2 ** 23, model: 2 ** 23};  // bytes, until the server says otherwise
 let turn = Promise.resolve();  // the server gets one request at a time, in order
@@ -15,10 +14,15 @@ function make(tag, properties = {}, ...children) {
 
 async function post(action, query = {}, body = null) {
     try {
-        const address = `${action}?${new URLSearchParams({network: $("#network").value, ...query})}`;
+        body = await body?.arrayBuffer();
+    } catch {
+        return {notes: [`${query.name} cannot be read: add files, not folders`]};
+    }
+    try {
+        const address = `${action}?${new URLSearchParams({network: sessionStorage.network ?? "", ...query})}`;
         const response = await fetch(address, {method: "POST", headers: {visit}, body});
         if (!response.ok) return {notes: [await response.text()]};
-        return response.headers.get("content-type") === "application/json" ? response.json() : response.blob();
+        return await (response.headers.get("content-type") === "application/json" ? response.json() : response.blob());
     } catch {
         return {notes: ["no answer from the server of this page: is fewshot demo still running?"]};
     }
@@ -54,7 +58,9 @@ function show(view, notes) {
         : view.classes.length ? "Now another class: change the name, and add its examples."
         : "Name a class, and add a few pictures or drawings of it. Then do the same for another class.";
     $("#save").disabled = !ready;
+    const before = [...$("#classes").querySelectorAll("button")].indexOf(document.activeElement);
     $("#classes").replaceChildren(...view.classes.map(showClass));
+    if (before >= 0) ([...$("#classes").querySelectorAll("button:enabled")].slice(0, before + 1).pop() ?? $("#name")).focus();
     $(".good").hidden = !view.lines.length;
     $("#lines").replaceChildren(...view.lines.map(line => make("li", {textContent: line})));
     $("#answer").replaceChildren(...(view.answer ? showAnswer(view) : []));
@@ -62,7 +68,7 @@ function show(view, notes) {
 }
 
 function showNetworks(view) {
-    const chosen = sessionStorage[names.network] ?? "";
+    const chosen = sessionStorage.network ?? "";
     const taught = !(chosen in view.networks) && Object.keys(view.networks).length === 1;
     const options = Object.entries(view.networks).map(([value, text]) => make("option", {value, text}));
     if (!taught) options.unshift(make("option", {value: "fitting", text: "the one that fits your pictures"}));
@@ -130,13 +136,14 @@ class Pad {
         if (single) find("p span").textContent = "a picture";
         find(".choose").onclick = () => { this.chooser.removeAttribute("capture"); this.chooser.click(); };
         this.chooser.onchange = () => { this.files(this.chooser.files); this.chooser.value = ""; };
-        find(".clear").onclick = () => this.clear();
+        find(".clear").onclick = () => { this.clear(); if (single) act(["forget"]); };
         this.drawButton.onclick = () => { this.drawing(); this.clear(); };
         this.takeButton.onclick = () => this.take();
         this.cameraButton.onclick = () => this.video.srcObject ? this.stop() : this.film();
         this.canvas.onpointerdown = event => this.down(event);
-        this.canvas.onpointermove = event => { if (event.buttons) this.line(event); };
-        this.canvas.onpointerup = () => { if (single) this.drawing(); };
+        const drawing = event => this.canvas.hasPointerCapture(event.pointerId);
+        this.canvas.onpointermove = event => { if (drawing(event)) this.line(event); };
+        this.canvas.onpointerup = event => { if (single && drawing(event)) this.drawing(); };
         element.ondragover = event => { event.preventDefault(); this.square.classList.add("over"); };
         element.ondragleave = () => this.square.classList.remove("over");
         element.ondrop = event => {
@@ -146,20 +153,20 @@ class Pad {
         };
     }
 
-    fill(filled) {
+    // With a picture, the pad cannot be drawn on: a touch that only scrolls the page must not remove it.
+    fill(filled, picture = false) {
         this.filled = filled;
         this.square.classList.toggle("drawn", filled);
+        this.square.classList.toggle("picture", picture);
     }
 
     clear() {
         this.pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
-        this.picture = false;
         this.drawButton.hidden = true;
         this.fill(false);
     }
 
     down(event) {
-        if (this.picture) this.clear();
         this.canvas.setPointerCapture(event.pointerId);
         this.fill(true);
         this.drawButton.hidden = this.single;
@@ -180,8 +187,7 @@ class Pad {
         const side = this.canvas.width, scale = side / Math.max(image.width, image.height);
         const [width, height] = [image.width * scale, image.height * scale];
         this.pen.drawImage(image, (side - width) / 2, (side - height) / 2, width, height);
-        this.picture = true;
-        this.fill(true);
+        this.fill(true, true);
     }
 
     drawing() {
@@ -250,7 +256,7 @@ const pads = {
 };
 const sure = text => !$("#classes").children.length || confirm(text);
 
-$("#network").onchange = () => { sessionStorage[names.network] = $("#network").value; act(); };
+$("#network").onchange = () => { sessionStorage.network = $("#network").value; act(); };
 $("#restart").onclick = () => {
     if (sure("Remove all examples?")) act(["restart"]).then(() => pads.query.clear());
 };
