@@ -106,7 +106,9 @@ def measure(model: Model, config: DictConfig) -> Reproduction:
     same = math.isclose(difference, 0, abs_tol=1e-9)
     verdict = EQUAL if same else WITHIN if abs(difference) <= now.ci95 else DIFFERS
     if not same:
-        verdict = f"{verdict}: {100 * difference:+.4f}, the interval is ±{100 * now.ci95:.4f}"
+        queries = len(tested.right) * _queries(model)
+        more = f"{difference * queries:+,.1f}".removesuffix(".0")  # with ties
+        verdict = f"{verdict}: {more} of {queries:,} queries are right, the interval is ±{100 * now.ci95:.4f}"
     return Reproduction(before, now, verdict, time.monotonic() - start)
 
 

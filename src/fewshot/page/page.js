@@ -172,11 +172,12 @@ class Pad {
         this.drawButton.hidden = this.single;
         this.pen.beginPath();
         this.line(event);
+        this.line(event, 0.1);  // a line of one point is not drawn
     }
 
-    line(event) {
+    line(event, further = 0) {
         const scale = this.canvas.width / this.canvas.clientWidth;
-        this.pen.lineTo(event.offsetX * scale, event.offsetY * scale);
+        this.pen.lineTo(event.offsetX * scale + further, event.offsetY * scale);
         this.pen.stroke();
     }
 
