@@ -47,6 +47,7 @@ TASK = ("way", "shot", "query", "eval_seed")
 TYPES = {"split": Literal[SPLITS], "concentration": Positive | None, "pictured": Count, "allow_other_classes": bool}
 TYPES |= {"resume": Literal["auto"] | None}
 PRINTED = 5  # classes with the lowest accuracy
+RARELY = 0.05  # of the episodes
 
 
 class OneSplit(EpisodeDataModule):
@@ -85,9 +86,10 @@ class OneSplit(EpisodeDataModule):
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Make the episodes."""
-        self.datasets = {
-            "test": EpisodeDataset(self.bank, self.split, **self.episode, concentration=self.concentration)
-        }
+        dataset = EpisodeDataset(self.bank, self.split, **self.episode, concentration=self.concentration)
+        if self.concentration is not None:
+            _check_imbalance(dataset, self.concentration)
+        self.datasets = {"test": dataset}
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,28 @@ def _leave_out_known_classes(trained: Sequence[Trained], splits: Sequence[OneSpl
         data.left_out = known
     if known:
         say(f"left out {len(known):,} {config.split} classes that were trained on: {shortened(known)}")
+
+
+def _check_imbalance(dataset: EpisodeDataset, concentration: float) -> None:
+    """Refuse to call episodes unbalanced whose classes have too few images for that; warn if some have.
+
+    Raises:
+        FewShotError: every class has exactly ``query`` images besides its support.
+    """
+    most, query = int(dataset.counts.max()) - dataset.shot, dataset.query
+    if most == query:
+        raise FewShotError(
+            f"concentration={concentration}: classes have {most + dataset.shot} images, so with shot={dataset.shot} "
+            f"and query={query} each has as many queries; lower query"
+        )
+    shares = np.random.default_rng(0).dirichlet(np.full(dataset.way, concentration), 10_000)
+    cut = float((shares.max(1) * dataset.way * query > most).mean())
+    if cut >= RARELY:
+        say(
+            f"warning: concentration={concentration}: classes have at most {most} queries, too few in {cut:.0%} of the "
+            "episodes, which are therefore more balanced; lower query",
+            error=True,
+        )
 
 
 def _check_comparable(*tasks: DictConfig) -> None:

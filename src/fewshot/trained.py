@@ -150,7 +150,8 @@ def without_training(overrides: Iterable[str], places: Mapping[str, Any]) -> Tra
         FewShotError: the method or the encoder has untrained weights.
     """
     config = _compose([*as_overrides(places), *choices_of(overrides, (*FROM_CHECKPOINT, *REPLACEABLE))])
-    return Trained(None, make_untrained(config.method, f"method={config.choices.method}"), config, {})
+    name = f"method={config.choices.method} or encoder={config.choices.encoder}"
+    return Trained(None, make_untrained(config.method, name), config, {})
 
 
 def make_untrained(node: DictConfig, name: str, encoder: nn.Module | None = None) -> FewShotMethod:

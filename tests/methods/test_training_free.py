@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fewshot.distances import cosine, l2
 from fewshot.embeddings import LabelledEmbeddings
 from fewshot.errors import FewShotError
 from fewshot.estimator import FewShotClassifier
-from fewshot.evaluation import evaluate
+from fewshot.evaluation import _check_imbalance, evaluate
 from fewshot.methods.feat import FEAT
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.methods.pt_map import sinkhorn
@@ -348,8 +349,9 @@ def test_settings_out_of_range_are_refused(name, settings, message):
 )
 @pytest.mark.parametrize("factor", [1000.0, 0.0])
 def test_large_embeddings_large_factors_and_equal_embeddings_get_finite_logits(name, settings, factor):
-    task = episodes()
-    task = task._replace(support=factor * task.support, query=factor * task.query)
+    task = episodes(noise=0.05)
+    # No query is near to the other two classes.
+    task = task._replace(support=factor * task.support, query=factor * task.query[:, :10])
     steps = {"steps": 20} if "tim" in name or "tune" in name else {}
     assert method(name, **settings, **steps).compare_tasks(task).isfinite().all()
 
@@ -449,6 +451,17 @@ class TestUnbalancedQueries:
             assert np.array_equal(classes[other.query_labels.numpy()], found)
             missing += 5 - len(other.query_labels.unique())
         assert missing > 0  # classes without a query occur, and nothing above fails on them
+
+    def test_too_few_images_are_refused_or_named(self, capsys):
+        def checked(way, shot, query):
+            task: Any = SimpleNamespace(counts=np.full(30, 20), way=way, shot=shot, query=query)
+            _check_imbalance(task, 2.0)
+            return capsys.readouterr().err
+
+        with pytest.raises(FewShotError, match=r"have 20 images, so with shot=5 and query=15 each .*; lower query"):
+            checked(5, 5, 15)
+        assert "classes have at most 19 queries, too few in" in checked(5, 1, 15)
+        assert not checked(5, 5, 5)
 
 
 def test_a_run_is_evaluated_by_any_of_them(run, cache_dir, tmp_path, capsys):
