@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import track
 
-from benchmarks.profiling import busy_seconds
+from benchmarks.profiling import busy_seconds, convolution_peak, count, memory_peak
 from fewshot.errors import FewShotError
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.text import make_table, say
@@ -62,6 +62,7 @@ class Contest:
         tolerance: largest allowed difference of results, relative to the norm of ours.
         pause: seconds before each turn, to let background work of the previous entrant finish.
         rounds: number of rounds; None: as in other contests.
+        counted: position of the entrant whose operations and bytes are counted; it works in one thread. None: of none.
     """
 
     title: str
@@ -70,6 +71,7 @@ class Contest:
     tolerance: float = 1e-3
     pause: float = 0.0
     rounds: int | None = None
+    counted: int | None = None
 
 
 def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
@@ -82,7 +84,8 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
     Returns:
         For each entrant its name, the ``seconds`` of each round, their ``median``, its ``ratio`` to that of the first
         entrant, ``peak_bytes``, the peak memory of its process beyond the loaded libraries (on a GPU, that of its
-        tensors), and on a GPU ``idle``, the share of the median in which the GPU does nothing.
+        tensors), on a GPU ``idle``, the share of the median in which the GPU does nothing, and for the entrant that is
+        ``counted`` its ``flops`` and ``bytes``, see ``benchmarks.profiling.count``.
 
     Raises:
         FewShotError: an entrant failed, or its result differs from the first entrant's.
@@ -110,13 +113,15 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
             [_ask(pipe, entrant, request) for pipe, entrant in zip(pipes, contest.entrants, strict=True)]
             for request in ("peak", "busy")
         )
+        if contest.counted is not None:
+            counts = _ask(pipes[contest.counted], contest.entrants[contest.counted], "count")
     finally:
         for process in processes:
             process.kill()
             process.join()
         scratch.cleanup()
     medians = [statistics.median(times) for times in seconds]
-    return [
+    found: list[dict[str, Any]] = [
         {
             "name": entrant.name,
             "seconds": times,
@@ -127,10 +132,22 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
         }
         for entrant, times, median, peak, active in zip(contest.entrants, seconds, medians, peaks, busy, strict=True)
     ]
+    if contest.counted is not None:
+        found[contest.counted] |= dict(zip(("flops", "bytes"), counts, strict=True))
+    return found
 
 
-def show(contest: Contest, results: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table of a contest."""
+def show(
+    contest: Contest, results: Sequence[Mapping[str, Any]], flops: float | None = None, bandwidth: float | None = None
+) -> None:
+    """Print the table of a contest, and how long what was counted takes at peak speed.
+
+    Args:
+        contest: the contest.
+        results: from ``run``.
+        flops: the processor's peak, per second.
+        bandwidth: that of its memory, in bytes per second.
+    """
     on_gpu = ["GPU idle"] if any("idle" in result for result in results) else []
     rates = [f"{contest.items[1]}/s"] if contest.items else []
     numbers = (*rates, "median", "range", "times ours", "MiB", *on_gpu)
@@ -143,6 +160,14 @@ def show(contest: Contest, results: Sequence[Mapping[str, Any]]) -> None:
         times = [_duration(result["median"]), spread, f"{result['ratio']:.2f}"]
         rows.append([result["name"], *rate, *times, memory, *idle])
     say(make_table(contest.title, ["", *numbers], rows, numbers))
+    if flops and bandwidth and contest.counted is not None:
+        result = results[contest.counted]
+        say(
+            f"Counted in {result['name']!r}: {result['flops'] / 1e9:.3g} GFLOP, which take "
+            f"{_duration(result['flops'] / flops)} at {flops / 1e9:.3g} GFLOP/s, the speed of the fastest convolution; "
+            f"{result['bytes'] / 2**30:.3g} GiB read and written, which take {_duration(result['bytes'] / bandwidth)} "
+            f"at {bandwidth / 2**30:.3g} GiB/s, the speed of memory"
+        )
 
 
 def _duration(seconds: float) -> str:
@@ -164,9 +189,13 @@ def bench(contests: Mapping[str, Contest], rounds: int, out: Path, device: str =
         "rounds": rounds,
         "contests": {},
     }
+    peaks: tuple[float, ...] = ()
+    if any(contest.counted is not None for contest in contests.values()):
+        peaks = convolution_peak(rounds), memory_peak(rounds)
+        report |= dict(zip(("flops_per_second", "bytes_per_second"), peaks, strict=True))
     for name, contest in contests.items():
         results = run(contest, rounds)
-        show(contest, results)
+        show(contest, results, *peaks)
         report["contests"][name] = {"title": contest.title, "entrants": results}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -202,6 +231,8 @@ def _answer(pipe: Connection, work: Work, before: int) -> None:
                 pipe.send((request, torch.cuda.max_memory_allocated() if on_gpu else peak_memory() - before))
             elif request == "busy":
                 pipe.send((request, busy_seconds(work) if torch.cuda.is_initialized() else None))
+            elif request == "count":
+                pipe.send((request, count(work)))
             else:
                 start = time.perf_counter()
                 work()

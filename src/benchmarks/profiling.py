@@ -1,4 +1,4 @@
-"""Profile of a training step, how long a GPU is busy in it, and the processor's peak convolution speed."""
+"""Profile of a training step, how long a GPU is busy in it, and what the processor and its memory could do."""
 
 import statistics
 import time
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 # Kinds of work, by substrings of the names of operations and their callers in PyTorch's profiler.
@@ -46,9 +48,7 @@ def profile_step(work: Callable[[], Any], rounds: int) -> Profile:
         rounds: how often it is timed.
     """
     work()
-    counter = FlopCounterMode(display=False)
-    with counter:
-        work()
+    flops, _ = count(work)
     seconds = _median(work, rounds)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         work()
@@ -56,7 +56,35 @@ def profile_step(work: Callable[[], Any], rounds: int) -> Profile:
     for event in profiler.events() or ():
         spent[_kind(event)] += event.self_cpu_time_total
     total = sum(spent.values())
-    return Profile(seconds, {kind: spent[kind] / total for kind in KINDS_AND_ELSE}, counter.get_total_flops())
+    return Profile(seconds, {kind: spent[kind] / total for kind in KINDS_AND_ELSE}, flops)
+
+
+class _Traffic(TorchDispatchMode):
+    """Add up the sizes of what operations read and write."""
+
+    size = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = operation(*args, **(kwargs or {}))
+        if not operation.is_view and "empty" not in operation.name():
+            used = [value for value in tree_leaves((args, kwargs, found)) if isinstance(value, torch.Tensor)]
+            self.size += sum(tensor.numel() * tensor.element_size() for tensor in used)
+        return found
+
+
+def count(work: Callable[[], Any]) -> tuple[int, int]:
+    """Count the floating-point operations of some work, and the bytes that its operations read and write.
+
+    Args:
+        work: it must run in this thread.
+
+    Returns:
+        The operations of convolutions and matrix products, a multiply-add counting as two; and the bytes of the inputs
+        and outputs of all of PyTorch's operations, as if none stayed in the cache.
+    """
+    with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
+        work()
+    return counter.get_total_flops(), traffic.size
 
 
 def busy_seconds(work: Callable[[], Any]) -> float:
@@ -109,6 +137,13 @@ def convolution_peak(rounds: int) -> float:
         convolve()
         best = max(best, 2 * images.numel() * weight[0].numel() / _median(convolve, rounds))
     return best
+
+
+def memory_peak(rounds: int) -> float:
+    """Measure how many bytes per second this processor copies in memory, read and written bytes added up."""
+    source = torch.ones(2**24)
+    target = torch.ones(2**24)
+    return 2 * source.nbytes / _median(lambda: target.copy_(source), rounds)
 
 
 def _median(work: Callable[[], Any], rounds: int) -> float:

@@ -210,7 +210,8 @@ def contests() -> dict[str, Contest]:
             Entrant("textbook", textbook, settings),
         ]
         steps = (shape["steps"], "steps")
-        found[name] = Contest(title.format(*(shape[key] for key in keys)), entrants, steps, tolerance=5e-3, pause=1.0)
+        heading = title.format(*(shape[key] for key in keys))
+        found[name] = Contest(heading, entrants, steps, tolerance=5e-3, pause=1.0, counted=1)
     episodes = {"shape": OMNIGLOT, "episodes": 100}
     found["episodes"] = Contest(
         "Making 100 training episodes, 60-way 1-shot 5 queries, 1x28x28",

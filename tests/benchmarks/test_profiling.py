@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from benchmarks.contest import Contest, Entrant, show
-from benchmarks.profiling import KINDS_AND_ELSE, OTHER, convolution_peak, profile_step, union
+from benchmarks.profiling import KINDS_AND_ELSE, OTHER, convolution_peak, count, memory_peak, profile_step, union
 
 
 @pytest.fixture
@@ -31,8 +31,27 @@ def test_all_of_the_time_is_attributed_and_operations_are_counted(step):
     assert found.seconds > 0
 
 
-def test_the_peak_is_plausible():
+def test_the_peaks_are_plausible():
     assert 1e8 < convolution_peak(rounds=1) < 1e15
+    assert 1e8 < memory_peak(rounds=1) < 1e13
+
+
+def test_operations_and_bytes_are_counted():
+    a, b = torch.ones(3, 4), torch.ones(4, 5)
+
+    def work() -> None:
+        (a @ b).T.relu_()
+
+    assert count(work) == (2 * 3 * 4 * 5, 4 * (12 + 20 + 15 + 2 * 15))
+
+
+def test_a_contest_says_how_long_what_was_counted_takes_at_peak_speed(capsys):
+    contest = Contest("steps", [Entrant("ours", lambda: None)], counted=0)
+    result = {"name": "ours", "seconds": [0.5], "median": 0.5, "ratio": 1.0, "peak_bytes": 1}
+    show(contest, [{**result, "flops": 2e9, "bytes": 2**30}], 4e9, 2**31)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "'ours': 2 GFLOP, which take 500 ms at 4 GFLOP/s" in shown
+    assert "1 GiB read and written, which take 500 ms at 2 GiB/s" in shown
 
 
 def test_the_time_in_which_a_gpu_is_busy_counts_once():
