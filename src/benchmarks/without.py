@@ -8,33 +8,37 @@ from torch import nn
 
 from benchmarks import maml, training
 from benchmarks.contest import Contest, Entrant, Work
-from fewshot.encoders.adaptable import BatchStatisticsNorm2d, DoubleBackwardConv2d
+from fewshot.encoders.adaptable import AdaptableConv2d, BatchStatisticsNorm2d
 from fewshot.encoders.block import Block
 
 CHANNELS_LAST, POOL_FIRST, DERIVATIVES = "channels-last memory", "pooling before ReLU", "second derivatives of our own"
-KEPT_MEMORY, THREADS, NORM_LAST = "kept memory", "a thread a task", "pooling before batch norm"
+KEPT_MEMORY, THREADS, NORM_LAST = "kept memory", "threads over tasks", "pooling before batch norm"
+TOGETHER = "small tasks side by side"
 
 
 def remove(technique: str, network: nn.Module) -> None:
     """Make a network compute the same without a technique.
 
     Args:
-        technique: ``CHANNELS_LAST``, ``NORM_LAST``, ``POOL_FIRST`` (without it, ``NORM_LAST`` is gone, too) or
-            ``DERIVATIVES``.
+        technique: ``CHANNELS_LAST``, ``NORM_LAST``, ``POOL_FIRST`` (without it, ``NORM_LAST`` is gone, too),
+            ``DERIVATIVES`` or ``TOGETHER``.
         network: changed in place; its parameters keep their values.
     """
+    if technique == TOGETHER:
+        network.append(nn.Identity())  # type: ignore[operator]  # not one of the layers that are known to allow it
+        return
     if technique == CHANNELS_LAST:
         for parameter in network.parameters():
             parameter.data = _channels_first(parameter.data)
-        convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d | DoubleBackwardConv2d)]
+        convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d | AdaptableConv2d)]
         convolutions[0].register_forward_pre_hook(lambda _, inputs: (_channels_first(inputs[0]),))
     for name, child in network.named_children():
         if technique == POOL_FIRST and isinstance(child, nn.MaxPool2d):
             setattr(network, name, nn.ReLU())
         elif technique == POOL_FIRST and isinstance(child, nn.ReLU):
             setattr(network, name, nn.MaxPool2d(2))
-        elif technique == DERIVATIVES and isinstance(child, BatchStatisticsNorm2d | DoubleBackwardConv2d):
-            setattr(network, name, _Plain(child))
+        elif technique == DERIVATIVES and isinstance(child, BatchStatisticsNorm2d | AdaptableConv2d):
+            child.twice = False
         elif technique == NORM_LAST and isinstance(child, Block):
             setattr(network, name, nn.Sequential(*child))
         elif technique != CHANNELS_LAST:
@@ -46,27 +50,13 @@ def _channels_first(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-class _Plain(nn.Module):
-    """PyTorch's own layer in the place of one of ours, with the same parameters."""
-
-    def __init__(self, layer: BatchStatisticsNorm2d | DoubleBackwardConv2d) -> None:
-        super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        self.settings: Any = layer.how if isinstance(layer, DoubleBackwardConv2d) else layer.eps
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.settings, tuple):
-            return torch.conv2d(images, self.weight, self.bias, *self.settings)
-        return nn.functional.batch_norm(images, None, None, self.weight, self.bias, training=True, eps=self.settings)
-
-
 def protonet(shape: Mapping[str, Any], technique: str) -> Work:
     """Training steps of prototypical networks without a technique."""
     return training.bare_loop(dict(shape), change=lambda network: remove(technique, network))
 
 
 def meta_step(order: int, technique: str, task: Mapping[str, Any]) -> Work:
-    """A meta-step of MAML without a technique."""
+    """A meta-step of MAML without a technique; without threads, it has no tasks side by side either."""
     if technique == THREADS:
         return maml.ours(order, "loop", task)
     return maml.ours(order, "threads", task, change=lambda network: remove(technique, network))
@@ -89,7 +79,7 @@ def contests() -> dict[str, Contest]:
     for order, name in ((2, "second"), (1, "first")):
         settings = {"order": order, "task": maml.TASK}
         ours = {**settings, "batching": "threads"}
-        techniques = [CHANNELS_LAST, POOL_FIRST, THREADS, *([DERIVATIVES] if order == 2 else [])]
+        techniques = [CHANNELS_LAST, POOL_FIRST, TOGETHER, THREADS, *([DERIVATIVES] if order == 2 else [])]
         entrants = [
             Entrant("ours", maml.ours, ours, keep_memory=True),
             Entrant(f"without {KEPT_MEMORY}", maml.ours, ours),

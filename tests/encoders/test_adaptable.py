@@ -5,7 +5,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import vmap
 from torch.nn.functional import batch_norm
 
-from fewshot.encoders.adaptable import BatchStatisticsNorm2d, DoubleBackwardConv2d, make_adaptable
+from fewshot.encoders.adaptable import AdaptableConv2d, BatchStatisticsNorm2d, make_adaptable, solves_together
+from fewshot.encoders.conv4 import Conv4
+from fewshot.encoders.resnet12 import ResNet12
 
 
 def make(channels=3, dtype=torch.float64):
@@ -84,7 +86,7 @@ def test_vmap_keeps_statistics_and_weights_per_task():
 
 def convolution(dtype=torch.float64, **settings):
     conv = nn.Conv2d(2, 3, dtype=dtype, **({"kernel_size": 3, "padding": 1} | settings))
-    return conv, DoubleBackwardConv2d(conv)
+    return conv, AdaptableConv2d(conv)
 
 
 @pytest.mark.parametrize("settings", [{}, {"bias": False}, {"stride": 2, "kernel_size": 2, "dilation": 2}])
@@ -148,9 +150,34 @@ def test_trainable_layers_are_replaced_and_share_their_parameters(twice):
     )
     names, parameters = list(network.state_dict()), list(network.parameters())
     make_adaptable(network, twice)
-    convolution = DoubleBackwardConv2d if twice else nn.Conv2d
-    kinds = [type(layer) for layer in (network[0], network[1][0], network[2])]
-    assert kinds == [convolution, BatchStatisticsNorm2d, BatchStatisticsNorm2d]
+    layers = network[0], network[1][0], network[2]
+    assert [*map(type, layers)] == [AdaptableConv2d, BatchStatisticsNorm2d, BatchStatisticsNorm2d]
+    assert all(layer.twice == twice for layer in layers)
     assert network[3] is grouped and network[4] is frozen
     assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
     assert set(network.state_dict()) < set(names)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_tasks_side_by_side_keep_their_statistics_and_weights(twice, bias):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 3, 3, bias=bias), nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.Flatten()).double()
+    make_adaptable(network, twice)
+    assert solves_together(network)
+    weights = {name: torch.randn(4, *value.shape).double() for name, value in network.named_parameters()}
+    x = torch.randn(5, 4, 2, 6, 6).double()  # images, then tasks
+    together = torch.func.functional_call(network, weights, x.flatten(1, 2)).unflatten(1, (4, -1))
+    for task in range(4):
+        own = {name: weight[task] for name, weight in weights.items()}
+        torch.testing.assert_close(together[:, task], torch.func.functional_call(network, own, x[:, task]))
+
+
+def test_only_layers_that_never_mix_channels_allow_tasks_side_by_side():
+    allowed = [Conv4(1, 16, filters=2), Conv4(1, 16, filters=2, pool="mean")]
+    grouped, frozen, half = nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 2, 3).requires_grad_(False), nn.Conv2d(2, 2, 3)
+    half.bias.requires_grad_(False)
+    refused = [ResNet12(1, 16), *map(nn.Sequential, (grouped, frozen, half, nn.Linear(2, 2)))]
+    for network in (*allowed, *refused):
+        make_adaptable(network, twice=True)
+        assert solves_together(network) == (network in allowed)

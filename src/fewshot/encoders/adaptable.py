@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-How = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding and dilation of a convolution
+from fewshot.encoders.block import Block
+
+CHANNEL_BY_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+How = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation and groups
 
 
 class BatchStatisticsNorm2d(nn.Module):
@@ -18,45 +21,58 @@ class BatchStatisticsNorm2d(nn.Module):
 
     Args:
         norm: the layer to take weight, bias and epsilon from.
+        twice: whether second derivatives must be fast.
 
     Shape:
-        ``[images, channels, height, width]``, and the same out.
+        ``[images, channels, height, width]``, and the same out. Of several tasks, see ``solves_together``:
+        ``[images, tasks * channels, height, width]``, with weights ``[tasks, channels]``.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, twice: bool = True) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.weight, self.bias, self.eps, self.twice = norm.weight, norm.bias, norm.eps, twice
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise every channel over the batch, scale it and shift it."""
-        return _BatchNorm.apply(images, self.weight, self.bias, self.eps)[0]
+        weight, bias = self.weight.flatten(), self.bias.flatten()
+        if self.twice:
+            return _BatchNorm.apply(images, weight, bias, self.eps)[0]
+        return torch.native_batch_norm(images, weight, bias, None, None, True, 0.0, self.eps)[0]
 
 
-class DoubleBackwardConv2d(nn.Module):
+class AdaptableConv2d(nn.Module):
     """A convolution whose second derivatives are convolutions as fast as its first derivatives.
 
     PyTorch computes some of them with kernels as large as the images, and some that are not needed.
 
     Args:
         conv: the layer to take weight, bias, stride, padding and dilation from; it has one group and pads with zeros.
+        twice: whether second derivatives must be fast.
 
     Shape:
-        ``[images, channels, height, width]`` in and out.
+        ``[images, channels, height, width]`` in and out. Of several tasks, see ``solves_together``:
+        ``[images, tasks * channels, height, width]``, with weights ``[tasks, filters, channels, height, width]``.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, twice: bool = True) -> None:
         super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
-        self.how: How = (conv.stride, conv.padding, conv.dilation)  # type: ignore[assignment]
+        self.weight, self.bias, self.twice = conv.weight, conv.bias, twice
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Convolve."""
-        inputs: list[torch.Tensor | None] = [images, self.weight, self.bias]
+        several = self.weight.ndim == 5
+        how: How = (self.stride, self.padding, self.dilation, len(self.weight) if several else 1)  # type: ignore[assignment]
+        weight = self.weight.flatten(0, 1) if several else self.weight
+        bias = None if self.bias is None else self.bias.flatten()
+        if not self.twice:
+            return torch.conv2d(images, weight, bias, *how)
+        inputs: list[torch.Tensor | None] = [images, weight, bias]
         device = images.device.type
         if torch.is_autocast_enabled(device):  # autocast does not reach into custom functions
             lower = torch.get_autocast_dtype(device)
             inputs = [x.to(lower) if x is not None and x.dtype == torch.float32 else x for x in inputs]
-        return cast(torch.Tensor, _Convolution.apply(*inputs, self.how))
+        return cast(torch.Tensor, _Convolution.apply(*inputs, how))
 
 
 def make_adaptable(module: nn.Module, twice: bool) -> None:
@@ -64,16 +80,28 @@ def make_adaptable(module: nn.Module, twice: bool) -> None:
 
     Args:
         module: changed in place; its parameters stay the same.
-        twice: whether the inner steps are differentiated. Only then are convolutions replaced, too.
+        twice: whether the inner steps are differentiated.
     """
     for name, child in module.named_children():
         trained = any(parameter.requires_grad for parameter in child.parameters(recurse=False))
         if isinstance(child, nn.BatchNorm2d) and trained:
-            setattr(module, name, BatchStatisticsNorm2d(child))
-        elif isinstance(child, nn.Conv2d) and trained and twice and _is_plain(child):
-            setattr(module, name, DoubleBackwardConv2d(child))
+            setattr(module, name, BatchStatisticsNorm2d(child, twice))
+        elif isinstance(child, nn.Conv2d) and trained and _is_plain(child):
+            setattr(module, name, AdaptableConv2d(child, twice))
         else:
             make_adaptable(child, twice)
+
+
+def solves_together(network: nn.Module) -> bool:
+    """Whether an adaptable network can solve several tasks in one pass, each with its own weights.
+
+    The channels of the tasks stand side by side, ``[images, tasks * channels, height, width]``, and all weights have a
+    leading dimension of tasks, so that a convolution is one with a group for each task. No layer may mix channels.
+    """
+    if isinstance(network, (AdaptableConv2d, BatchStatisticsNorm2d, *CHANNEL_BY_CHANNEL)):
+        return all(parameter.requires_grad for parameter in network.parameters())  # others have no dimension of tasks
+    chain = type(network).forward is nn.Sequential.forward or isinstance(network, Block)
+    return chain and all(map(solves_together, network.children()))
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
@@ -146,7 +174,9 @@ def _convolution_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     if not any(needed):
         return None, None, None
-    return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *how, False, [0, 0], 1, list(needed))
+    *strided, groups = how
+    settings = *strided, False, [0, 0], groups
+    return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *settings, list(needed))
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewshot.checks import Count, Natural, Positive, checked
 from fewshot.data.episodes import Episode, MetaBatch
-from fewshot.encoders.adaptable import BatchStatisticsNorm2d, make_adaptable
+from fewshot.encoders.adaptable import BatchStatisticsNorm2d, make_adaptable, solves_together
 from fewshot.errors import FewShotError
 from fewshot.methods.base import Classifier, FewShotMethod
 from fewshot.methods.tasks import TaskBatching, for_each_task
@@ -22,6 +22,10 @@ Weights = dict[str, torch.Tensor]
 # Loss scale of the inner steps in float16, which underflows below 6e-8; a power of 2, so that dividing by it is exact.
 # A constant, so that training and test agree: the value a loss scaler finds in training is unknown in a test.
 INNER_LOSS_SCALE = 2.0**10
+
+# A thread solves tasks together up to this many pixels of support images: with fewer, starting the operations takes
+# longer than their arithmetic, and with more, maps do not fit the cache.
+PIXELS = 2**15
 
 
 class MetaGradient(NamedTuple):
@@ -63,8 +67,9 @@ class MAML(FewShotMethod):
         inner_steps: gradient steps on the support set in training.
         test_inner_steps: gradient steps on the support set in validation and test.
         clip_norm: largest norm of the meta-gradient; larger ones are scaled down to it. None: no clipping.
-        task_batching: "loop" solves the tasks of a meta-batch one after another, "threads" one per CPU thread, "vmap"
-            several in one batch; "auto" is threads on the CPU and vmap elsewhere.
+        task_batching: "loop" solves the tasks of a meta-batch one after another, "threads" on CPU threads, "vmap"
+            several in one batch; "auto" is threads on the CPU and vmap elsewhere. A thread solves several small tasks
+            at once if the encoder allows it, see ``solves_together``.
         vmap_tasks: number of tasks that vmap solves at once; memory grows with it, not with the meta-batch.
         recompute: recompute the activations of the inner steps when the meta-gradient needs them instead of storing
             them, so that memory does not grow with the number of steps.
@@ -156,10 +161,17 @@ class MAML(FewShotMethod):
         With a leading dimension of tasks in both arguments: ``[tasks, images, features]``.
         """
         if images.ndim == 5:
-            return vmap(self.features)(weights, images)
+            return self._features_of_tasks(weights, images)
         prefix = "encoder."
         encoder = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
         return functional_call(self.encoder, encoder, images)
+
+    def _features_of_tasks(self, weights: Weights, images: torch.Tensor) -> torch.Tensor:
+        if not solves_together(self.encoder):
+            return vmap(self.features)(weights, images)
+        side_by_side = images.movedim(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+        features = self.features(weights, side_by_side)
+        return features.unflatten(1, (len(images), -1)).movedim(0, 1)
 
     def logits(self, weights: Weights, features: torch.Tensor) -> torch.Tensor:
         """Compute logits ``[images, way]`` from embeddings with the given head weights.
@@ -306,7 +318,12 @@ class MAML(FewShotMethod):
         self._check(meta_batch)
         gradients = [torch.zeros_like(parameter) for parameter in self.weights().values()]
         losses, logits = [], []
-        for task in for_each_task(self, type(self).task_gradient, meta_batch, self.task_batching, self.vmap_tasks):
+        # A variant's own task_gradient may be written for one task.
+        able = type(self).task_gradient is MAML.task_gradient and solves_together(self.encoder)
+        together = max(1, PIXELS // meta_batch.support[0, :, 0].numel()) if able else 1
+        for task in for_each_task(
+            self, type(self).task_gradient, meta_batch, self.task_batching, self.vmap_tasks, together
+        ):
             torch._foreach_add_(gradients, task.gradients)
             losses.append(task.loss)
             logits.append(task.logits.reshape(-1, *task.logits.shape[-2:]))

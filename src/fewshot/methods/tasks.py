@@ -1,6 +1,7 @@
 """Running the tasks of a meta-batch: one after another, on CPU threads, or several at once with vmap."""
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
@@ -23,15 +24,18 @@ def for_each_task(
     meta_batch: Episode,
     task_batching: TaskBatching,
     vmap_tasks: int,
+    thread_tasks: int = 1,
 ) -> Iterator[Result]:
     """Apply ``work`` to every task of a meta-batch, with gradients enabled.
 
     Args:
         learner: the module that ``work`` calls.
-        work: gets the module (on a thread, a copy that shares its tensors) and an episode; with vmap, a meta-batch.
+        work: gets the module (on a thread, a copy that shares its tensors) and an episode; for several tasks at once, a
+            meta-batch.
         meta_batch: the tasks.
         task_batching: "loop", "threads", "vmap", or "auto": threads on the CPU and vmap elsewhere.
         vmap_tasks: number of tasks vmap solves at once.
+        thread_tasks: the most tasks a thread solves at once; fewer where that leaves no thread idle.
 
     Returns:
         The results, in the order of the tasks.
@@ -56,7 +60,9 @@ def for_each_task(
         with torch.enable_grad(), torch.autocast(device, enabled=enabled, dtype=dtype):
             return work(copies[thread], episode)
 
-    yield from map_in_threads(on_thread, meta_batch.tasks())
+    rounds = math.ceil(len(meta_batch.query) / (torch.get_num_threads() * thread_tasks))
+    share = math.ceil(len(meta_batch.query) / (torch.get_num_threads() * rounds))
+    yield from map_in_threads(on_thread, meta_batch.split(share) if share > 1 else meta_batch.tasks())
 
 
 def _share_tensors(learner: Learner) -> Learner:
