@@ -147,6 +147,7 @@ class Quadratic(MAML):
         self.theta = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
         self.order, self.inner_learning_rate = changes["order"], 0.1
         self.inner_steps, self.recompute = changes["steps"], changes.get("recompute", False)
+        self.rates = nn.ParameterDict()
 
     def classify(self, weights, images):  # noqa: ARG002
         return weights["theta"]
