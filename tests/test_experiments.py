@@ -81,7 +81,7 @@ PUBLISHED = {
     "miniimagenet/matching_fce_cosine_5way_5shot": "train.shot=5 train.episodes=20000 method.unrolling_steps=2",
     "miniimagenet/maml_1st_5way_5shot": (
         "train.meta_batch=4 train.query=5 method.inner_steps=5 method.test_inner_steps=10 "
-        "method.inner_learning_rate=0.01"
+        "method.inner_learning_rate=0.05"
     ),
     "miniimagenet/maml_2nd_5way_5shot": "train.meta_batch=2",
 }
