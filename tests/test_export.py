@@ -86,7 +86,7 @@ def test_a_damaged_or_newer_file_of_weights_is_one_line(run, tmp_path):
     export(str(run), str(shared))
     content, weights, _ = read_weights(shared)
     save_weights(shared, weights, {**content, "format": 2})
-    with pytest.raises(FewShotError, match=r"its format is 2, this version reads 1: install a newer one"):
+    with pytest.raises(FewShotError, match=r"has format 2, and this version reads 1: install a newer version"):
         load_trained(str(shared))
     save_weights(shared, {**weights, "other": torch.ones(3)}, content)
     with pytest.raises(FewShotError, match=r"do not fit .*other is \[3\]"):

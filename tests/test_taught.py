@@ -100,12 +100,23 @@ def test_a_broken_hostile_or_changed_file_is_refused(photos, taught, tmp_path):
     refused("its encoder is not the one", tensors | {weight: tensors[weight] + 1})
     refused("do not fit its classes", classes=["a", "b"])
     refused("do not fit its classes", tensors | {"examples": tensors["examples"][:, 1:].contiguous()})
-    refused("do not fit its classes", tensors | {"classifier.weight": tensors["classifier.weight"][:2].contiguous()})
-    refused("do not fit its classes", classifier=content["classifier"] | {"temperature": 0.0})
-    refused("do not fit its classes", crop="sideways")
+    refused("classifier does not fit", tensors | {"classifier.weight": tensors["classifier.weight"][:2].contiguous()})
+    refused("classifier does not fit", classifier=content["classifier"] | {"temperature": 0.0})
+    refused("unknown images does not fit", familiarity=content["familiarity"] | {"spread": 1e99})
+    refused("its crop is 'sideways', and must be one of auto, center, pad, squash", crop="sideways")
     refused("its method is os.system", config=content["config"] | {"method": {"_target_": "os.system"}})
     with pytest.raises(FewShotError, match=r"there is no file .*fewshot teach support=DIR out="):
         answers(photos, tmp_path / "out", f"model={tmp_path / 'none.fewshot'}")
+
+
+@pytest.mark.parametrize("place", [0.001, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_a_changed_byte_anywhere_in_a_model_file_is_noticed(photos, taught, tmp_path, place):
+    content = bytearray(taught.read_bytes())
+    content[int(place * len(content))] ^= 1
+    file = tmp_path / "x.fewshot"
+    file.write_bytes(content)
+    with pytest.raises(FewShotError, match=r"x\.fewshot is broken, or holds no weights saved by this program"):
+        answers(photos, tmp_path / "out", f"model={file}")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello" * 100, pickle.dumps(pathlib.Path("x"))])

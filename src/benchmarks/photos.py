@@ -31,13 +31,13 @@ from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 from torch.nn.functional import cross_entropy, normalize  # noqa: E402
 
+from fewshot.checkpoints import digest  # noqa: E402
 from fewshot.config import compose  # noqa: E402
 from fewshot.data.files import ImageFile, list_folder  # noqa: E402
 from fewshot.errors import FewShotError  # noqa: E402
 from fewshot.familiarity import learn_familiarity  # noqa: E402
 from fewshot.methods.auto import DEFAULT, TEMPERATURES, Auto, class_means, expected_temperature, fit  # noqa: E402
 from fewshot.predictor import Predictor, make_predictor  # noqa: E402
-from fewshot.taught import digest  # noqa: E402
 from fewshot.text import say  # noqa: E402
 from fewshot.training import make_data  # noqa: E402
 
@@ -70,7 +70,12 @@ class Score(NamedTuple):
 def embed(predictor: Predictor, name: str, photos: Mapping[str, Sequence[ImageFile]], cache: Path) -> torch.Tensor:
     """Embed the first ``IMAGES`` photos of each class that has so many: ``[classes, IMAGES, features]``."""
     files = [file for files in photos.values() if len(files) >= IMAGES for file in files[:IMAGES]]
-    known = [digest(predictor.method), predictor.size, predictor.crop, [Path(file.name).name for file in files]]
+    known = [
+        digest(predictor.method.encoder.state_dict()),
+        predictor.size,
+        predictor.crop,
+        [Path(file.name).name for file in files],
+    ]
     path = cache / "photos" / f"{name}-{hashlib.sha256(repr(known).encode()).hexdigest()[:12]}.safetensors"
     if path.exists():
         return load_file(path)["embeddings"]

@@ -1,5 +1,6 @@
 """Checkpoint files and shared weights: written atomically, read without running any code in them."""
 
+import hashlib
 import io
 import json
 import math
@@ -122,7 +123,7 @@ def save_weights(
     tensors = {f"{WEIGHTS}{name}": value for name, value in weights.items()} | {**(others or {})}
     whole = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     text = json.dumps({"format": FORMAT, "version": fewshot.__version__, **content})
-    write_atomically(path, save(whole, {"fewshot": text}))
+    write_atomically(path, save(whole, {"fewshot": text, "sha256": digest(dict(sorted(whole.items())), text)}))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -132,26 +133,41 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
         The content, with the configuration still unchecked; the weights; and the other tensors.
 
     Raises:
-        FewShotError: it is not such a file, or of a newer version.
+        FewShotError: it is not such a file, has changed since it was saved, or is of a newer version.
     """
     try:
         check_file(path)
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("fewshot", "")
+            metadata = file.metadata() or {}
+            text = metadata.get("fewshot", "")
             if len(text) > LARGEST:
                 raise ValueError("its metadata are too long")
             content = json.loads(text)
-            if not isinstance(content, dict) or "format" not in content:
+            if not isinstance(content, dict) or type(content.get("format")) is not int:
                 raise ValueError("it does not say what its weights are")
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}: install a newer one")
+            if content["format"] > FORMAT:
+                raise FewShotError(
+                    f"{path} has format {content['format']}, and this version reads {FORMAT}: install a newer version"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Files of earlier versions have no digest. It notices damage, and nobody's intent: they would write a new one.
+        if "sha256" in metadata and metadata["sha256"] != digest(dict(sorted(tensors.items())), text):
+            raise ValueError("it has changed since it was saved, and its digest is different")
     except (OSError, RecursionError, SafetensorError, ValueError) as error:
         raise FewShotError(
             f"{path} is broken, or holds no weights saved by this program: {reason(error)}; name a different file"
         ) from error
     weights = {name.removeprefix(WEIGHTS): value for name, value in tensors.items() if name.startswith(WEIGHTS)}
     return content, weights, {name: value for name, value in tensors.items() if not name.startswith(WEIGHTS)}
+
+
+def digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """Return the SHA-256 of a text, and of tensors in their order, with names, types and shapes."""
+    found = hashlib.sha256(text.encode())
+    for name, tensor in tensors.items():
+        found.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _shared(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Files of classifiers that were taught: what they learned, without the photos and without code."""
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,12 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fewshot.checkpoints import read_weights, save_weights
+from fewshot.checkpoints import digest, read_weights, save_weights
 from fewshot.data.photos import CROPS
 from fewshot.errors import FewShotError
 from fewshot.familiarity import Familiarity
 from fewshot.learned import Learned, Pixels
 from fewshot.methods.auto import Linear
-from fewshot.methods.base import FewShotMethod
 from fewshot.predictor import Predictor, predictor_of
 from fewshot.trained import Trained, restore
 from fewshot.trust import INITIAL_WEIGHTS, read_config
@@ -64,7 +62,7 @@ def save_taught(path: Path, predictor: Predictor, learned: Learned, config: Any,
         "classes": list(learned.classes),
         "config": plain,
         "crop": predictor.crop,
-        "encoder_sha256": digest(method),
+        "encoder_sha256": digest(method.encoder.state_dict()),
         "summary": learned.record([Path(name).name for name in names]),
     }
     tensors = {"examples": learned.examples, "labels": learned.labels}
@@ -97,40 +95,34 @@ def load_taught(
     content, weights, tensors = read_weights(path)
     if "classes" not in content:
         raise FewShotError(f"{path} has no classes: it is a checkpoint, name it with checkpoint={path} and support=DIR")
-    broken = FewShotError(f"{path} is broken: its examples do not fit its classes; teach it again")
+
+    def broken(what: object) -> FewShotError:
+        return FewShotError(f"{path} is broken: {what}; teach it again")
+
     try:
         config = read_config(content.get("config"), path, trust=trust)
     except ValueError as error:
-        raise FewShotError(f"{path} is broken: {error}; teach it again") from error
+        raise broken(error) from error
     method = restore(path, config, weights)
-    if content.get("encoder_sha256") != digest(method):
-        raise FewShotError(f"{path} is broken: its encoder is not the one that embedded its examples; teach it again")
+    if content.get("encoder_sha256") != digest(method.encoder.state_dict()):
+        raise broken("its encoder is not the one that embedded its examples")
     taught = content.get("crop")
     if taught not in CROPS:
-        raise broken
+        raise broken(f"its crop is {taught!r}, and must be one of {', '.join(CROPS)}")
     predictor = predictor_of(Trained(path, method, OmegaConf.create(config), {}), hardware, crop or taught)
     classes, examples, labels = content["classes"], tensors.get("examples"), tensors.get("labels")
     if examples is None or labels is None or not _fit(predictor, classes, examples, labels):
-        raise broken
+        raise broken("its examples do not fit its classes")
     learned = predictor.learn_examples(tuple(classes), examples, labels, _part(content, tensors, "classifier", Linear))
     if isinstance(learned.classify, Linear) and not _agree(learned.classify, examples, len(classes)):
-        raise broken
+        raise broken("its classifier does not fit its examples")
     familiarity = _part(content, tensors, "familiarity", Familiarity)
     if familiarity is not None:
         if not _agree(familiarity, examples, len(classes)):
-            raise broken
+            raise broken("what it knows of unknown images does not fit its examples")
         learned.__dict__["familiarity"] = familiarity  # instead of computing it again
     summary = content.get("summary")
     return Taught(predictor, learned, config, summary if isinstance(summary, dict) else {})
-
-
-def digest(method: FewShotMethod) -> str:
-    """Return the SHA-256 of an encoder's weights."""
-    found = hashlib.sha256()
-    for name, tensor in method.encoder.state_dict().items():
-        found.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def extend(taught: Taught, support: Mapping[str, Sequence[Pixels]]) -> Learned:
