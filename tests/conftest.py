@@ -278,8 +278,8 @@ def free_port() -> int:
 
 
 def wait_for(port: int) -> None:
-    """Wait until a server listens on the port, a minute at most."""
-    for _ in range(300):
+    """Wait until a server listens on the port, three minutes at most."""
+    for _ in range(900):
         with closing(socket.socket()) as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return

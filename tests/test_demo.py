@@ -543,7 +543,7 @@ class Tab:
         self.until(lambda: self.texts("#hint") != [""], "the page")
 
     def until(self, what, meaning: str) -> None:
-        stop = time.monotonic() + 60
+        stop = time.monotonic() + 180
         while not what():
             if time.monotonic() > stop:
                 pytest.fail(f"{meaning} never came:\n{self.texts('body')}")
