@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewshot import hardware
 from fewshot.config import compose
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate as run_evaluation
@@ -55,7 +56,7 @@ def evaluate(cache_dir, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_as_the_run_was_tested_the_accuracy_is_the_same_to_the_last_digit(run, evaluate, tmp_path, method):
     trained = json.loads((run(method) / "results.json").read_text())
-    tested = evaluate(run(method))
+    tested = evaluate(run(method), f"hardware.precision={trained['precision']}")
     same = ("accuracy", "ci95", "episodes", "dataset", "method", "distance", "encoder", "way", "shot", "query", "seed")
     assert {key: tested[key] for key in same} == {key: trained[key] for key in same}
     assert tested["validations"] == trained["validations"] and tested["val_accuracy"] == trained["val_accuracy"]
@@ -65,6 +66,13 @@ def test_as_the_run_was_tested_the_accuracy_is_the_same_to_the_last_digit(run, e
     (again,) = by_settings([tested])[0]
     assert settings(again) == settings(trained) and (again["weights"], again["split"]) == ("best", "test")
     assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 300
+
+
+@pytest.mark.parametrize("flags", ["avx2", "avx512_bf16"])
+def test_what_the_processor_only_emulates_is_computed_in_float32(run, evaluate, monkeypatch, flags):
+    monkeypatch.setattr(hardware, "_cpu_info", lambda _: flags)
+    tested = evaluate(run("maml"), "hardware=cpu", "episodes=3")
+    assert tested["precision"] == ("bf16-mixed" if flags == "avx512_bf16" else "32-true")
 
 
 def test_another_task_and_another_split(run, evaluate):

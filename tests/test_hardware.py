@@ -14,7 +14,7 @@ from fewshot import hardware
 from fewshot.config import compose
 from fewshot.data.episodes import EpisodeIndex, MetaBatch, Share
 from fewshot.errors import FewShotError
-from fewshot.hardware import check_hardware, has_bfloat16, precision_of, report_out_of_memory
+from fewshot.hardware import check_hardware, has_bfloat16, precision_like, precision_of, report_out_of_memory
 from fewshot.training import make_data, make_method, train
 
 BANK = make_bank({"train": [8] * 6, "val": [8] * 5, "test": [8] * 5}, size=28)
@@ -265,6 +265,9 @@ def test_auto_uses_bfloat16_where_it_is_fast(no_gpu, gpus, capsys, flags, capabi
     requested = {**CARD, "accelerator": "auto"}
     assert precision_of({**requested, "precision": "auto"}) == ("bf16-mixed" if quick else "32-true")
     assert precision_of({**requested, "precision": "64-true"}) == "64-true"
+    assert precision_like("bf16-mixed", requested) == ("bf16-mixed" if quick else "32-true")
+    assert precision_like("16-mixed", requested) == ("16-mixed" if device == "cuda" else "32-true")
+    assert precision_like("64-true", requested) == "64-true"
     check_hardware({**requested, "precision": "auto"})
     assert not capsys.readouterr().err
     check_hardware({**requested, "precision": "bf16-mixed"})  # forced

@@ -24,7 +24,7 @@ from fewshot.directories import last_checkpoint
 from fewshot.embeddings import EmbeddingCache
 from fewshot.errors import FewShotError, shortened
 from fewshot.files import output_directory, read_json
-from fewshot.hardware import check_hardware, keep_freed_memory, machine, report_out_of_memory
+from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_like, report_out_of_memory
 from fewshot.methods.base import MetricMethod
 from fewshot.metrics import Estimate, count_right, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
@@ -263,7 +263,7 @@ def task_of(run: DictConfig, config: DictConfig) -> DictConfig:
             task[key] = config[key]
     if config.episodes is not None:
         task.test.episodes = config.episodes
-    precision = config.hardware.precision or run.hardware.precision
+    precision = config.hardware.precision or precision_like(str(run.hardware.precision), config.hardware)
     task.hardware = OmegaConf.merge(config.hardware, {"precision": precision})
     task.cache_dir, task.run_dir = config.cache_dir, config.out
     return task

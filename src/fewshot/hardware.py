@@ -129,6 +129,20 @@ def precision_of(hardware: Mapping[str, Any]) -> str:
     return "bf16-mixed" if has_bfloat16(device_type(hardware)) else "32-true"
 
 
+def precision_like(trained: str, hardware: Mapping[str, Any]) -> str:
+    """Return the precision of a training, or "32-true" where this machine could only emulate it.
+
+    Args:
+        trained: the precision of a run, perhaps on another machine.
+        hardware: the configuration group ``hardware`` of this command.
+    """
+    device = device_type(hardware)
+    emulated = (trained.startswith("bf16") and not has_bfloat16(device)) or (
+        trained.startswith("16") and device == "cpu"
+    )
+    return "32-true" if emulated else trained
+
+
 def has_bfloat16(device: str) -> bool:
     """Whether a device type, see ``device_type``, computes faster in bfloat16 than in float32.
 

@@ -17,7 +17,7 @@ from fewshot.config import as_overrides, check, compose
 from fewshot.data.contents import contents_of, differences
 from fewshot.errors import FewShotError, mistake
 from fewshot.evaluation import Evaluation, evaluate_split, open_split, task_of
-from fewshot.hardware import check_hardware, keep_freed_memory, report_out_of_memory
+from fewshot.hardware import check_hardware, keep_freed_memory, precision_like, report_out_of_memory
 from fewshot.metrics import Estimate, paired_difference
 from fewshot.models import CARD, Model, bare_cells, names, require
 from fewshot.results import read_episodes
@@ -109,6 +109,9 @@ def measure(model: Model, config: DictConfig) -> Reproduction:
         queries = len(tested.right) * _queries(model)
         more = f"{difference * queries:+,.1f}".removesuffix(".0")  # with ties
         verdict = f"{verdict}: {more} of {queries:,} queries are right, the interval is ±{100 * now.ci95:.4f}"
+        computed, table = str(tested.trainer.precision), model.card["precision"]
+        if computed != table:
+            verdict += f"; computed in {computed}, the table in {table}"
     return Reproduction(before, now, verdict, time.monotonic() - start)
 
 
@@ -155,7 +158,8 @@ def _test(model: Model, place: str, config: DictConfig) -> Evaluation:
     trained = load_trained(place, places=data_directories(config))
     test = model.card["test"]
     settings = {key: test[key] for key in ("way", "shot", "query", "eval_seed")}
-    hardware = OmegaConf.merge(config.hardware, {"precision": config.hardware.precision or model.card["precision"]})
+    precision = config.hardware.precision or precision_like(model.card["precision"], config.hardware)
+    hardware = OmegaConf.merge(config.hardware, {"precision": precision})
     episodes = min(test["episodes"], config.episodes or test["episodes"])
     settings |= {"episodes": episodes, "hardware": hardware, "cache_dir": config.cache_dir, "out": None}
     task = task_of(trained.config, OmegaConf.create(settings))
