@@ -76,7 +76,7 @@ def test_what_the_processor_only_emulates_is_computed_in_float32(run, evaluate, 
 
 
 def test_another_task_and_another_split(run, evaluate):
-    config = ["way=3", "shot=2", "query=2", "episodes=5", "eval_seed=7"]
+    config = ["way=3", "shot=2", "query=2", "episodes=5", "eval_seed=7", "hardware.precision=bf16-mixed"]
     tested = evaluate(run("maml"), *config)
     trained = json.loads((run("maml") / "results.json").read_text())
     # A checkpoint's configuration names no place to write to.
@@ -89,7 +89,7 @@ def test_another_task_and_another_split(run, evaluate):
     assert evaluate(run("protonet"), "way=30", "episodes=2")["way"] == 30
     # The validation of the run, once more.
     best = max(validation["accuracy"] for validation in tested["validations"])
-    validated = evaluate(run("maml"), "split=val", "episodes=3", written="results_val.json")
+    validated = evaluate(run("maml"), "split=val", "episodes=3", config[-1], written="results_val.json")
     assert validated["accuracy"] == best and validated["split"] == "val"
     listed = json.loads((run("maml") / "classes.json").read_text())
     assert set(validated["classes"]) <= set(listed["val"]) and set(tested["classes"]) <= set(listed["test"])
