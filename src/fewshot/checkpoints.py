@@ -122,8 +122,9 @@ def save_weights(
     """
     tensors = {f"{WEIGHTS}{name}": value for name, value in weights.items()} | {**(others or {})}
     whole = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    text = json.dumps({"format": FORMAT, "version": fewshot.__version__, **content})
-    write_atomically(path, save(whole, {"fewshot": text, "sha256": digest(dict(sorted(whole.items())), text)}))
+    described = {"format": FORMAT, "version": fewshot.__version__, **content}
+    text = json.dumps({**described, "sha256": _digest_of(whole, described)})
+    write_atomically(path, save(whole, {"fewshot": text}))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -138,8 +139,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
     try:
         check_file(path)
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            text = metadata.get("fewshot", "")
+            text = (file.metadata() or {}).get("fewshot", "")
             if len(text) > LARGEST:
                 raise ValueError("its metadata are too long")
             content = json.loads(text)
@@ -151,7 +151,8 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         # Files of earlier versions have no digest. It notices damage, and nobody's intent: they would write a new one.
-        if "sha256" in metadata and metadata["sha256"] != digest(dict(sorted(tensors.items())), text):
+        saved = content.pop("sha256", None)
+        if saved is not None and saved != _digest_of(tensors, content):
             raise ValueError("it has changed since it was saved, and its digest is different")
     except (OSError, RecursionError, SafetensorError, ValueError) as error:
         raise FewShotError(
@@ -159,6 +160,10 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
         ) from error
     weights = {name.removeprefix(WEIGHTS): value for name, value in tensors.items() if name.startswith(WEIGHTS)}
     return content, weights, {name: value for name, value in tensors.items() if not name.startswith(WEIGHTS)}
+
+
+def _digest_of(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> str:
+    return digest(dict(sorted(tensors.items())), json.dumps(content))
 
 
 def digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
