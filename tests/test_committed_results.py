@@ -60,6 +60,10 @@ def test_the_table_of_the_classifier_shows_the_committed_results():
         "prototypical network, 600 more episodes by scaled cosine": tuple(
             f"reproduction/miniimagenet/pretrained_protonet_5way_{shot}shot/0" for shot in (1, 5)
         ),
+        "nearest class mean by cosine, second training": (
+            "reproduction/miniimagenet/classifier_cosine/0",
+            "reproduction/miniimagenet/classifier_cosine_5shot/0",
+        ),
     }
     for name, places in rows.items():
         cells = []
