@@ -64,6 +64,7 @@ def test_the_table_of_the_classifier_shows_the_committed_results():
             "reproduction/miniimagenet/classifier_cosine/0",
             "reproduction/miniimagenet/classifier_cosine_5shot/0",
         ),
+        "SimpleShot, second training": ("simpleshot/second_1shot", "simpleshot/second_5shot"),
     }
     for name, places in rows.items():
         cells = []
