@@ -93,7 +93,7 @@ def make_card(
         "dataset": dataset,
         "data": result["data"],
         "licence": licences[dataset],
-        "command": training_command(run, lines),
+        "command": training_command(run, lines, (result.get("encoder_init") or {}).get("checkpoint")),
         "settings": {key: run.get(key) for key in ("train", "val", "optimizer", "schedule", "transform")},
         "seed": seed_of(result),
         "seeds": sorted(seed_of(lines[other]) for other in lines if other.rpartition("/")[0] == cell),
@@ -110,17 +110,18 @@ def make_card(
     }
 
 
-def training_command(config: Mapping[str, Any], lines: Mapping[str, Any]) -> str:
+def training_command(config: Mapping[str, Any], lines: Mapping[str, Any], initial: str | None = None) -> str:
     """Return a command that trains with a configuration, from the defaults of today.
 
     Args:
         config: of the run.
-        lines: names of lines: the run that ``encoder.init`` names may be one of them.
+        lines: names of lines: the encoder may have started from one of them.
+        initial: the file that the encoder started from.
     """
-    return shlex.join(["fewshot", "train", *training_overrides(config, lines)])
+    return shlex.join(["fewshot", "train", *training_overrides(config, lines, initial)])
 
 
-def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any]) -> list[str]:
+def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any], initial: str | None = None) -> list[str]:
     """Return the overrides of ``training_command``."""
     choices = config["choices"]
     task = [f"{key}={config[key]}" for key in ("way", "shot", "seed")]
@@ -129,9 +130,8 @@ def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any]) -> l
     said = [f"experiment={of_one_task[1] if of_one_task else experiment}"] if experiment else []
     composed = compose(*said, *task)
     said += [f"{key}={choices[key]}" for key in CHOICES if choices.get(key) not in (None, composed.choices.get(key))]
-    initial = (config.get("encoder") or {}).get("init")
     if initial:
-        parts = Path(str(initial).partition("/checkpoints")[0]).parts
+        parts = Path(initial.partition("/checkpoints")[0].removesuffix(f"/{WEIGHTS}")).parts
         said.append(f"encoder.init={next((name for name in lines if parts[-3:] == tuple(name.split('/'))), 'RUN_DIR')}")
     today = dict(flat(OmegaConf.to_container(compose(*said, *task))))
     differing = {key: value for key, value in flat(config) if today.get(key) != value}
