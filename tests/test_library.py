@@ -188,6 +188,7 @@ def test_a_broken_or_hostile_file_is_rejected(run, examples, tmp_path):
             fewshot.FewShotClassifier.load(file, hardware="cpu")
 
     rejected("has format 2, and this version reads 1", format=2)
+    rejected("does not say what its weights are", format=0)
     rejected("do not fit its classes", classes=["a"])
     rejected("do not fit its classes", classes=["a", "a"])
     rejected("do not fit its classes", classes=["a", [1]])

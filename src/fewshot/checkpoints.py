@@ -143,7 +143,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
             if len(text) > LARGEST:
                 raise ValueError("its metadata are too long")
             content = json.loads(text)
-            if not isinstance(content, dict) or type(content.get("format")) is not int:
+            if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] < 1:
                 raise ValueError("it does not say what its weights are")
             if content["format"] > FORMAT:
                 raise FewShotError(

@@ -137,10 +137,9 @@ def precision_like(trained: str, hardware: Mapping[str, Any]) -> str:
         hardware: the configuration group ``hardware`` of this command.
     """
     device = device_type(hardware)
-    emulated = (trained.startswith("bf16") and not has_bfloat16(device)) or (
-        trained.startswith("16") and device == "cpu"
-    )
-    return "32-true" if emulated else trained
+    if trained.startswith("bf16"):
+        return trained if has_bfloat16(device) else "32-true"
+    return "32-true" if trained.startswith("16") and device == "cpu" else trained
 
 
 def has_bfloat16(device: str) -> bool:
