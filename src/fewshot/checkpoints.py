@@ -1,6 +1,5 @@
 """Checkpoint files and shared weights: written atomically, read without running any code in them."""
 
-import hashlib
 import io
 import json
 import math
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import fewshot
+from fewshot.digests import digest
 from fewshot.errors import FewShotError, nearest, reason
 from fewshot.files import check_file, write_atomically
 from fewshot.models import names
@@ -164,15 +164,6 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
 
 def _digest_of(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> str:
     return digest(dict(sorted(tensors.items())), json.dumps(content))
-
-
-def digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
-    """Return the SHA-256 of a text, and of tensors in their order, with names, types and shapes."""
-    found = hashlib.sha256(text.encode())
-    for name, tensor in tensors.items():
-        found.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _shared(path: Path) -> dict[str, Any]:

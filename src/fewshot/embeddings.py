@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from fewshot.data.episodes import Gather
+from fewshot.digests import digest
 from fewshot.errors import FewShotError
 from fewshot.files import write_atomically
 from fewshot.hardware import send
@@ -150,18 +151,16 @@ class EmbeddingCache:
 
     def _path(self, module: nn.Module, positions: torch.Tensor | None = None) -> Path | None:
         """Return the file for a module; None if its code is in no file, as in a notebook: a change went unnoticed."""
-        key = hashlib.sha256(self._described.encode())
         try:  # somebody may be working on an encoder
             sources = {inspect.getsourcefile(type(part)) or "" for part in module.modules()}
-            for file in sorted(sources):
-                key.update(Path(file).read_bytes())
+            code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(sources)]
         except (OSError, TypeError):
             return None
-        tensors = [*module.named_parameters(), *module.named_buffers()]
-        for name, tensor in [*([] if positions is None else [("positions", positions)]), *tensors]:
-            key.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-            key.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return self.folder / f"{key.hexdigest()}.safetensors"
+        tensors = dict([*module.named_parameters(), *module.named_buffers()])
+        # No tensor of a module has a name with a space.
+        described = {} if positions is None else {"positions of the images": positions}
+        key = digest({**described, **tensors}, f"{self._described}{code}")
+        return self.folder / f"{key}.safetensors"
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         with contextlib.suppress(FewShotError, OSError):  # a cache is not worth an error

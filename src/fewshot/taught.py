@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fewshot.checkpoints import digest, read_weights, save_weights
+from fewshot.checkpoints import read_weights, save_weights
 from fewshot.data.photos import CROPS
+from fewshot.digests import digest
 from fewshot.errors import FewShotError
 from fewshot.familiarity import Familiarity
 from fewshot.learned import Learned, Pixels
