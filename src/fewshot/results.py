@@ -239,7 +239,7 @@ def settings(result: Result) -> Settings:
     decisive = {
         **dict(flat({key: result.get(key) for key in ("data", "precision", "encoder_parameters")})),
         **training_settings(result),
-        "encoder_init": (result.get("encoder_init") or {}).get("sha256"),
+        "encoder_init.sha256": (result.get("encoder_init") or {}).get("sha256"),
         "test.episodes": result["episodes"],
         # A GPU rounds convolutions to TF32 by default, and few GPUs repeat each other's results.
         "machine.accelerator": (result.get("machine") or {}).get("accelerator"),
