@@ -14,6 +14,7 @@ from rich.console import Console
 from fewshot import progress
 from fewshot.callbacks import Record
 from fewshot.config import ROOT, compose
+from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.progress import ProgressBar
 from fewshot.training import train
 
@@ -102,6 +103,23 @@ def test_the_bar_is_one_line_that_fits_the_terminal(terminal, monkeypatch, colum
     assert any(line.startswith("validating ") for line in lines)
     assert "episode 30,000: a line above the bar" in [line.strip() for line in lines]
     assert re.match(r"training +━+ 60,000/60,000  in 11:30:05  loss", [line for line in lines if line.strip()][-1])
+
+
+def test_the_time_left_of_a_test_does_not_count_the_embedding_before_it(terminal, monkeypatch):
+    trainer, written = terminal(80)
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    trainer.num_test_batches = [500]
+    bar = ProgressBar()
+    bar.on_test_start(trainer, PrototypicalNetwork(torch.nn.Identity()))
+    for batch, seconds in enumerate((76.0, 0.5)):
+        now += seconds
+        bar.on_test_batch_end(trainer, None, None, None, batch)
+    bar.on_test_end(trainer, None)
+    shown = written.getvalue()
+    assert re.search(r"embedding +0/10,000", shown)
+    assert re.search(r"testing +20/10,000 *[\r\n]", shown), "one batch says nothing about the pace"
+    assert re.search(r"testing +40/10,000  4:09 left", shown)
 
 
 def test_a_bar_that_is_disabled_shows_nothing(terminal):

@@ -17,7 +17,7 @@ from rich.table import Column
 from fewshot.callbacks import Record, data_of
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.hardware import asynchronous, describe, machine
-from fewshot.methods.base import FewShotMethod
+from fewshot.methods.base import FewShotMethod, MetricMethod
 from fewshot.results import best_validation
 from fewshot.text import make_table, say
 
@@ -30,7 +30,8 @@ class ProgressBar(pl.callbacks.ProgressBar):
 
     In a terminal it is a bar. Elsewhere (a file, a pipe, a notebook) it is a plain line every ``LINES`` seconds.
 
-    The time left is that of an average episode of this process, validations included, times the remaining episodes.
+    The time left is that of an average episode of this process, validations included, times the remaining episodes. In
+    a test, the first episodes do not count, because a metric method embeds all images before them.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
         self._bar: Progress | None = None
         self._name, self._metrics = "", ""
         self._total = self._first = self._done = 0
-        self._began = self._shown = 0.0
+        self._began = self._counted = self._shown = 0.0
 
     @property
     def is_enabled(self) -> bool:
@@ -87,9 +88,10 @@ class ProgressBar(pl.callbacks.ProgressBar):
             self._metrics = _metrics(trainer)
         self._stop()
 
-    def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
+    def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: D102
         self._metrics = ""
-        self._start("testing", 0, data_of(trainer).episodes["test"])
+        first = "embedding" if isinstance(method, MetricMethod) else "testing"
+        self._start(first, 0, data_of(trainer).episodes["test"])
 
     def on_test_batch_end(  # noqa: D102
         self,
@@ -101,6 +103,8 @@ class ProgressBar(pl.callbacks.ProgressBar):
         dataloader_idx: int = 0,  # noqa: ARG002
     ) -> None:
         self._done = round(self._total * (batch_idx + 1) / sum(trainer.num_test_batches))
+        if batch_idx == 0:
+            self._first, self._counted = self._done, time.monotonic()
         self._show("testing")
 
     def on_test_end(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102
@@ -119,7 +123,7 @@ class ProgressBar(pl.callbacks.ProgressBar):
 
     def _start(self, name: str, done: int, total: int) -> None:
         self._name, self._first, self._done, self._total = name, done, done, total
-        self._began = self._shown = time.monotonic()
+        self._began = self._counted = self._shown = time.monotonic()
         console = Console()
         if not self._enabled or done >= total or not console.is_interactive or console.is_jupyter:
             return
@@ -157,9 +161,9 @@ class ProgressBar(pl.callbacks.ProgressBar):
 
     def _facts(self, episodes: str = "") -> str:
         """Return episodes, time left and metrics."""
-        elapsed, trained = time.monotonic() - self._began, self._done - self._first
-        left = f"{_clock(elapsed / trained * (self._total - self._done))} left" if trained else ""
-        clock = f"in {_clock(elapsed)}" if self._done == self._total else left
+        now, counted = time.monotonic(), self._done - self._first
+        left = f"{_clock((now - self._counted) / counted * (self._total - self._done))} left" if counted else ""
+        clock = f"in {_clock(now - self._began)}" if self._done == self._total else left
         return "  ".join(filter(None, [f"{self._done:,}/{self._total:,}{episodes}", clock, self._metrics]))
 
 
