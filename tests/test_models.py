@@ -268,7 +268,7 @@ def test_a_line_that_differs_fails(tiny, cache_dir):
     card["test"]["accuracy"], card["test"]["ci95"] = 0.99, 0.001
     (tiny / "card.json").write_text(json.dumps(card))
     all_models.cache_clear()
-    with pytest.raises(FewShotError, match=r"glyphs/tiny differs: -\d+(\.\d)? of \d+ queries"):
+    with pytest.raises(FewShotError, match=r"glyphs/tiny differs: \d+(\.\d)? fewer of \d+ queries"):
         reproduce(settings(cache_dir, "lines=[glyphs/tiny]"))
 
 

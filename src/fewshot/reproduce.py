@@ -107,8 +107,9 @@ def measure(model: Model, config: DictConfig) -> Reproduction:
     verdict = EQUAL if same else WITHIN if abs(difference) <= now.ci95 else DIFFERS
     if not same:
         queries = len(tested.right) * _queries(model)
-        more = f"{difference * queries:+,.1f}".removesuffix(".0")  # with ties
-        verdict = f"{verdict}: {more} of {queries:,} queries are right, the interval is ±{100 * now.ci95:.4f}"
+        changed = f"{abs(difference) * queries:,.1f}".removesuffix(".0")  # with ties
+        more = "more" if difference > 0 else "fewer"
+        verdict = f"{verdict}: {changed} {more} of {queries:,} queries are right, the interval is ±{100 * now.ci95:.4f}"
         computed, table = str(tested.trainer.precision), model.card["precision"]
         if computed != table:
             verdict += f"; computed in {computed}, the table in {table}"
