@@ -161,9 +161,9 @@ def test_resume_by_directory_reads_data_dir_from_the_command_line(root, cache_di
 def test_a_different_precision_is_reported_and_in_the_results(root, cache_dir, capsys):
     again = settings(root, cache_dir, "resume=auto", "hardware.precision=64-true")
     train(compose(*again))
-    assert "the run was completed with hardware.precision=32-true, not 64-true" in capsys.readouterr().out
+    assert "the run was completed with hardware.precision=32-true, not 64-true" in capsys.readouterr().err
     train(compose(*again, "train.episodes=6"))
-    assert "hardware.precision=32-true so far, and continues with 64-true" in capsys.readouterr().out
+    assert "hardware.precision=32-true so far, and continues with 64-true" in capsys.readouterr().err
     results = json.loads((root / "run" / "results.json").read_text())
     assert results["precisions"] == ["32-true from 0", "64-true from 4"] and results["precision"] == "64-true"
 

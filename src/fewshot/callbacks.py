@@ -111,7 +111,8 @@ class Record(pl.Callback):
         if before is not None:
             rank_zero_only(say)(
                 f"warning: the run was trained with hardware.precision={before} so far, and continues with "
-                f"{precision}; its results will say so"
+                f"{precision}; its results will say so",
+                error=True,
             )
 
     def on_load_checkpoint(  # noqa: D102

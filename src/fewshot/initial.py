@@ -97,7 +97,8 @@ def _refuse_known_classes(then: Contents | None, theirs: DictConfig, ours: DictC
     path = ours.encoder.init
     if then is None:
         rank_zero_only(say)(
-            f"warning: encoder.init={path} does not record its training classes, so they were not compared"
+            f"warning: encoder.init={path} does not record its training classes, so they were not compared",
+            error=True,
         )
         return
     same_data_set = theirs.dataset.source._target_ == ours.dataset.source._target_

@@ -153,7 +153,7 @@ def complete_results(config: DictConfig) -> dict[str, Any] | None:
         raise FewShotError(f"{path} is broken ({reason(error)}); delete it to repeat the test") from error
     theirs_precision, ours = results.get("precision"), str(config.hardware.precision)
     if matches and theirs_precision not in (None, ours):
-        say(f"warning: the run was completed with hardware.precision={theirs_precision}, not {ours}")
+        say(f"warning: the run was completed with hardware.precision={theirs_precision}, not {ours}", error=True)
     return results if matches else None
 
 
@@ -198,7 +198,9 @@ def check_same_data(then: Contents | None, bank: ImageBank, path: Path, fix: str
         FewShotError: names the differences.
     """
     if then is None:
-        rank_zero_only(say)(f"warning: {path} does not record its training classes, so they were not compared")
+        rank_zero_only(say)(
+            f"warning: {path} does not record its training classes, so they were not compared", error=True
+        )
         return
     changes = differences(then, contents_of(bank))
     if changes:

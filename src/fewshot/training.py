@@ -86,7 +86,7 @@ def compose_and_train(*overrides: str, **settings: Any) -> Path:
     config = compose(*overrides, *as_overrides(settings))
     if config.run_dir is None:
         config.run_dir = str(_new_run_dir(config))
-    _say(f"run directory: {config.run_dir}")
+    rank_zero_only(say)(f"run directory: {config.run_dir}")
     train(config)
     return Path(config.run_dir)
 
@@ -191,7 +191,7 @@ def _train_and_log(
     data.setup()
     if data.meta_batch > config.train.meta_batch:
         pieces = f" in each of {data.pieces} pieces" if data.pieces > 1 else ""
-        _say(
+        rank_zero_only(say)(
             f"a training step takes {data.meta_batch} episodes, not train.meta_batch={config.train.meta_batch}: "
             f"one for each of {data.processes} processes{pieces}"
         )
@@ -293,9 +293,10 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     method.make_schedule = instantiate(config.schedule)
     method.save_hyperparameters(OmegaConf.to_container(_without(config, "overrides", *CHOSEN_ON_RESUME)), logger=False)
     if config.hardware.compile and not method.compilable:
-        _say(
+        rank_zero_only(say)(
             f"warning: hardware.compile=true: method={config.choices.method} differentiates its gradients, which "
-            "torch.compile cannot; it runs uncompiled"
+            "torch.compile cannot; it runs uncompiled",
+            error=True,
         )
     elif config.hardware.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs uncompiled, after a warning
@@ -462,11 +463,6 @@ def _report(results: dict[str, Any], right: NDArray[np.float64], run_dir: Path) 
     write_episodes(results_file(run_dir), right)
     write_json(results_file(run_dir), results)
     show_results(results, run_dir)
-
-
-@rank_zero_only
-def _say(line: str) -> None:
-    say(line)
 
 
 def versions() -> dict[str, str]:

@@ -217,10 +217,10 @@ def test_what_is_odd_about_the_images_is_reported_in_a_line_each_by_one_process(
     modules = [EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="") for _ in "ab"]
     assert modules[0].bank is modules[0].bank is odd
     reported = "warning: omniglot: blank classes: a\nwarning: omniglot: pictures twice: b\\nc\n"
-    assert capsys.readouterr().out == reported
+    assert capsys.readouterr().err == reported
     monkeypatch.setattr(datamodule.rank_zero_only, "rank", 1)
     assert modules[1].bank is odd
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_every_split_is_checked_before_training():

@@ -284,4 +284,4 @@ def _complete(given: Mapping[str, Any], task: Mapping[str, int]) -> dict[str, An
 def _warn(name: str, findings: tuple[str, ...]) -> None:
     """Say what is odd about a data set, once in a process, which may use it many times."""
     for finding in findings:
-        rank_zero_only(say)(f"warning: {name}: {finding}")
+        rank_zero_only(say)(f"warning: {name}: {finding}", error=True)
