@@ -292,7 +292,7 @@ def test_accuracies_are_compared_only_on_the_same_split():
     assert [line.split for line in ran(own)] == [""]
 
 
-def test_a_line_names_the_command_that_measures_it_again(tmp_path):
+def test_a_line_names_the_command_that_measures_it_again():
     def commands(*found):
         return [line.command for line in collect(list(found), CONFIG.tables) if line.runs]
 
@@ -304,10 +304,21 @@ def test_a_line_names_the_command_that_measures_it_again(tmp_path):
         trained.replace("seed", "train.episodes=9 seed")
     ]
     assert commands({**own, "experiment": None}) == [""]
-    path = write(tmp_path / "omniglot" / "cell" / "3", own)
-    (path.parent if path.is_file() else path).joinpath("card.json").write_text("{}")
+
+
+def test_a_model_is_described_by_the_command_in_its_card(tmp_path):
+    """The experiment may have changed since the training, and with it what its overrides mean."""
+    own = result("omniglot/maml_1st_20way_5shot", seed=3) | {"overrides": ["seed=3"]}
+    command = "fewshot train experiment=omniglot/maml_1st way=20 shot=5 seed=3 method.inner_steps=9"
+    card = write(tmp_path / "omniglot" / "cell" / "3", own) / "card.json"
+    card.write_text(json.dumps({"command": command}))
     write_report(tmp_path, tmp_path / "out")
-    assert "| reproduce omniglot/cell/3 |" in (tmp_path / "out" / "report.md").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| cpu, method.inner_steps=9 |" in text and "| reproduce omniglot/cell/3 |" in text
+    card.write_text("[")
+    write_report(tmp_path, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "inner_steps=9" not in text and "| train experiment=omniglot/maml_1st way=20 shot=5 " in text
 
 
 def test_the_report_compares_results_and_leaves_cells_without_runs_empty(tmp_path):

@@ -1,9 +1,11 @@
 """Report: published and measured accuracies side by side, as Markdown, CSV and figures."""
 
+import contextlib
 import csv
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -22,8 +24,19 @@ from matplotlib.transforms import ScaledTranslation
 
 from fewshot.config import OF_ONE_TASK
 from fewshot.errors import FewShotError
+from fewshot.files import read_json
 from fewshot.models import CARD
-from fewshot.results import Result, by_settings, is_evaluation, read_runs, run_config, seed_of, settings, split_of
+from fewshot.results import (
+    Result,
+    by_settings,
+    is_evaluation,
+    read_runs,
+    run_config,
+    seed_of,
+    settings,
+    split_of,
+    training_settings,
+)
 from fewshot.style import COLOURS, DPI, LINES, MARKERS, STYLE, WIDTH
 from fewshot.text import for_csv, for_markdown, for_terminal
 
@@ -241,7 +254,7 @@ def report(
         FewShotError: there are no results, or ``readme`` has no markers.
     """
     found = read_runs(runs, known_data=True)
-    lines = collect([{**result, "model": _model_at(path)} for path, result in found.items()], tables)
+    lines = collect([{**result, **_model_at(path)} for path, result in found.items()], tables)
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / name for name in ("report.md", "report.csv", "report.png", "curves.png")]
@@ -258,9 +271,15 @@ def report(
     return written
 
 
-def _model_at(path: Path) -> str | None:
-    """Return the name of the model next to a ``results.json``, see ``fewshot.models``; None if there is none."""
-    return "/".join(path.parts[-4:-1]) if path.with_name(CARD).is_file() else None
+def _model_at(path: Path) -> dict[str, Any]:
+    """Return the name and the command of the model next to a ``results.json``, see ``fewshot.models``, if there is one.
+
+    The command counts more than the overrides of the run: the defaults of an experiment may have changed since.
+    """
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        command = shlex.split(read_json(path.with_name(CARD))["command"])
+        return {"model": "/".join(path.parts[-4:-1]), "train_overrides": command[2:]}
+    return {}
 
 
 def collect(results: Sequence[Result], tables: Mapping[str, Any]) -> list[Line]:
@@ -306,7 +325,10 @@ def collect(results: Sequence[Result], tables: Mapping[str, Any]) -> list[Line]:
 
 def changes(run: Result) -> list[str]:
     """Return the overrides that make a run differ from its experiment, unless another column shows them."""
-    return [override for override in map(str, run["overrides"]) if not HARMLESS.match(override)]
+    said = [str(override) for override in run["overrides"]]
+    if "train_overrides" in run:  # an evaluation's own come after them
+        said = [*run["train_overrides"], *(override for override in said if override.startswith("concentration="))]
+    return [override for override in said if not HARMLESS.match(override)]
 
 
 def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = "") -> str:
@@ -485,6 +507,8 @@ def _differences(run: Result, first: Result) -> list[str]:
     """Return the settings in which a run differs from ``first``, unless an override or another column shows them."""
     own, other = settings(run), settings(first)
     named = {change.lstrip("+~").partition("=")[0] for change in changes(run)}
+    if "train_overrides" in run and "train_overrides" in first:  # both say how they differ from the experiment
+        named |= {*training_settings(run), *training_settings(first)}
     joined = own.get("train.also_on") != other.get("train.also_on")  # explains the numbers of classes and images
     differences = []
     for key in {**own, **other}:
