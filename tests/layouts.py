@@ -856,7 +856,7 @@ def outcome(layout: Layout, read: Callable[..., Source]) -> str:
                 image_class.load()
                 counts[SPLITS.index(image_class.split)] += 1
         except Exception as error:
-            return " ".join(f"{type(error).__name__}: {error}".replace(folder, "").split())
+            return " ".join(f"{type(error).__name__}: {error}".replace(folder, "DIR").split())
         return "read: {} / {} / {} classes".format(*counts)
 
 

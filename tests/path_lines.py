@@ -161,7 +161,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         for line, outcome in run_all(call, Path(folder)):
-            sys.stdout.write(f"{line}\t{outcome.replace(folder, '')}\n")
+            sys.stdout.write(f"{line}\t{outcome.replace(folder, 'DIR')}\n")
             sys.stdout.flush()
 
 

@@ -214,7 +214,7 @@ def test_without_a_choice_the_network_that_fits_is_taken_and_no_weights_of_other
         add(page, visit, name, photos["ab".index(name)])
     lines = page.view(visit, "omniglot/protonet")["lines"]
     assert (
-        "most examples look like photos, but this network knows letters: choose another one, its answers mean little"
+        "most examples look like photos, but this network knows letters, so its answers mean little: choose another"
         in lines
     )
 

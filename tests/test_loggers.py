@@ -148,7 +148,7 @@ def test_a_missing_package_is_named(monkeypatch):
     for name in ("wandb", "mlflow"):
         monkeypatch.setattr(f"pytorch_lightning.loggers.{name}._{name.upper()}_AVAILABLE", False)
         config = compose("run_dir=x", f"logger={name}")
-        with pytest.raises(FewShotError, match=rf"needs the package {name}: pip install 'fewshot\[{name}\]'"):
+        with pytest.raises(FewShotError, match=rf"needs the package {name}: pip install -e '\.\[{name}\]'"):
             open_loggers(config).__enter__()
 
 

@@ -172,7 +172,7 @@ def test_a_model_is_named_where_a_checkpoint_is(cli, tmp_path):
 def test_a_path_of_that_name_comes_first_and_a_misspelt_name_is_corrected(cli, tmp_path):
     (tmp_path / "glyphs" / "protonet").mkdir(parents=True)
     done = cli("checkpoint=glyphs/protonet", script="evaluate.py", cwd=tmp_path)
-    assert "glyphs/protonet is a path here, which comes before the model of that name" in done.stdout
+    assert "using the path glyphs/protonet, not the model of that name" in done.stdout
     assert done.stderr.startswith(f"error: there is no checkpoint {tmp_path}/glyphs/protonet/checkpoints/best.ckpt")
     done = cli("checkpoint=glyphs/protnet", script="evaluate.py", cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)

@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for line in study(name, embeddings, options.draws):
                 say(line)
         return
-    names = ["protonet, %", "scikit-learn, %", "auto, %", "difference", "calibration error of each", "ROC area of each"]
+    names = ["protonet, %", "scikit-learn, %", "auto, %", "difference", "calibration error of each", "AUROC of each"]
     say(f"| classes | way | shot | {' | '.join(names)} |")
     say("| --- " * 9 + "|")
     for name, embeddings in sets.items():

@@ -296,7 +296,7 @@ class FiniteGradients(pl.Callback):
             return
         episodes, norm = next((episodes, norm) for episodes, norm in norms if not norm.isfinite())
         raise FewShotError(
-            f"{_not_finite(norm, episodes, data_of(trainer))}. The last checkpoint is from before that. Lower "
+            f"{_not_finite(norm, episodes, data_of(trainer))}. The last checkpoint is older than that. Lower "
             f"{_rates(trainer.lightning_module)} in a new run, or skip such steps with "
             f"resume={trainer.default_root_dir} train.on_nan=skip"
         )

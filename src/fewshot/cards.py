@@ -55,7 +55,10 @@ def write_cards(licences: Mapping[str, str], below: Path = MODELS) -> list[Path]
         else:
             (below / name / CARD).unlink(missing_ok=True)
     if not written:
-        raise FewShotError(f"no line below {below} has weights; write them with export checkpoint=RUN_DIR out=FILE")
+        raise FewShotError(
+            f"no line below {below} has weights; write them with fewshot export checkpoint=RUN_DIR "
+            "out=weights.safetensors"
+        )
     all_models.cache_clear()
     return written
 

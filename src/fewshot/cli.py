@@ -44,7 +44,7 @@ from fewshot.config import (
 )
 from fewshot.errors import Interrupted, causes, mistake, nearest
 from fewshot.models import is_model
-from fewshot.paths import make_absolute
+from fewshot.paths import install, make_absolute
 from fewshot.processes import PATIENCE, rank
 from fewshot.sweeps import FAILURE, Sweep, failures
 from fewshot.text import for_terminal, open_streams, say
@@ -321,7 +321,7 @@ def _wrong_choices(groups: Iterable[Override], chosen: list[str], name: str, pla
             except UNCOMPOSED as error:
                 available = list(_options(override.key_or_group, search_path(*places)))
                 if option in PLUGINS:
-                    yield f"{_plain(error)} (pip install -e '.[{PLUGINS[option]}]' installs it)"
+                    yield f"{_plain(error)} ({install(PLUGINS[option])} installs it)"
                 elif option in available or not available:  # something else is wrong
                     yield _plain(error)
                 else:  # Hydra's list leaves out those in folders

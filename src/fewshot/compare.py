@@ -39,7 +39,7 @@ HIDDEN = {
 }
 EXPLANATION = (
     "Accuracy in % on test classes with its 95% interval over the episodes. Kind: a transductive method uses all "
-    "queries of an episode together, and may assume balance, as many queries of every class; an inductive one answers "
+    "queries of an episode together, and may assume balanced ones, as many of every class; an inductive one answers "
     "each query by itself. Difference: accuracy minus that of the reference, in percentage points, episode by episode "
     "on the same episodes, with its 95% interval. Time: of the training, without validation and test. Milliseconds per "
     "episode: of the method in a test, without the time to draw the episodes; on a CPU, processor time of all threads. "

@@ -26,7 +26,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigSource
 from hydra.utils import get_object, instantiate
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, Node, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 
 from fewshot.checks import Count, Natural, Positive, misfits, refuse
@@ -308,7 +308,7 @@ def search_path(*places: str) -> list[ConfigSource]:
 
 
 def _shadowed(choices: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each choice that several sources offer, since Hydra reads the first one without a word."""
+    """Yield a line for each choice that several sources offer, since Hydra reads the first one silently."""
     sources = search_path()
     for group, option in choices.items():
         offered = [source.full_path() for source in sources if source.is_config(f"{group}/{option}")]
@@ -500,7 +500,7 @@ def _experiment() -> str | None:
     return None
 
 
-def _by(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+def _by(values: Mapping[str, Any], *, _node_: Node, _root_: DictConfig) -> Any:
     """Return a setting that depends on the budget, the task or the method: the last value whose conditions hold.
 
     ``${by:{5way:1,20way:5,cpu 20way:3}}`` is 5 in 20-way, and 3 if the budget is cpu as well.
@@ -510,10 +510,10 @@ def _by(values: Mapping[str, Any], *, _root_: DictConfig) -> Any:
     holding = {str(budget), str(method), f"{_root_.way}way", f"{_root_.shot}shot"}
     fitting = [value for conditions, value in values.items() if holding.issuperset(str(conditions).split())]
     if not fitting:
-        raise FewShotError(
-            f"experiment={_experiment()} has a value for {', '.join(map(str, values))}, not for "
-            f"way={_root_.way} shot={_root_.shot} budget={budget}; set it yourself"
-        )
+        key = _node_._get_full_key(None)
+        chosen = {"way": _root_.way, "shot": _root_.shot, "budget": budget, "method": method}
+        here = " ".join(f"{name}={value}" for name, value in chosen.items() if value is not None)
+        raise FewShotError(f"{key} has a value for {', '.join(map(str, values))}, not for {here}; set {key}=VALUE")
     return fitting[-1]
 
 

@@ -44,6 +44,7 @@ from fewshot.methods.matching import MatchingNetwork
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.metrics import largest
 from fewshot.models import Model, find, short_names
+from fewshot.paths import install
 from fewshot.predictor import Predictor, make_trained, predictor_of
 from fewshot.taught import load_taught, save_taught
 from fewshot.text import for_terminal, say
@@ -390,7 +391,7 @@ def _how_good(visit: Visit, network: Network, learned: Learned) -> list[str]:
         strange = drawn if network.knows == "photos" else len(images) - drawn
         if network.knows is not None and 2 * strange > len(images):
             seen = what.format("photo" if network.knows == "letters" else "drawing")
-            lines.append(f"{seen}, but this network knows {network.knows}: choose another one, its answers mean little")
+            lines.append(f"{seen}, but this network knows {network.knows}, so its answers mean little: choose another")
     labelled = [(name, one) for name, images in visit.support.items() for one in images]
     pixels = [one.pixels[network.form] for _, one in labelled]
     for one, other, mirror in candidates(thumbnails(np.stack(pixels))) if pixels else ():
@@ -540,7 +541,7 @@ def page_of(config: DictConfig) -> Iterator[str]:
 
         app = make_app(Demo(open_networks(config), config))
     except ImportError as error:
-        raise FewShotError(f"{error.name} is not installed; install the extra: pip install -e '.[demo]'") from error
+        raise FewShotError(f"{error.name} is not installed; install the extra: {install('demo')}") from error
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         listening = socket.create_server((config.host, config.port), family=family)

@@ -62,7 +62,7 @@ def newest_run(folder: Path) -> Path:
     runs = [path.parent for path in folder.rglob(results_file(Path()).name) if best_checkpoint(path.parent).is_file()]
     if not runs:
         raise FewShotError(
-            f"there is no complete run below {folder}; train one first with make train, or name one: checkpoint=RUN_DIR"
+            f"there is no complete run below {folder}; train one, or name one elsewhere with checkpoint=RUN_DIR"
         )
     return max(runs, key=lambda run: results_file(run).stat().st_mtime_ns)
 

@@ -18,7 +18,7 @@ from torch import nn
 from fewshot.checkpoints import NOWHERE, read_weights
 from fewshot.config import compose
 from fewshot.data.files import file_at
-from fewshot.data.kinds import is_drawn, strangers
+from fewshot.data.kinds import is_drawn, mismatch
 from fewshot.data.photos import prepare
 from fewshot.errors import FewShotError
 from fewshot.learned import Learned, Pixels
@@ -156,7 +156,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self, "classes_")
         if isinstance(self.model, nn.Module):
-            raise FewShotError("only a classifier made from a run can be saved: its configuration describes the method")
+            raise FewShotError(
+                "a classifier made from a module cannot be saved, because the file needs the configuration of a run: "
+                "make it from one, FewShotClassifier(RUN_DIR)"
+            )
         _, config = self._open(places=NOWHERE)
         save_taught(Path(path), self._predictor, self._learned, config)
 
@@ -216,7 +219,7 @@ def _several(images: Iterable[Any]) -> Iterable[Any]:
 
 
 def _warn(predictor: Predictor, drawn: Sequence[bool], name: str) -> None:
-    line = strangers(predictor.knows, drawn, name)
+    line = mismatch(predictor.knows, drawn, name)
     if line is not None:
         warnings.warn(line, stacklevel=3)
 

@@ -330,7 +330,7 @@ def _check_comparable(*tasks: DictConfig) -> None:
         raise FewShotError(
             "the two cannot be compared: their data or classes differ "
             f"(dataset.source.{', dataset.source.'.join(map(str, differ))}), so one may have been trained on classes "
-            "that the other is tested on"
+            "that the other is tested on; name two runs on the same data and split"
         )
 
 
@@ -394,7 +394,7 @@ def _print(results: dict[str, Any], worst: Sequence[str], assumes_balance: bool)
         say(
             f"method={results['method']} is transductive: it uses all queries of an episode together"
             + (
-                ", and assumes as many of every class; concentration=2 tests it without that"
+                ", and assumes balanced ones; concentration=2 tests it on unbalanced ones"
                 if assumes_balance and results["concentration"] is None
                 else ""
             )

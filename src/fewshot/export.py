@@ -20,6 +20,7 @@ from fewshot.files import write_atomically
 from fewshot.learned import Learned
 from fewshot.methods.auto import Linear
 from fewshot.methods.base import MetricMethod
+from fewshot.paths import install
 from fewshot.predictor import Predictor
 from fewshot.taught import load_taught
 from fewshot.text import say
@@ -137,10 +138,12 @@ def export_classifier(model: str, out: str, trust: str | Iterable[str] | None = 
     """
     taught = load_taught(model, compose("hardware=cpu", name="predict").hardware, trust)
     predictor, learned = taught.predictor, taught.learned
-    if not isinstance(predictor.method, MetricMethod) or predictor.method.transductive or predictor.ink:
+    adapts, together = not isinstance(predictor.method, MetricMethod), predictor.method.transductive
+    if adapts or together or predictor.ink:
+        why = "its classifier adapts a network" if adapts else "its classifier needs all queries together"
         raise FewShotError(
-            f"{model} cannot be written as ONNX: its classifier adapts a network or needs all queries together, or its "
-            "network reads letters; teach it photos with method=auto"
+            f"{model} cannot be written as ONNX: {why if adapts or together else 'its network reads letters'}; teach "
+            "photos with method=auto"
         )
     if predictor.crop == "pad":
         raise FewShotError(f"{model} pads photos, which an ONNX file cannot; teach it with crop=center or squash")
@@ -258,7 +261,7 @@ def _program(module: nn.Module, shape: tuple[int, ...], outputs: list[str], dyna
         import onnxruntime  # noqa: F401, PLC0415
         import onnxscript  # noqa: F401, PLC0415
     except ImportError as error:
-        raise FewShotError(f"{error.name} is not installed; install the extra: pip install -e '.[export]'") from error
+        raise FewShotError(f"{error.name} is not installed; install the extra: {install('export')}") from error
     for logger in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():

@@ -18,6 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from fewshot.errors import FewShotError, mistake, reason
 from fewshot.files import write_atomically
+from fewshot.paths import install
 
 RUN_IDS = ("id", "run_id", "experiment_key")  # loggers' names for the server's identifier of a run
 EXTRAS = ("wandb", "mlflow")  # loggers in separate packages, which are extras of this one
@@ -164,7 +165,7 @@ def _make(key: str, node: DictConfig, step: int, ids: Mapping[str, str]) -> Logg
         cause = error.__cause__ or error
         extra = kind.__name__.removesuffix("Logger").lower()
         if isinstance(cause, ModuleNotFoundError) and extra in EXTRAS:
-            raise FewShotError(f"logger={extra} needs the package {extra}: pip install 'fewshot[{extra}]'") from error
+            raise FewShotError(f"logger={extra} needs the package {extra}: {install(extra)}") from error
         raise FewShotError(f"{key}={target} cannot be made: {reason(cause)}") from error
     if not isinstance(logger, Logger):
         raise FewShotError(f"{key}._target_={target} is not a logger of Lightning")

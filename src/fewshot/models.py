@@ -148,7 +148,7 @@ def is_model(place: str) -> bool:
     if find(place) is None:
         return False
     if Path(absolute(place)).exists():
-        say(f"{place} is a path here, which comes before the model of that name")
+        say(f"using the path {place}, not the model of that name")
         return False
     return True
 

@@ -33,7 +33,7 @@ def configure(
     if not any(parameter.requires_grad for parameter in parameters):
         raise FewShotError(
             "there is nothing to train: the encoder is frozen, and what follows it has no weights; set "
-            "encoder.frozen=false, or skip training: python src/predict.py works without it"
+            "encoder.frozen=false, or skip the training: predict and evaluate need none"
         )
     optimizer = make_optimizer(parameters)
     if make_schedule is None:

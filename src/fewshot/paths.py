@@ -21,6 +21,11 @@ WORDS = ("auto", "newest")  # values of these keys that are not paths
 CHECKPOINTS = ("checkpoint", "against", "encoder.init")  # those that may name a model instead
 
 
+def install(extra: str) -> str:
+    """Return the command that installs an extra of this package, for messages."""
+    return f"pip install -e '.[{extra}]'" if CHECKOUT else f"pip install 'fewshot[{extra}]'"
+
+
 def absolute(path: str) -> str:
     """Return an absolute path; links in it are kept."""
     start = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else Path.cwd()

@@ -20,7 +20,7 @@ from rich.progress import track
 from fewshot.checks import Count, Natural, misfits, refuse
 from fewshot.data.files import ImageFile, file_at, list_folder
 from fewshot.data.folder import by_class
-from fewshot.data.kinds import is_drawn, warn_of_strangers
+from fewshot.data.kinds import is_drawn, warn_of_mismatch
 from fewshot.data.locate import splits_named
 from fewshot.data.photos import Photo, read_ahead
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
@@ -121,7 +121,7 @@ def predict(config: DictConfig) -> None:
             f"{type(predictor.method).__name__} is transductive: each answer depends on all {classified:,} queries, "
             "and few queries, or queries of few classes, mislead it"
         )
-    warn_of_strangers(predictor.knows, tally.hand_drawn, "queries")
+    warn_of_mismatch(predictor.knows, tally.hand_drawn, "queries")
     _print_right(tally.right, tally.tied)
     _warn_of_copies(tally.copies, "which gives away its class")
     if left_out:
@@ -311,7 +311,7 @@ def _start(config: DictConfig, left_out: list[str]) -> _Start:
     examples = find_support(config.support)
     predictor = make_predictor(config)
     support, known, files = read_support(examples, predictor.read, left_out)
-    warn_of_strangers(
+    warn_of_mismatch(
         predictor.knows, [is_drawn(pixels) for images in support.values() for pixels in images], "examples"
     )
     learned, names = predictor.learn(support), [file.name for file in files]

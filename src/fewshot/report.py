@@ -698,5 +698,6 @@ def _duration(seconds: float) -> str:
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
-    counts = [f"{machine[key]} {key}" for key in ("processes", "threads") if key in machine]
+    words = (("processes", "process"), ("threads", "thread"))
+    counts = [f"{machine[key]} {one if machine[key] == 1 else key}" for key, one in words if key in machine]
     return ", ".join([*(str(machine[key]) for key in ("accelerator", "processor") if machine.get(key)), *counts])

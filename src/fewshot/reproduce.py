@@ -1,4 +1,4 @@
-"""Measure lines of the tables again: the shipped weights on the very test episodes, or a training from nothing."""
+"""Measure lines of the tables again: the shipped weights on the very test episodes, or a training from scratch."""
 
 import math
 import shlex
@@ -117,7 +117,7 @@ def measure(model: Model, config: DictConfig) -> Reproduction:
 
 
 def train_again(model: Model, config: DictConfig) -> Reproduction:
-    """Train a line from nothing with its own command, and compare with its weights on the same test episodes.
+    """Train a line from scratch with its own command, and compare with its weights on the same test episodes.
 
     Args:
         model: the line.

@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from fewshot.checkpoints import NOWHERE
-from fewshot.data.kinds import is_drawn, warn_of_strangers
+from fewshot.data.kinds import is_drawn, warn_of_mismatch
 from fewshot.errors import FewShotError
 from fewshot.prediction import find_support, read_support
 from fewshot.predictor import make_trained, predictor_of
@@ -39,7 +39,7 @@ def teach(config: DictConfig) -> None:
         run, names = trained.config, []
         support, _, files = read_support(find_support(config.support), predictor.read, left_out)
         learned = predictor.learn(support)
-    warn_of_strangers(
+    warn_of_mismatch(
         predictor.knows, [is_drawn(pixels) for images in support.values() for pixels in images], "examples"
     )
     names = [*names, *(file.name for file in files)]

@@ -166,7 +166,7 @@ def make_untrained(node: DictConfig, name: str, encoder: nn.Module | None = None
         FewShotError: the method has untrained weights.
     """
     untrained = FewShotError(
-        f"{name} has weights that nobody has trained: "
+        f"{name} has untrained weights: "
         + (
             "train it with encoder.init=RUN_DIR, or choose a method without weights of its own, such as method=protonet"
             if encoder is not None

@@ -161,7 +161,9 @@ def test_without_a_network_the_line_says_what_to_bring(tmp_path):
 def test_damage_is_named(cifar, textures):
     with (cifar / "cifar-100-python" / "train").open("ab") as file:
         file.write(b"more")
-    with pytest.raises(FewShotError, match=r"CIFAR100 is not whole in .*: .*corrupted.*; remove .*cifar-100-python to"):
+    with pytest.raises(
+        FewShotError, match=r"CIFAR100 is incomplete or damaged in .*: .*corrupted.*; remove .*cifar-100-python to"
+    ):
         torchvision(str(cifar), "CIFAR100", 32, 3).classes()
     (textures / "dtd" / "dtd" / "images" / "kind3" / "kind3_0.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     classes = {one.name: one for one in torchvision(str(textures), "DTD", 16, 3).classes()}

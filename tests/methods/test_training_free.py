@@ -477,7 +477,7 @@ def test_a_run_is_evaluated_by_any_of_them(run, cache_dir, tmp_path, capsys):
         results, shown = tested(f"method={name}")
         assert results["method"] == name and results["transductive"] == (name == "tim")
         assert ("is transductive: it uses all queries of an episode together" in shown) == (name == "tim")
-        assert ("assumes as many of every class" in shown) == (name == "tim")
+        assert ("assumes balanced ones" in shown) == (name == "tim")
     results, shown = tested("method=tim", "concentration=2", f"against={run_dir}")
     assert results["concentration"] == 2 and results["difference"]["episodes"] == 20
     assert "assumes as many" not in shown

@@ -37,7 +37,7 @@ def cub(data_dir: str, size: int, channels: int) -> Source:
     lacking = [number for number in range(1, SPECIES + 1) if number not in numbered]
     if lacking:
         raise FewShotError(
-            f"CUB is not whole in {where}, which lacks {len(lacking)} of {SPECIES} species, such as number "
+            f"CUB is incomplete in {where}, which lacks {len(lacking)} of {SPECIES} species, such as number "
             f"{lacking[0]:03}, and {holds(where)}; choose the folder CUB_200_2011 or its archive with data_dir=PATH"
         )
 

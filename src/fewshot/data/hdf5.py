@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fewshot.data.files import LARGEST, RATIO, ImageFile
 from fewshot.errors import FewShotError, shortened
+from fewshot.paths import install
 
 
 def list_hdf5(file: ImageFile, labels: ImageFile | None) -> dict[str, int]:
@@ -54,7 +55,7 @@ def _datasets(file: ImageFile) -> Iterator[Any]:
     try:
         import h5py  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise FewShotError(f"{file.name} is read with h5py: pip install 'fewshot[hdf5]'") from error
+        raise FewShotError(f"{file.name} is read with h5py: {install('hdf5')}") from error
     try:
         with file.open() if file.open else io.BytesIO(file.read()) as raw:
             size = raw.seek(0, io.SEEK_END)

@@ -15,6 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from fewshot.data.files import ImageFile
 from fewshot.errors import FewShotError
 from fewshot.hardware import send
+from fewshot.paths import install
 
 with suppress(ImportError):  # the extra "photos"
     import pillow_heif
@@ -25,9 +26,7 @@ MODES = {1: "L", 3: "RGB"}
 LARGEST_JPEG = 256 * 10**6  # pixels of a JPEG decoded at a reduced size: phones have sensors of 200 million
 # By the brand in the first bytes of a file: the format, and what reads it.
 BRANDS = {
-    **dict.fromkeys(
-        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), ("HEIC", "pip install -e '.[photos]'")
-    ),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), ("HEIC", install("photos"))),
     **dict.fromkeys((b"avif", b"avis"), ("AVIF", "pip install 'pillow>=11.3'")),
 }
 # Pillow warns of images with up to twice its limit of pixels, which ``opened`` refuses. (Turning the warning into an

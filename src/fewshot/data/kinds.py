@@ -33,14 +33,14 @@ def is_drawn(pixels: NDArray[np.uint8]) -> bool:
     return bool(plain >= PLAIN and colourless >= COLOURLESS)
 
 
-def warn_of_strangers(known: Kind | None, drawn: Sequence[bool], name: str) -> None:
-    """Print what ``strangers`` returns as a warning."""
-    line = strangers(known, drawn, name)
+def warn_of_mismatch(known: Kind | None, drawn: Sequence[bool], name: str) -> None:
+    """Print what ``mismatch`` returns as a warning."""
+    line = mismatch(known, drawn, name)
     if line is not None:
         say(f"warning: {line}", error=True)
 
 
-def strangers(known: Kind | None, drawn: Sequence[bool], name: str) -> str | None:
+def mismatch(known: Kind | None, drawn: Sequence[bool], name: str) -> str | None:
     """Return a line for a user if most images are not of the kind that a network knows.
 
     Args:

@@ -190,7 +190,7 @@ def _check(place: Place, classes: Sequence[ImageClass]) -> None:
     if moved:
         say(
             f"the splits in {place.path} are not those of Ravi & Larochelle: {len(moved)} classes are in a different "
-            f"split, for example {moved[0]}; results do not compare with published ones"
+            f"split, for example {moved[0]}; results are not comparable with published ones"
         )
 
 

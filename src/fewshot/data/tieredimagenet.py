@@ -31,7 +31,7 @@ def tieredimagenet(data_dir: str, size: int, channels: int) -> Source:
     lacking = [name for name in splits if name not in found]
     if lacking:
         raise FewShotError(
-            f"tieredImageNet is not whole in {where}, which lacks {len(lacking)} of {len(splits)} classes, such as "
+            f"tieredImageNet is incomplete in {where}, which lacks {len(lacking)} of {len(splits)} classes, such as "
             f"{lacking[0]}, and {holds(where)}; choose the folder of ImageNet's training images, or its archive, with "
             "data_dir=PATH"
         )

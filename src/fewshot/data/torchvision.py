@@ -108,7 +108,7 @@ def _open(root: Path, name: str, folder: str, parts: Parts | None, download: boo
     except ImportError as error:
         raise FewShotError(f"torchvision's {name} needs another package: {reason(error)}") from error
     except Exception as error:  # torchvision raises many types for what is missing or damaged
-        state = "is not" if missing else "is not whole"
+        state = "is not" if missing else "is incomplete or damaged"
         fix = (
             f"put it into {root / folder} as torchvision arranges it, or name the folder that holds {folder} with "
             "data_dir=PATH"

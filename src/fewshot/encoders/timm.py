@@ -9,6 +9,7 @@ import torch
 
 from fewshot.encoders.backbone import Backbone, load_weights
 from fewshot.errors import FewShotError, reason
+from fewshot.paths import install
 
 OURS = frozenset({"num_classes", "features_only"})  # arguments of timm's models that this encoder sets
 # Arguments that point to weights or settings elsewhere; this encoder has its own keys for files and downloads.
@@ -49,7 +50,7 @@ class TimmEncoder(Backbone):
             import timm  # noqa: PLC0415
         except ImportError as error:
             raise FewShotError(
-                "encoder=timm needs timm, which is not installed; install the extra: pip install -e '.[timm]'"
+                f"encoder=timm needs timm, which is not installed; install the extra: {install('timm')}"
             ) from error
         _check(timm, name, settings, size)
         network = _make(timm, name, pretrained and file is None, settings)

@@ -37,7 +37,7 @@ class FewShotMethod(pl.LightningModule, ABC):
             which case the constructor may take the number of training ``classes``; "nothing" if there is nothing to
             train. Validation and test always use episodes.
         transductive: whether the answer to a query of an episode depends on the other queries.
-        assumes_balance: whether a transductive method assumes, or prefers, as many queries of every class.
+        assumes_balance: whether a transductive method assumes, or prefers, balanced queries: as many of every class.
         compilable: whether the encoder can be compiled: ``torch.compile`` does not support second derivatives.
     """
 

@@ -75,7 +75,7 @@ function showNetworks(view) {
     $("#network").replaceChildren(...options);
     $("#network").value = taught ? view.network : chosen in view.networks ? chosen : "fitting";
     const undecided = $("#network").value === "fitting" && !view.classes.length && !view.query;
-    $("#about").textContent = undecided ? "It is one for letters or for photos, by what you show first." : view.about;
+    $("#about").textContent = undecided ? "Your first pictures decide: a network for letters or one for photos." : view.about;
 }
 
 function showClass({name, taught, examples}) {

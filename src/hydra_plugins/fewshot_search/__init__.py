@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fewshot.errors import FewShotError, reason
+from fewshot.paths import install
 from fewshot.text import say
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Search(Sweeper):
         try:
             space = {key: _distribution(override) for key, override in swept.items()}
         except ImportError as error:
-            raise FewShotError("hydra/sweeper=search needs Optuna 5: pip install -e '.[optuna]'") from error
+            raise FewShotError(f"hydra/sweeper=search needs Optuna 5: {install('optuna')}") from error
         if not space:
             raise FewShotError(
                 "there is nothing to search over: add an interval or several values, for example "
