@@ -5,12 +5,16 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fewshot.config import compose
+from fewshot.data.contents import Contents, known_to_any
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate
+from fewshot.export import export
 from fewshot.initial import read_encoder
 from fewshot.results import read_results, settings
 from fewshot.training import make_data, train
@@ -134,6 +138,63 @@ def test_names_mean_nothing_in_another_data_set(source, configure):
     bank.__dict__.update(splits=tuple(splits), class_digests=digests)
     config.dataset.source._target_ = "fewshot.data.folder.folder"
     read_encoder(config, bank)
+
+
+def test_names_of_wordnet_mean_the_same_in_every_data_set():
+    images = {"n01532829": "a1", "n07613480": "a2", "cat": "a3"}
+    then = Contents({"train": images, "val": {}, "test": {}})
+    now = Contents({"train": {}, "val": {}, "test": {"animals/n01532829": "b1", "n02120079": "b2", "cat": "b3"}})
+    assert known_to_any([("miniimagenet", then)], now, "folder", "test") == ["animals/n01532829"]
+    assert known_to_any([("folder", then)], now, "folder", "test") == ["cat"]
+
+
+@pytest.fixture(scope="module")
+def chain(source, tmp_path_factory, cache_dir):
+    """A run on other data that started from ``source``, its shared weights, and a copy that was resumed."""
+    path = tmp_path_factory.mktemp("chain")
+    for number in range(18):
+        for name in ("one.png", "two.png", "three.png"):
+            pixels = np.random.default_rng([number, len(name)]).integers(0, 255, (28, 28), np.uint8)
+            (path / "photos" / f"class {number}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path / "photos" / f"class {number}" / name)
+    data = ["dataset=folder", f"dataset.source.data_dir={path / 'photos'}", "dataset.size=28", "dataset.channels=1"]
+    begin = [*TINY, *data, f"encoder.init={source}", f"cache_dir={cache_dir}"]
+    train(compose(*begin, f"run_dir={path / 'run'}"))
+    shutil.copytree(path / "run", path / "resumed")
+    (path / "resumed" / "results.json").unlink()
+    train(compose(*begin, f"run_dir={path / 'resumed'}", "resume=auto", "train.episodes=4"))
+    export(str(path / "run"), str(path / "shared.safetensors"))
+    return path
+
+
+@pytest.mark.parametrize("init", ["run", "resumed", "shared.safetensors"])
+def test_an_encoder_still_knows_what_it_was_trained_on_before(init, chain, configure, tmp_path, cache_dir, capsys):
+    config = configure(f"encoder.init={chain / init}")
+    bank = make_data(config).bank
+    assert len(read_encoder(config, bank).trained_before) == 2
+    splits = list(bank.splits)
+    moved = splits.index("train")
+    splits[moved] = "test"
+    bank.__dict__.update(splits=tuple(splits))
+    with pytest.raises(FewShotError, match=f"1 of the test classes: {bank.names[moved]}; "):
+        read_encoder(config, bank)
+    evaluate(
+        compose(
+            *(f"checkpoint={chain / init}", "dataset=glyphs", "split=val", "episodes=2", f"out={tmp_path / 'out'}"),
+            *("hardware=cpu", f"cache_dir={cache_dir}"),
+            name="evaluate",
+        )
+    )
+    assert "left out" not in capsys.readouterr().out, "the validation classes of its first training are new to it"
+
+
+def test_a_broken_record_of_earlier_trainings_is_named(chain, configure, tmp_path):
+    path = chain / "run" / "checkpoints" / "best.ckpt"
+    for number, broken in enumerate((3, ["a"], [{"source": "a", "data": "b"}], [{"data": "{}"}])):
+        checkpoint = torch.load(path, weights_only=True) | {"trained_before": broken}
+        torch.save(checkpoint, tmp_path / f"{number}.ckpt")
+        with pytest.raises(FewShotError, match=rf"{number}\.ckpt is broken: "):
+            train(configure(f"encoder.init={tmp_path / f'{number}.ckpt'}"))
 
 
 def test_user_supplied_encoders_need_no_changes(source, configure):

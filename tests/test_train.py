@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from fewshot.config import ROOT, compose
 from fewshot.data.episodes import EpisodeNumber
 from fewshot.data.images import normalise
+from fewshot.errors import FewShotError
+from fewshot.metrics import EpisodeAccuracy
 from fewshot.results import read_results
 from fewshot.training import make_data, train
 
@@ -62,6 +64,23 @@ def test_a_run_from_another_directory_writes_only_to_its_run_directory(cli, tmp_
     listed = json.loads((run_dir / "classes.json").read_text())
     assert set(listed) == {"train", "val", "test"}
     assert not set(listed["test"]) & {*listed["train"], *listed["val"]}
+
+
+def test_the_speed_counts_all_training_episodes_also_those_after_the_best_validation(tiny, tmp_path, monkeypatch):
+    accuracies = iter([0.9, 0.5, 0.7])
+    compute = EpisodeAccuracy.compute
+    monkeypatch.setattr(EpisodeAccuracy, "compute", lambda self: compute(self)._replace(accuracy=next(accuracies)))
+    train(tiny())
+    results = results_of(tmp_path / "run")
+    assert [point["accuracy"] for point in results["validations"]] == [0.9, 0.5] and results["accuracy"] == 0.7
+    assert results["train_episodes_per_second"] * results["train_seconds"] == pytest.approx(6)
+
+
+def test_a_schedule_for_all_steps_is_refused_where_there_are_fewer(tiny):
+    pieces = "hardware.accumulate_grad_batches=2"
+    with pytest.raises(FewShotError, match=r"schedule\.T_max=6 counts .* so the training would end .*meta_batch=2, or"):
+        train(tiny("schedule=cosine", pieces))
+    train(tiny("schedule=cosine", pieces, "train.meta_batch=2"))
 
 
 def test_equal_seeds_give_equal_runs_and_different_seeds_do_not(tiny, tmp_path):

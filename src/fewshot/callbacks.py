@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -34,11 +35,14 @@ class Record(pl.Callback):
         validations: the estimate of each validation, with the ``trained_episodes`` before it.
         precisions: the precisions of the training in order, each as "PRECISION from EPISODE".
         encoder_init: the checkpoint of the encoder's initial weights and its digest; None if there was none.
+        trained_before: what the encoder was trained on before, see ``fewshot.initial.InitialEncoder``.
         began: whether setup is complete and the checkpoint is restored.
     """
 
-    def __init__(self, encoder_init: dict[str, str] | None = None) -> None:
-        self.encoder_init = encoder_init
+    def __init__(
+        self, encoder_init: dict[str, str] | None = None, trained_before: Sequence[dict[str, str]] = ()
+    ) -> None:
+        self.encoder_init, self.trained_before = encoder_init, list(trained_before)
         self.seconds = 0.0
         self.validations: list[dict[str, float]] = []
         self.began = False
@@ -102,6 +106,7 @@ class Record(pl.Callback):
         if self._contents is None:
             self._contents = contents_of(data_of(trainer).bank).pack()
         checkpoint["data"] = self._contents
+        checkpoint["trained_before"] = self.trained_before
 
     def _note_precision(self, precision: str, trained: int) -> None:
         before = self.precisions[-1].partition(" from ")[0] if self.precisions else None
@@ -121,6 +126,7 @@ class Record(pl.Callback):
         method: pl.LightningModule,  # noqa: ARG002
         checkpoint: dict[str, Any],
     ) -> None:
+        self.trained_before = plain(checkpoint.get("trained_before", []))
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
             if state is not None:

@@ -268,6 +268,16 @@ def without_initial_weights(method: Mapping[Any, Any]) -> dict[str, Any]:
     return {**method, "encoder": {**encoder, **settings}}
 
 
+def is_pretrained(method: Mapping[Any, Any]) -> bool:
+    """Whether the encoder of a method brings weights that were not trained here, see ``fewshot.encoders``."""
+    encoder = method.get("encoder")
+    if not isinstance(encoder, Mapping) or "_target_" not in encoder:
+        return False
+    choices = [encoder[key] for key in ("file", "weights", "pretrained") if key in encoder]
+    brings = hasattr(import_target("method.encoder", encoder["_target_"]), "WITHOUT_WEIGHTS")
+    return brings and (not choices or any(choices))
+
+
 def command(name: str) -> str:
     """Return how to call a command, for messages."""
     return f"python {ROOT / 'src' / name}.py" if CHECKOUT else f"fewshot {name}"

@@ -17,7 +17,7 @@ from fewshot.callbacks import Answers, TestTime
 from fewshot.checks import Count, Positive, misfits, refuse
 from fewshot.config import FOR_TRAINING, TrainConfig, check
 from fewshot.data.bank import SPLITS, ImageBank, ImageClass
-from fewshot.data.contents import contents_of, differences, known_to
+from fewshot.data.contents import contents_of, differences, known_to_any
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber, check_task
 from fewshot.directories import last_checkpoint
@@ -29,7 +29,7 @@ from fewshot.methods.base import MetricMethod
 from fewshot.metrics import Estimate, count_right, meetings_of, paired_difference
 from fewshot.pictures import draw_confusion
 from fewshot.results import write_episodes
-from fewshot.runs import check_same_data, data_directories, overrides, trained_on, write_json
+from fewshot.runs import check_same_data, data_directories, overrides, trained_before, trained_on, write_json
 from fewshot.text import make_table, say
 from fewshot.trained import (
     FROM_CHECKPOINT,
@@ -37,6 +37,7 @@ from fewshot.trained import (
     Trained,
     choices_of,
     load_trained,
+    warn_of_other_images,
     with_chosen_data,
     with_chosen_method,
     without_training,
@@ -274,19 +275,16 @@ def _leave_out_known_classes(trained: Sequence[Trained], splits: Sequence[OneSpl
     known: list[str] = []
     for run, data in zip(trained, splits, strict=True):
         path = run.path
+        warn_of_other_images(run.checkpoint.get("hyper_parameters", run.config)["method"], run.name, config.split)
         if path is None:
-            say(
-                f"warning: {run.name}: nothing records which images its weights were trained on, and the "
-                f"{config.split} classes may be among them (those of miniImageNet are part of ImageNet)",
-                error=True,
-            )
             continue
         then = trained_on(run.checkpoint, path.parents[1] if path.parent.name == "checkpoints" else None)
         now = contents_of(data.bank)
         chosen = bool(choices_of(config.overrides, ["dataset"]))
         if then is not None and (chosen or (config.allow_other_classes and differences(then, now))):
-            sources = [one["dataset"]["source"]["_target_"] for one in (run.checkpoint["hyper_parameters"], run.config)]
-            known += known_to(then, now, config.split, by_name=sources[0] == sources[1])
+            source = run.checkpoint["hyper_parameters"]["dataset"]["source"]["_target_"]
+            seen = [(source, then), *trained_before(run.checkpoint, path)]
+            known += known_to_any(seen, now, run.config.dataset.source._target_, config.split)
         elif then is None and chosen:
             say(f"warning: {path} does not record its training classes, so they were not compared", error=True)
         else:

@@ -250,7 +250,9 @@ def _write(path: Path, content: bytes, difference: float, words: str) -> None:
 
 def _share(trained: Trained, path: Path) -> None:
     checkpoint = trained.checkpoint
-    content = {"config": checkpoint["hyper_parameters"], "data": checkpoint.get("data")}
+    content = {"config": checkpoint["hyper_parameters"]} | {
+        key: checkpoint.get(key) for key in ("data", "trained_before")
+    }
     save_weights(path, trained.method.state_dict(), {key: value for key, value in content.items() if value is not None})
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     say(f"{path}: weights and configuration, {path.stat().st_size:,} bytes, SHA-256 {digest}")

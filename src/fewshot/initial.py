@@ -1,6 +1,7 @@
 """``encoder.init``: start with the encoder weights of another run, of any method."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from torch import nn
 
 from fewshot.checkpoints import shapes
 from fewshot.data.bank import ImageBank
-from fewshot.data.contents import Contents, contents_of, known_to
+from fewshot.data.contents import contents_of, known_to_any
 from fewshot.directories import checkpoint_at, results_file
 from fewshot.errors import FewShotError, shortened
-from fewshot.runs import data_directories, trained_on
+from fewshot.runs import data_directories, trained_before, trained_on
 from fewshot.text import say
 from fewshot.trained import load_trained
 
@@ -27,11 +28,14 @@ class InitialEncoder:
         encoder: the encoder with its weights, on the CPU.
         path: the checkpoint.
         sha256: the digest of that file.
+        trained_before: what the encoder was trained on, in that run and in those it started from: for each, the
+            ``_target_`` of its data set as "source", and ``Contents.pack`` as "data".
     """
 
     encoder: nn.Module
     path: Path
     sha256: str
+    trained_before: Sequence[dict[str, str]]
 
     @property
     def record(self) -> dict[str, str]:
@@ -86,27 +90,26 @@ def read_encoder(config: DictConfig, bank: ImageBank) -> InitialEncoder:
             f"first with resume={run_dir}, or name another run"
         )
     trained = load_trained(str(path), trust=config.trust, places=data_directories(config))
-    _refuse_known_classes(trained_on(trained.checkpoint, run_dir), trained.config, config, bank)
+    then = trained_on(trained.checkpoint, run_dir)
     assert trained.path is not None
-    with trained.path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return InitialEncoder(trained.method.encoder, trained.path, digest)
-
-
-def _refuse_known_classes(then: Contents | None, theirs: DictConfig, ours: DictConfig, bank: ImageBank) -> None:
-    path = ours.encoder.init
-    if then is None:
+    seen = trained_before(trained.checkpoint, trained.path)
+    if then is not None:
+        seen.append((trained.config.dataset.source._target_, then))
+    else:
         rank_zero_only(say)(
             f"warning: encoder.init={path} does not record its training classes, so they were not compared",
             error=True,
         )
-        return
-    same_data_set = theirs.dataset.source._target_ == ours.dataset.source._target_
+    now = contents_of(bank)
     for split in ("test", "val"):
-        known = known_to(then, contents_of(bank), split, by_name=same_data_set)
+        known = known_to_any(seen, now, config.dataset.source._target_, split)
         if known:
-            seen = "trained on, or chosen on," if split == "test" else "trained on"
+            how = "trained on, or chosen on," if split == "test" else "trained on"
             raise FewShotError(
-                f"encoder.init={path} was {seen} {len(known):,} of the {split} classes: {shortened(known, 3)}; its "
+                f"encoder.init={path} was {how} {len(known):,} of the {split} classes: {shortened(known, 3)}; its "
                 "encoder knows classes that it would be tested on here: name a run on the same split of the data set"
             )
+    with trained.path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    record = [{"source": source, "data": contents.pack()} for source, contents in seen]
+    return InitialEncoder(trained.method.encoder, trained.path, digest, record)

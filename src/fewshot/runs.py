@@ -185,6 +185,30 @@ def trained_on(checkpoint: Mapping[str, Any], run_dir: Path | None) -> Contents 
         ) from error
 
 
+def trained_before(checkpoint: Mapping[str, Any], path: Path | None) -> list[tuple[str, Contents]]:
+    """Return what the encoder had been trained on before the run, in the runs that ``encoder.init`` started from.
+
+    Args:
+        checkpoint: see ``load_checkpoint``.
+        path: of the checkpoint, for messages.
+
+    Returns:
+        For each of those runs, the ``_target_`` of its data set and its contents.
+
+    Raises:
+        FewShotError: the record is broken.
+    """
+    recorded = checkpoint.get("trained_before", [])
+    try:
+        if not isinstance(recorded, list) or not all(
+            isinstance(one, dict) and type(one.get("source")) is str for one in recorded
+        ):
+            raise ValueError("its record of earlier trainings is not a list of data sets")
+        return [(one["source"], read_contents(one.get("data"))) for one in recorded]
+    except ValueError as error:
+        raise FewShotError(f"the checkpoint {path} is broken: {reason(error)}; train again") from error
+
+
 def check_same_data(then: Contents | None, bank: ImageBank, path: Path, fix: str) -> None:
     """Reject data other than a run was trained on: test classes could be among its training classes.
 
@@ -344,13 +368,19 @@ def _rename(logger: DictConfig, name: str, saved: str) -> None:
 
 def _keep_horizon(saved: DictConfig, config: DictConfig) -> None:
     """Reject a different number of episodes if the schedule depends on it: all steps so far would have differed."""
-    horizons = [key for key in HORIZONS if saved.schedule is not None and saved.schedule.get(key) == saved.train.steps]
-    if horizons and config.train.steps != saved.train.steps:
+    key = horizon(saved)
+    if key and config.train.steps != saved.train.steps:
         raise FewShotError(
             f"train.episodes={config.train.episodes}: the schedule of the run in {config.run_dir} is set up for "
-            f"{saved.train.episodes} episodes (schedule.{horizons[0]}={saved.train.steps} steps); leave it out, or "
-            "train again in another directory"
+            f"{saved.train.episodes} episodes ({key}={saved.train.steps} steps); leave it out, or train again in "
+            "another directory"
         )
+
+
+def horizon(config: DictConfig) -> str | None:
+    """Return the key of the schedule's setting that is the number of training steps; None if there is none."""
+    keys = [key for key in HORIZONS if config.schedule is not None and config.schedule.get(key) == config.train.steps]
+    return f"schedule.{keys[0]}" if keys else None
 
 
 def _directory_keys(config: DictConfig) -> set[str]:

@@ -12,11 +12,12 @@ from omegaconf.errors import InterpolationKeyError
 from torch import nn
 
 from fewshot.checkpoints import check_weights, load_checkpoint
-from fewshot.config import as_overrides, compose, import_target, search_path, without_initial_weights
+from fewshot.config import as_overrides, compose, import_target, is_pretrained, search_path, without_initial_weights
 from fewshot.directories import checkpoint_at
 from fewshot.encoders.adaptable import BatchStatisticsNorm2d
 from fewshot.errors import FewShotError, mistake, reason
 from fewshot.methods.base import FewShotMethod, require_finite
+from fewshot.text import say
 
 FROM_CHECKPOINT = ("dataset", "encoder")  # groups that a checkpoint decides, unless an evaluation chooses other data
 REPLACEABLE = ("method", "distance")  # groups that can be chosen in addition to a checkpoint
@@ -137,6 +138,22 @@ def with_chosen_data(trained: Trained, overrides: Iterable[str], places: Mapping
     config = trained.config.copy()
     config.dataset, config.choices.dataset = run.dataset, run.choices.dataset
     return replace(trained, config=config)
+
+
+def warn_of_other_images(method: Mapping[Any, Any], name: str, split: str) -> None:
+    """Warn that an encoder brings weights from elsewhere, which may know the classes of a split.
+
+    Args:
+        method: the configuration of the method with that encoder.
+        name: what the message is about.
+        split: "train", "val" or "test".
+    """
+    if is_pretrained(method):
+        say(
+            f"warning: {name}: nothing records which images its weights were trained on, and the {split} classes may "
+            "be among them (those of miniImageNet are part of ImageNet)",
+            error=True,
+        )
 
 
 def without_training(overrides: Iterable[str], places: Mapping[str, Any]) -> Trained:

@@ -58,12 +58,14 @@ from fewshot.runs import (
     check_same_data,
     chosen_on_resume,
     complete_results,
+    horizon,
     load_for_resume,
     overrides,
     trained_on,
     write_json,
 )
 from fewshot.text import say
+from fewshot.trained import warn_of_other_images
 from fewshot.trust import CHOSEN_ON_RESUME, default_directories
 
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # state of PyTorch's optimizers
@@ -178,7 +180,7 @@ def _train_and_log(
     method = make_method(config, initial_weights=checkpoint is None and init is None)
     if init is not None:
         init.copy_to(method.encoder)
-    record = Record(None if init is None else init.record)
+    record = Record() if init is None else Record(init.record, init.trained_before)
     finite = FiniteGradients(config.train.on_nan)
     keep: dict[str, Any] = {"dirpath": run_dir / "checkpoints", "enable_version_counter": False}
     best = ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", save_on_train_epoch_end=False, **keep)
@@ -189,12 +191,7 @@ def _train_and_log(
     data.trainer = trainer
     data.prepare_data()
     data.setup()
-    if data.meta_batch > config.train.meta_batch:
-        pieces = f" in each of {data.pieces} pieces" if data.pieces > 1 else ""
-        rank_zero_only(say)(
-            f"a training step takes {data.meta_batch} episodes, not train.meta_batch={config.train.meta_batch}: "
-            f"one for each of {data.processes} processes{pieces}"
-        )
+    _check_steps(config, data)
     _list_classes(data.bank, run_dir)
     if checkpoint is not None:
         data.load_state_dict(checkpoint[type(data).__qualname__])
@@ -204,6 +201,7 @@ def _train_and_log(
             "trained on already; request at least as many"
         )
     show_settings(config, data.bank, method, trainer)
+    rank_zero_only(warn_of_other_images)(config.method, f"encoder={config.choices.encoder}", "test")
     resume_from = last_checkpoint(run_dir) if checkpoint is not None else None
     with stop_together(trainer, interruption.resume):
         try:
@@ -222,7 +220,7 @@ def _train_and_log(
             trainer.strategy.barrier()
         # Loading the best checkpoint for the test resets the callbacks to their state at that time.
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
-        precisions, encoder_init = record.precisions, record.encoder_init
+        precisions, encoder_init, trained = record.precisions, record.encoder_init, data.trained
         trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
         right = dashboard.right(trainer)
 
@@ -231,7 +229,7 @@ def _train_and_log(
         "val_accuracy": validation,
         "meta_batch": data.meta_batch,
         "train_seconds": seconds,
-        "train_episodes_per_second": data.trained / seconds,
+        "train_episodes_per_second": trained / seconds,
         "skipped_steps": skipped,
         "precisions": precisions,
         "encoder_init": encoder_init,
@@ -241,6 +239,23 @@ def _train_and_log(
     log_result(trainer.loggers, results, trainer.global_step)
     _report(results, right, run_dir)
     return validation
+
+
+def _check_steps(config: DictConfig, data: EpisodeDataModule) -> None:
+    """Say if a step takes more episodes than configured; refuse it if the schedule counts on the configured steps."""
+    if data.meta_batch <= config.train.meta_batch:
+        return
+    if key := horizon(config):
+        raise FewShotError(
+            f"{key}={config.train.steps} counts steps of {config.train.meta_batch} episodes, but a step takes "
+            f"{data.meta_batch}, so the training would end before the schedule does; set "
+            f"train.meta_batch={data.meta_batch}, or lower hardware.devices or hardware.accumulate_grad_batches"
+        )
+    pieces = f" in each of {data.pieces} pieces" if data.pieces > 1 else ""
+    rank_zero_only(say)(
+        f"a training step takes {data.meta_batch} episodes, not train.meta_batch={config.train.meta_batch}: "
+        f"one for each of {data.processes} processes{pieces}"
+    )
 
 
 def outcome(config: DictConfig, method: FewShotMethod, bank: ImageBank, trainer: pl.Trainer) -> dict[str, Any]:

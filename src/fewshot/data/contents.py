@@ -2,9 +2,11 @@
 
 import base64
 import json
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from fewshot.data.bank import SPLITS, ImageBank
@@ -12,6 +14,7 @@ from fewshot.errors import shortened
 
 MOST_CHARACTERS = 256 * 2**20  # of the record in a checkpoint, unpacked
 DIGITS = 12  # kept of the digest of a class, so that files stay small; ``images_sha256`` is whole
+WORDNET = re.compile(r"(?:.*/)?(n\d{8})")  # names that mean the same in all data sets made from ImageNet
 Classes = Mapping[str, str | None]  # the classes of a split by name, with the digest of their images or None if unknown
 
 
@@ -121,12 +124,31 @@ def known_to(then: Contents, now: Contents, split: str, by_name: bool = True) ->
         now: the current data.
         split: for "test", training classes and validation classes, which chose the weights, count as seen; for "val",
             training classes; for "train", none.
-        by_name: False if names mean nothing, because the run was trained on a different data set.
+        by_name: False if the run was trained on a different data set, where only WordNet's names mean the same.
     """
     seen = [then.splits[earlier] for earlier in SPLITS[: SPLITS.index(split)]]
-    names = {name for classes in seen for name in classes if by_name}
+    names = {meaning for classes in seen for name in classes if (meaning := _meaning(name, by_name))}
     digests = {digest for classes in seen for digest in classes.values() if digest is not None}
-    return [name for name, digest in now.splits[split].items() if name in names or digest in digests]
+    classes = now.splits[split].items()
+    return [name for name, digest in classes if _meaning(name, by_name) in names or digest in digests]
+
+
+def known_to_any(seen: Iterable[tuple[str, Contents]], now: Contents, source: str, split: str) -> list[str]:
+    """Return the classes of a split that any of several trainings has seen, see ``known_to``.
+
+    Args:
+        seen: for each training, the ``_target_`` of its data set and its contents.
+        now: the current data.
+        source: the ``_target_`` of the current data set.
+        split: see ``known_to``.
+    """
+    known = [known_to(then, now, split, by_name=theirs == source) for theirs, then in seen]
+    return list(dict.fromkeys(chain.from_iterable(known)))
+
+
+def _meaning(name: str, by_name: bool) -> str | None:
+    match = WORDNET.fullmatch(name)
+    return name if by_name else match and match[1]
 
 
 def _by_name(contents: Contents) -> dict[str, tuple[str, str | None]]:
