@@ -260,7 +260,8 @@ def test_the_command_of_a_card_trains_the_same_again(cache_dir, tmp_path, capsys
     shown = capsys.readouterr().out
     assert "glyphs/tiny/0: fewshot train" in shown and "expect 0.0" in shown
     assert re.search(r"\nglyphs/tiny +[\d.]+ +[\d.]+ +\d+  equal\n", shown)
-    assert (tmp_path / "out" / "glyphs" / "tiny" / "0" / "results.json").is_file()
+    trained = json.loads((tmp_path / "out" / "glyphs" / "tiny" / "0" / "results.json").read_text())
+    assert trained["config"]["hardware"]["accelerator"] == "cpu", "the training has the hardware of the command"
 
 
 def test_a_line_that_differs_fails(tiny, cache_dir):

@@ -221,6 +221,7 @@ def test_runs_on_a_gpu_have_lines_of_their_own_that_name_it(capsys):
         ({"optimizer.name": "sgd"}, "optimizer.name=sgd"),  # keys of later versions count as well
         ({"val.every": 3}, "val.every=3"),
         ({"meta_batch": 4}, "meta_batch=4"),
+        ({"batch_parts": 4}, "batch_parts=4"),
         ({"train.meta_batch": 4, "overrides": ["train.meta_batch=4"]}, "train.meta_batch=4"),
     ],
 )

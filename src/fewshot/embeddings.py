@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from fewshot.data.episodes import Gather
+from fewshot.data.images import normalise
 from fewshot.digests import digest
 from fewshot.errors import FewShotError
 from fewshot.files import write_atomically
@@ -152,7 +153,8 @@ class EmbeddingCache:
     def _path(self, module: nn.Module, positions: torch.Tensor | None = None) -> Path | None:
         """Return the file for a module; None if its code is in no file, as in a notebook: a change went unnoticed."""
         try:  # somebody may be working on an encoder
-            sources = {inspect.getsourcefile(type(part)) or "" for part in module.modules()}
+            made: list[Any] = [normalise, *map(type, module.modules())]
+            sources = {inspect.getsourcefile(one) or "" for one in made}
             code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(sources)]
         except (OSError, TypeError):
             return None

@@ -131,7 +131,8 @@ def train_again(model: Model, config: DictConfig) -> Reproduction:
     card, folder = model.card, Path(config.out).expanduser() / model.card["weights"]
     machine = (card["machine"] or {}).get("processor", "an unknown machine")
     say(f"{model.name}: {card['command']}", f"expect {card['hours']:.2f} hours; that is what it took on {machine}")
-    settings = {"run_dir": str(folder), "resume": "auto", **data_directories(config)}
+    hardware = {key: value for key, value in config.hardware.items() if value is not None}
+    settings = {"run_dir": str(folder), "resume": "auto", "hardware": hardware, **data_directories(config)}
     train(compose(*shlex.split(card["command"])[2:], *as_overrides(settings)))
     theirs, ours = (_test(model, place, config) for place in (str(model.weights), str(folder)))
     difference = paired_difference(ours.right, theirs.right, _queries(model))

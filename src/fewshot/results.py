@@ -49,6 +49,7 @@ OPTIONAL = {
     "query": int,
     "machine": dict,
     "meta_batch": int,
+    "batch_parts": int,
     "data": dict,
     "precision": str,
     "precisions": list,
@@ -255,6 +256,8 @@ def settings(result: Result) -> Settings:
         "train.meta_batch"
     ):  # with more processes than that, each takes one episode
         decisive["meta_batch"] = result.get("meta_batch")
+    if result.get("batch_parts") not in (None, 1):
+        decisive["batch_parts"] = result["batch_parts"]
     hardware = run.get("hardware")
     if isinstance(hardware, dict) and hardware.get("precision") != decisive.get("precision"):
         decisive["train.precision" if decisive.get("precision") else "precision"] = hardware.get("precision")

@@ -228,6 +228,8 @@ def _train_and_log(
     results = outcome(config, method, data.bank, trainer) | {
         "val_accuracy": validation,
         "meta_batch": data.meta_batch,
+        # Batch norm and losses over pairs of images see only a part of a batch.
+        "batch_parts": data.processes * data.pieces if method.trains_on == "classes" else None,
         "train_seconds": seconds,
         "train_episodes_per_second": trained / seconds,
         "skipped_steps": skipped,
