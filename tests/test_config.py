@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from conftest import nothing_touched
 from fewshot.checks import refuse
 from fewshot.cli import _explain
-from fewshot.config import CONF, check, compose, wrong_settings
+from fewshot.config import CONF, brings_weights, check, compose, wrong_settings
 from fewshot.errors import FewShotError
 
 
@@ -167,3 +167,19 @@ def test_any_command_line_gives_a_configuration_or_an_error_of_one_line(given_ov
         assert message is not None and len(message.splitlines()) == 1, error  # noqa: PT017
     else:
         assert isinstance(config, DictConfig) and config.way >= 2
+
+
+@pytest.mark.parametrize(
+    ("choices", "brings"),
+    [
+        (["encoder=conv4"], None),
+        (["encoder=pretrained"], True),
+        (["encoder=pretrained", "encoder.weights=null"], False),
+        (["encoder=pretrained", "encoder.weights=null", "encoder.file=x.pth"], True),
+        (["encoder=timm"], True),
+        (["encoder=timm", "encoder.pretrained=false"], False),
+        (["encoder=pretrained", "method=maml"], True),
+    ],
+)
+def test_an_encoder_that_brings_weights_from_elsewhere_is_known(choices, brings):
+    assert brings_weights(compose(*choices, "run_dir=x").method) is brings

@@ -319,7 +319,7 @@ def test_unreadable_files_are_named_and_the_others_are_taken(demo, letters, why)
         (["port=-1"], "port=-1 must be a whole number of at least 1"),
         (["encoder=conv4"], "encoder=conv4: a checkpoint decides"),
         (["checkpoint=/none"], "there is no checkpoint /none"),
-        (["checkpoint=null", "encoder=conv4"], "weights that nobody has trained"),
+        (["checkpoint=null", "encoder=conv4"], "untrained weights"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line(run, overrides, notes):

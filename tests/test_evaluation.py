@@ -238,9 +238,9 @@ def test_classes_of_another_data_set_that_were_trained_on_are_left_out(evaluate,
             "dataset=miniimagenet: its images have 3 channels, and the encoder takes 1",
         ),
         ("protonet", ["distance=cosine"], "distance=cosine: name the method"),
-        ("protonet", ["method=maml"], "method=maml has weights that nobody has trained: train it with encoder.init"),
+        ("protonet", ["method=maml"], "method=maml has untrained weights: train it with encoder.init"),
         *(
-            ("protonet", [f"method={name}"], f"method={name} has weights that nobody has trained")
+            ("protonet", [f"method={name}"], f"method={name} has untrained weights")
             for name in ("matching_fce", "feat", "relation", "r2d2", "metaoptnet_ridge", "meta_baseline", "classifier")
         ),
         ("maml", ["method=protonet"], "normalises each batch by its own statistics"),
@@ -258,7 +258,8 @@ def test_an_encoder_that_needs_no_training(tmp_path, cache_dir, capsys):
     assert (result["dataset"], result["method"], result["encoder"]) == ("glyphs", "protonet", "pretrained")
     assert (result["checkpoint"], result["weights"], result["validations"]) == ("encoder=pretrained", "untrained", [])
     assert (result["way"], result["query"], result["episodes"]) == (3, 2, 3)
-    assert "may be among them" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "encoder=pretrained has random weights" in shown and "may be among them" not in shown
     with pytest.raises(FewShotError):
         read_results([str(tmp_path)])
     assert "skipped" in (shown := capsys.readouterr().err) and "an evaluation without training" in shown
@@ -266,7 +267,7 @@ def test_an_encoder_that_needs_no_training(tmp_path, cache_dir, capsys):
 
 @pytest.mark.parametrize("choice", [["encoder=conv4"], ["encoder=pretrained", "encoder.weights=null", "method=maml"]])
 def test_untrained_weights_are_not_evaluated(choice, tmp_path):
-    with pytest.raises(FewShotError, match="has weights that nobody has trained"):
+    with pytest.raises(FewShotError, match="has untrained weights"):
         run_evaluation(compose(*choice, f"out={tmp_path / 'out'}", name="evaluate"))
     assert not list(tmp_path.iterdir())
 

@@ -313,15 +313,15 @@ def test_a_pretrained_encoder_needs_no_training_if_it_is_frozen(folders, tmp_pat
         assert len(table(folders)) == 15
         assert make_predictor(config).kind == "plain" and not make_predictor(config).ink
     else:
-        with pytest.raises(FewShotError, match=r"weights that nobody has trained: .* checkpoint=RUN_DIR"):
+        with pytest.raises(FewShotError, match=r"untrained weights: .* checkpoint=RUN_DIR"):
             predict(config)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["encoder=conv4", "dataset.channels=1"], "weights that nobody has trained"),
-        (["checkpoint=RUN", "method=matching_fce"], "method=matching_fce has weights that nobody has trained"),
+        (["encoder=conv4", "dataset.channels=1"], "untrained weights"),
+        (["checkpoint=RUN", "method=matching_fce"], "method=matching_fce has untrained weights"),
         (["checkpoint=RUN", "dataset.size=9"], "dataset.size=9: a checkpoint decides the dataset and the encoder"),
         (["checkpoint=/none"], "there is no checkpoint /none"),
         (["checkpoint=RUN", "support=null"], "there is no support set"),
@@ -417,7 +417,7 @@ def test_the_command_predicts(cli, run, folders):
 def test_maml_cannot_go_without_a_checkpoint(folders):
     places = [f"support={folders / 'support'}", f"query={folders / 'query'}"]
     config = compose_unresolved(*places, "method=maml", name="predict")
-    with pytest.raises(FewShotError, match="weights that nobody has trained"):
+    with pytest.raises(FewShotError, match="untrained weights"):
         predict(config)
 
 

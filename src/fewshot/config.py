@@ -268,14 +268,19 @@ def without_initial_weights(method: Mapping[Any, Any]) -> dict[str, Any]:
     return {**method, "encoder": {**encoder, **settings}}
 
 
-def is_pretrained(method: Mapping[Any, Any]) -> bool:
-    """Whether the encoder of a method brings weights that were not trained here, see ``fewshot.encoders``."""
+def brings_weights(method: Mapping[Any, Any]) -> bool | None:
+    """Whether the encoder of a method loads weights that were trained elsewhere, or could and is random.
+
+    Returns:
+        None if it cannot load weights: it has no ``WITHOUT_WEIGHTS``, see ``fewshot.encoders``.
+    """
     encoder = method.get("encoder")
     if not isinstance(encoder, Mapping) or "_target_" not in encoder:
-        return False
+        return None
+    if not hasattr(import_target("method.encoder", encoder["_target_"]), "WITHOUT_WEIGHTS"):
+        return None
     choices = [encoder[key] for key in ("file", "weights", "pretrained") if key in encoder]
-    brings = hasattr(import_target("method.encoder", encoder["_target_"]), "WITHOUT_WEIGHTS")
-    return brings and (not choices or any(choices))
+    return not choices or any(choices)
 
 
 def command(name: str) -> str:

@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationKeyError
 from torch import nn
 
 from fewshot.checkpoints import check_weights, load_checkpoint
-from fewshot.config import as_overrides, compose, import_target, is_pretrained, search_path, without_initial_weights
+from fewshot.config import as_overrides, brings_weights, compose, import_target, search_path, without_initial_weights
 from fewshot.directories import checkpoint_at
 from fewshot.encoders.adaptable import BatchStatisticsNorm2d
 from fewshot.errors import FewShotError, mistake, reason
@@ -148,7 +148,7 @@ def warn_of_other_images(method: Mapping[Any, Any], name: str, split: str) -> No
         name: what the message is about.
         split: "train", "val" or "test".
     """
-    if is_pretrained(method):
+    if brings_weights(method):
         say(
             f"warning: {name}: nothing records which images its weights were trained on, and the {split} classes may "
             "be among them (those of miniImageNet are part of ImageNet)",
@@ -168,6 +168,8 @@ def without_training(overrides: Iterable[str], places: Mapping[str, Any]) -> Tra
     """
     config = _compose([*as_overrides(places), *choices_of(overrides, (*FROM_CHECKPOINT, *REPLACEABLE))])
     name = f"method={config.choices.method} or encoder={config.choices.encoder}"
+    if brings_weights(config.method) is False:
+        say(f"warning: encoder={config.choices.encoder} has random weights", error=True)
     return Trained(None, make_untrained(config.method, name), config, {})
 
 
