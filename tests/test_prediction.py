@@ -229,6 +229,14 @@ def test_equal_logits_count_as_a_guess_and_are_counted(run, folders, capsys, tmp
     assert "3 of the 15 queries in folders named after a class are right: 20.00%" in shown.out
 
 
+def test_the_logits_decide_the_order_and_of_equal_ones_the_first_class_comes_first(run, folders, monkeypatch):
+    answers = torch.tensor([[-400.0, -150, -300, -200, 0], [0, 0, 0, 0, 0]])
+    monkeypatch.setattr(Learned, "answer", lambda *_: answers.repeat(8, 1)[:15])
+    predict(configure(folders, f"checkpoint={run('protonet')}"))
+    found = [(row["label"], row["probability"], row["runner-up"]) for row in table(folders)[:2]]
+    assert found == [("letter 4", "1.0000", "letter 1"), ("letter 0", "0.2000", "letter 1")]
+
+
 def test_folders_within_the_folder_of_a_class_are_mentioned(run, folders, capsys):
     (folders / "support").rename(folders / "first")
     (folders / "support").mkdir()

@@ -424,7 +424,8 @@ def _answer(query: Example, visit: Visit, network: Network, learned: Learned) ->
             f"{1 - FALSE_ALARM:.0%} of the images of a class have at least {limit:.2f}"
         )
     probabilities = logits.softmax(0).tolist()
-    rows = [[learned.classes[i], probabilities[i], sign * float(logits[i])] for i in logits.argsort(descending=True)]
+    order = logits.argsort(descending=True, stable=True)
+    rows = [[learned.classes[i], probabilities[i], sign * float(logits[i])] for i in order]
     return {"rows": rows, "unknown": unknown, "lines": lines, "measured": measured, "meaning": meaning}
 
 

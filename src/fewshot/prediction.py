@@ -404,12 +404,14 @@ def _cells(prediction: Prediction) -> list[str]:
 def _answers(
     names: Iterable[str], logits: torch.Tensor, learned: Learned, represented: torch.Tensor, limit: float | None
 ) -> Iterator[Prediction]:
-    top = logits.softmax(dim=1).topk(2)
+    # Probabilities that underflow are equal, so the logits decide.
+    ranks = logits.argsort(dim=1, descending=True, stable=True)[:, :2]
+    probabilities = logits.softmax(dim=1).gather(1, ranks[:, :1])
     scores: list[float | None] = [None] * len(logits)
     if limit is not None and learned.familiarity is not None:
         scores = learned.familiarity(represented).tolist()
-    for name, (probability, _), (first, second), score in zip(
-        names, top.values.tolist(), top.indices.tolist(), scores, strict=True
+    for name, (probability,), (first, second), score in zip(
+        names, probabilities.tolist(), ranks.tolist(), scores, strict=True
     ):
         unknown = score is not None and limit is not None and score < limit
         yield Prediction(name, learned.classes[first], probability, learned.classes[second], score, unknown)
