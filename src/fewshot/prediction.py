@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.progress import track
 
-from fewshot.checks import Count, Natural, misfits, refuse
+from fewshot.checks import Count, Natural, Place, Rate, misfits, refuse
 from fewshot.data.files import ImageFile, file_at, list_folder
 from fewshot.data.folder import by_class
 from fewshot.data.kinds import is_drawn, warn_of_mismatch
@@ -33,6 +33,8 @@ from fewshot.taught import load_taught
 from fewshot.text import for_csv, for_figure, for_terminal, make_table, say
 from fewshot.trained import FROM_CHECKPOINT, REPLACEABLE, choices_of
 
+TYPES: dict[str, Any] = {"batch": Count, "sheet": Natural, "shown": Natural, "unknown": bool, "false_alarm": Rate}
+TYPES |= dict.fromkeys(("checkpoint", "model", "support", "query", "out", "cache_dir"), Place | None)
 NAMED = 5  # files left out that are named on the terminal; a file lists all of them
 WARNED = 20  # near-duplicate pairs that are named, one per line
 
@@ -71,7 +73,7 @@ def predict(config: DictConfig) -> None:
         FewShotError: the support set or the queries are missing; a class has no readable image; or no query is
             readable and outside of the support set.
     """
-    refuse(misfits(config, {"batch": Count, "sheet": Natural, "shown": Natural}))
+    refuse(misfits(config, TYPES))
     queries = _find_queries(config.query)
     left_out: list[str] = []  # why, for each file
     start = _start(config, left_out)
