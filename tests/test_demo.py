@@ -320,6 +320,7 @@ def test_unreadable_files_are_named_and_the_others_are_taken(demo, letters, why)
         (["max_megabytes=ten"], "max_megabytes=ten must be a whole number of at least 1"),
         (["port=-1"], "port=-1 must be a whole number of at least 1"),
         (["encoder=conv4"], "encoder=conv4: a checkpoint decides"),
+        (["checkpoint=null", "dataset.size=abc"], "dataset.size=abc must be a whole number of at least 1"),
         (["checkpoint=/none"], "there is no checkpoint /none"),
         (["checkpoint=null", "encoder=conv4"], "weights that nobody has trained"),
     ],

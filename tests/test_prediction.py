@@ -340,6 +340,8 @@ def test_a_pretrained_encoder_needs_no_training_if_it_is_frozen(folders, tmp_pat
         (["checkpoint=RUN", "unknown=no"], "unknown=no must be true or false"),
         (["checkpoint=RUN", "false_alarm=5%"], "false_alarm=5% must be a number above 0 and below 1"),
         (["checkpoint=RUN", "false_alarm=1"], "false_alarm=1 must be a number above 0 and below 1"),
+        (["dataset.channels=4"], "dataset.channels=4 must be 1 or 3"),
+        (["dataset.size=84.5"], "dataset.size=84.5 must be a whole number of at least 1"),
         (["checkpoint=5"], "checkpoint=5 must be a path or null"),
         (["checkpoint=RUN", "sheet=many"], "sheet=many must be a whole number of at least 0"),
         (["checkpoint=RUN", "hardware=cpu", "hardware.devices=2"], "predictions are made on one"),

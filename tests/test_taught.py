@@ -74,6 +74,14 @@ def test_a_taught_file_answers_as_the_photos_do(photos, taught, tmp_path, capsys
     assert str(photos).encode() not in taught.read_bytes()
 
 
+def test_a_wrong_image_format_is_not_blamed_on_the_photos(photos, tmp_path):
+    out = tmp_path / "x.fewshot"
+    settings = [*encoder(photos), f"support={photos / 'support'}", f"out={out}", "hardware=cpu"]
+    with pytest.raises(FewShotError, match=r"^dataset\.channels=4 must be 1 or 3$"):
+        teach(compose(*settings, "dataset.channels=4", name="teach"))
+    assert not out.exists()
+
+
 def test_classes_and_examples_are_added_without_the_old_photos(photos, taught, tmp_path):
     more = tmp_path / "more.fewshot"
     teach(compose(f"model={taught}", f"support={photos / 'more'}", f"out={more}", "hardware=cpu", name="teach"))

@@ -28,7 +28,7 @@ from PIL import Image
 
 from fewshot.checkpoints import NOWHERE
 from fewshot.checks import Count, misfits, refuse
-from fewshot.config import ROOT
+from fewshot.config import ROOT, wrong_settings
 from fewshot.data.files import ImageFile
 from fewshot.data.kinds import Kind, is_drawn
 from fewshot.data.photos import read_photo
@@ -523,11 +523,12 @@ def serve(config: DictConfig) -> None:
         config: the composed ``conf/demo.yaml``.
 
     Raises:
-        FewShotError: a number is not a positive whole number; the extra is not installed; there is no complete run, or
+        FewShotError: a number or the image format is wrong; the extra is not installed; there is no complete run, or
             no predictor (see ``make_predictor``); or the address is not available.
     """
     numbers = ("port", "max_megabytes", "max_model", "max_images", "max_classes")
-    refuse(misfits(config, dict.fromkeys(numbers, Count)))
+    # The network that takes this image format is made when a visitor chooses it.
+    refuse([*misfits(config, dict.fromkeys(numbers, Count)), *wrong_settings({"dataset": config.dataset})])
     if config.checkpoint == "newest":
         config.checkpoint = str(newest_run(ROOT / "outputs"))
     with page_of(config), suppress(KeyboardInterrupt):
