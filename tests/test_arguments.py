@@ -13,6 +13,7 @@ import programs
 from command_lines import COMPOSED, PARSED
 from fewshot import cli as command_line
 from fewshot.arguments import prepare, quoted
+from fewshot.commands import COMMANDS
 from fewshot.config import ROOT, compose, compose_unresolved, current_names
 from fewshot.directories import checkpoint_at
 from fewshot.errors import FewShotError
@@ -35,6 +36,21 @@ def test_what_cannot_be_composed_is_explained(monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *current_names(prepare(arguments))])
     found = "; ".join(command_line._wrong_overrides())
     assert re.search(COMPOSED[arguments] or "^$", found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "message"),
+    [
+        ("report", "runs=null", "runs=None must be a string or a list of at least one string"),
+        ("compare", "runs=[]", r"runs=\[\] must be a string or a list of at least one string"),
+        ("models", "names=null", "names=None must be a list of strings"),
+        ("models", "cards=no", "cards=no must be true or false"),
+        ("bench", "only=maml", "only=maml must be a list of at least one string or null"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, typed, message):
+    with pytest.raises(FewShotError, match=f"^{message}$"):
+        COMMANDS[name](compose(typed, name=name))
 
 
 def test_suggestions_know_the_primary_configuration_of_the_user(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fewshot.checks import refuse
+from fewshot.checks import Several, misfits, refuse
 from fewshot.config import CHECKOUT, ROOT, wrong_settings
 from fewshot.errors import FewShotError
 from fewshot.processes import rank
@@ -50,6 +50,7 @@ def report(config: DictConfig) -> None:
     """Compare the results of runs with published ones."""
     from fewshot.report import report
 
+    refuse(misfits(config, {"runs": str | Several}))
     for path in report(config.runs, config.tables, config.sources, config.out, config.readme):
         say(path)
 
@@ -58,6 +59,7 @@ def compare(config: DictConfig) -> None:
     """Compare runs and sweeps with each other, in a table and a figure."""
     from fewshot.compare import compare
 
+    refuse(misfits(config, {"runs": str | Several}))
     compare(config.runs, config.reference, config.out)
 
 
@@ -83,6 +85,7 @@ def export(config: DictConfig) -> None:
 
 def models(config: DictConfig) -> None:
     """List the trained models that come with the package, or print their cards."""
+    refuse(misfits(config, {"names": list[str], "cards": bool}))
     if config.cards:
         from fewshot.cards import write_cards
 
@@ -114,6 +117,7 @@ def bench(config: DictConfig) -> None:
     from benchmarks.contest import bench
     from benchmarks.suite import choose
 
+    refuse(misfits(config, {"only": Several | None}))
     bench(choose(config.only, config.device), config.rounds, Path(config.out).expanduser(), config.device)
 
 

@@ -12,7 +12,7 @@ from annotated_types import Ge
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from fewshot.checks import misfits, refuse
+from fewshot.checks import Several, misfits, refuse
 from fewshot.config import as_overrides, check, compose
 from fewshot.data.contents import contents_of, differences
 from fewshot.errors import FewShotError, mistake
@@ -26,6 +26,7 @@ from fewshot.text import say
 from fewshot.trained import load_trained
 from fewshot.training import train
 
+TYPES = {"lines": str | Several, "episodes": Annotated[int, Ge(2)] | None, "train": bool}
 EQUAL, WITHIN, DIFFERS = "equal", "within", "differs"
 SIGNIFICANT = 0.05  # two-sided probability below which two trainings differ
 
@@ -56,7 +57,7 @@ def reproduce(config: DictConfig) -> None:
     Raises:
         FewShotError: a line is unknown, has no weights, could not be measured, or differs.
     """
-    refuse(misfits(config, {"episodes": Annotated[int, Ge(2)] | None, "train": bool}))
+    refuse(misfits(config, TYPES))
     chosen = [config.lines] if isinstance(config.lines, str) else list(config.lines)
     models = {str(name): require(str(name)) for name in (names() if chosen == ["all"] else chosen)}
     check_hardware(config.hardware)
