@@ -318,7 +318,11 @@ def test_unreadable_files_are_named_and_the_others_are_taken(demo, letters, why)
     [
         (["max_images=0"], "max_images=0 must be a whole number of at least 1"),
         (["max_megabytes=ten"], "max_megabytes=ten must be a whole number of at least 1"),
-        (["port=-1"], "port=-1 must be a whole number of at least 1"),
+        (["port=0"], "port=0 must be a whole number of at least 1 and at most 65,535"),
+        (["port=80000"], "port=80000 must be a whole number of at least 1 and at most 65,535"),
+        (['host="é..b"'], "cannot serve at é..b:7860"),
+        (["host=5"], "host=5 must be a string"),
+        (["crop=round"], "crop=round must be auto, center, pad or squash"),
         (["encoder=conv4"], "encoder=conv4: a checkpoint decides"),
         (["checkpoint=null", "dataset.size=abc"], "dataset.size=abc must be a whole number of at least 1"),
         (["checkpoint=/none"], "there is no checkpoint /none"),

@@ -18,6 +18,7 @@ Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Rate = Annotated[float, Gt(0), Lt(1)]
+Port = Annotated[int, Ge(1), Le(65535)]
 Place = Annotated[str, "a path"]
 Several = Annotated[list[str], MinLen(1), "a list of at least one string"]
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}

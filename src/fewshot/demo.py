@@ -19,7 +19,7 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,11 +27,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from fewshot.checkpoints import NOWHERE
-from fewshot.checks import Count, misfits, refuse
+from fewshot.checks import Count, Place, Port, misfits, refuse
 from fewshot.config import ROOT, wrong_settings
 from fewshot.data.files import ImageFile
 from fewshot.data.kinds import Kind, is_drawn
-from fewshot.data.photos import read_photo
+from fewshot.data.photos import CROPS, read_photo
 from fewshot.data.twins import are_twins, candidates, thumbnails
 from fewshot.directories import newest_run
 from fewshot.distances import cosine, l2
@@ -51,6 +51,8 @@ from fewshot.text import for_terminal, say
 from fewshot.trained import choices_of
 
 PAGE = Path(__file__).with_name("page")
+TYPES: dict[str, Any] = {"host": str, "port": Port, "crop": Literal[CROPS], "checkpoint": Place | None}
+TYPES |= dict.fromkeys(("max_megabytes", "max_model", "max_images", "max_classes"), Count)
 LONGEST = 40  # characters of a class's name
 THUMBNAIL, LARGE = 96, 280  # pixels, the most that an example and the query have on a side in the page
 VISITORS = 20  # the most recently active ones, whose images are kept
@@ -523,12 +525,11 @@ def serve(config: DictConfig) -> None:
         config: the composed ``conf/demo.yaml``.
 
     Raises:
-        FewShotError: a number or the image format is wrong; the extra is not installed; there is no complete run, or
-            no predictor (see ``make_predictor``); or the address is not available.
+        FewShotError: a setting is wrong; the extra is not installed; there is no complete run, or no predictor (see
+            ``make_predictor``); or the address is not available.
     """
-    numbers = ("port", "max_megabytes", "max_model", "max_images", "max_classes")
     # The network that takes this image format is made when a visitor chooses it.
-    refuse([*misfits(config, dict.fromkeys(numbers, Count)), *wrong_settings({"dataset": config.dataset})])
+    refuse([*misfits(config, TYPES), *wrong_settings({"dataset": config.dataset})])
     if config.checkpoint == "newest":
         config.checkpoint = str(newest_run(ROOT / "outputs"))
     with page_of(config), suppress(KeyboardInterrupt):
@@ -547,7 +548,7 @@ def page_of(config: DictConfig) -> Iterator[str]:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         listening = socket.create_server((config.host, config.port), family=family)
-    except OSError as error:
+    except (OSError, TypeError) as error:  # the latter for a host that cannot be a name
         raise FewShotError(
             f"cannot serve at {config.host}:{config.port}: {error}; choose another one with host=ADDRESS port=NUMBER"
         ) from error
