@@ -39,6 +39,23 @@ def test_what_cannot_be_composed_is_explained(monkeypatch, arguments):
 
 
 @pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("train", "hydra.run.dir=PATH (results), cache_dir=PATH and data_dir=PATH"),
+        ("mine", "hydra.run.dir=PATH (results), cache_dir=PATH and data_dir=PATH"),
+        ("predict", "out=PATH and cache_dir=PATH"),
+        ("report", "out=PATH"),
+        ("models", None),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_explained_with_the_keys_of_the_command(monkeypatch, name, keys):
+    monkeypatch.setattr(command_line, "_command", name)
+    line = command_line._explain(FileNotFoundError(2, "No such file or directory", "x"))
+    instead = "" if keys is None else f", or name other paths with {keys}"
+    assert line == f"x: No such file or directory; make it usable{instead}"
+
+
+@pytest.mark.parametrize(
     ("name", "typed", "message"),
     [
         ("report", "runs=null", "runs=None must be a string or a list of at least one string"),
