@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from fewshot.checkpoints import read_weights, save_weights
+from fewshot.commands import COMMANDS
 from fewshot.config import compose
 from fewshot.data.contents import contents_of
 from fewshot.data.images import normalise
@@ -105,6 +106,9 @@ def test_maml_and_a_missing_checkpoint_are_rejected(tmp_path, cache_dir):
         export(str(run_dir), str(tmp_path / "encoder.onnx"))
     with pytest.raises(FewShotError, match="no checkpoint is given"):
         export(None, str(tmp_path / "encoder.onnx"))
+    both = ["checkpoint=/a", "model=/b.fewshot", f"out={tmp_path / 'encoder.onnx'}"]
+    with pytest.raises(FewShotError, match=r"^checkpoint=/a: model=/b\.fewshot decides that; remove one of them$"):
+        COMMANDS["export"](compose(*both, name="export"))
 
 
 def test_error_names_the_extra_for_missing_packages(run, tmp_path, monkeypatch):

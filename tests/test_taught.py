@@ -74,6 +74,14 @@ def test_a_taught_file_answers_as_the_photos_do(photos, taught, tmp_path, capsys
     assert str(photos).encode() not in taught.read_bytes()
 
 
+@pytest.mark.parametrize("ending", [".safetensors", ".fewshot"])
+def test_a_classifier_is_written_as_onnx_only(taught, tmp_path, ending):
+    out = tmp_path / f"colours{ending}"
+    with pytest.raises(FewShotError, match=f"^out={out}: a taught classifier is written as ONNX; choose out=FILE"):
+        export_classifier(str(taught), str(out))
+    assert not out.exists()
+
+
 def test_a_wrong_image_format_is_not_blamed_on_the_photos(photos, tmp_path):
     out = tmp_path / "x.fewshot"
     settings = [*encoder(photos), f"support={photos / 'support'}", f"out={out}", "hardware=cpu"]

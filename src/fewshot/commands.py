@@ -77,6 +77,8 @@ def export(config: DictConfig) -> None:
     """Write an encoder or a taught classifier as ONNX, for other programs."""
     from fewshot.export import export, export_classifier
 
+    if config.model is not None and config.checkpoint is not None:
+        raise FewShotError(f"checkpoint={config.checkpoint}: model={config.model} decides that; remove one of them")
     if config.model is not None:
         export_classifier(config.model, config.out, config.trust)
     else:
