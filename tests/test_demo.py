@@ -162,7 +162,7 @@ def test_the_page_says_how_good_the_answers_will_be_and_whether_the_query_is_lik
     assert "add a second example of a class to see how good the answers will be" in lines
     visit = shown(page, letters, way=3, shot=3)
     view = page.view(visit, own(page))
-    assert any(line.startswith("leave-one-out accuracy on 9 examples: ") for line in view["lines"])
+    assert any(line.startswith("accuracy on 9 left-out examples: ") for line in view["lines"])
     assert any("familiarity" in line for line in view["answer"]["lines"])
     unlike = [line for line in view["answer"]["lines"] if line.startswith("perhaps none of these")]
     assert view["answer"]["unknown"] == bool(unlike)

@@ -308,7 +308,7 @@ def _start(config: DictConfig, left_out: list[str]) -> _Start:
             f"{len(taught.learned.labels):,} examples of {len(taught.learned.classes)} classes, from {config.model}"
         ]
         if isinstance(figures, dict) and isinstance(figures.get("accuracy"), float):
-            lines.append(f"leave-one-out accuracy when it was taught: {figures['accuracy']:.1%}")
+            lines.append(f"accuracy on left-out examples when it was taught: {figures['accuracy']:.1%}")
         return _Start(taught.predictor, taught.learned, lines, taught.summary)
     examples = find_support(config.support)
     predictor = make_predictor(config)
@@ -381,7 +381,8 @@ def _warn_of_twins(
             pair = f"{files[other].name} of the class {second} looks the same as {files[one].name}"
             (together if first == second else apart).append(pair + ("" if first == second else f" of {first}"))
     _warn_of_copies(list(dict.fromkeys(apart)), "so they cannot be distinguished")
-    _warn_of_copies(list(dict.fromkeys(together)), "so it adds nothing, and the leave-one-out accuracy is too high")
+    too_high = "so it adds nothing, and the accuracy on left-out examples is too high"
+    _warn_of_copies(list(dict.fromkeys(together)), too_high)
 
 
 def _read_queries(
