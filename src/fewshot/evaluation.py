@@ -101,7 +101,7 @@ class Evaluation:
         answers: for each episode, the classes with the largest logit of each query, bool ``[queries, way]``.
         estimate: the accuracy.
         trainer: the trainer that ran the test.
-        seconds: how long the method took in total, see ``TestTime``.
+        seconds: how long the method took in total, without embedding the images, see ``TestTime``.
     """
 
     data: OneSplit
