@@ -162,6 +162,7 @@ def test_a_run_is_named_by_its_directory_its_checkpoints_or_a_file(tmp_path, nam
     best.touch()
     assert checkpoint_at(tmp_path / named) == best
     assert run_directory(f"{tmp_path}/{named}") == str(tmp_path / "run")
+    assert run_directory(f"{tmp_path}/run/weights.safetensors") == str(tmp_path / "run")
 
 
 def test_a_run_without_a_best_checkpoint_is_named_by_where_it_should_be(tmp_path):

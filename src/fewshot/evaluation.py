@@ -27,6 +27,7 @@ from fewshot.files import output_directory, read_json
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_like, report_out_of_memory
 from fewshot.methods.base import MetricMethod
 from fewshot.metrics import Estimate, count_right, meetings_of, paired_difference
+from fewshot.paths import run_directory
 from fewshot.pictures import draw_confusion
 from fewshot.results import write_episodes
 from fewshot.runs import check_same_data, data_directories, overrides, trained_on, write_json
@@ -281,7 +282,7 @@ def _leave_out_known_classes(trained: Sequence[Trained], splits: Sequence[OneSpl
                 error=True,
             )
             continue
-        then = trained_on(run.checkpoint, path.parents[1] if path.parent.name == "checkpoints" else None)
+        then = trained_on(run.checkpoint, Path(run_directory(str(path))))
         now = contents_of(data.bank)
         chosen = bool(choices_of(config.overrides, ["dataset"]))
         if then is not None and (chosen or (config.allow_other_classes and differences(then, now))):
@@ -338,10 +339,7 @@ def _results(trained: Trained, task: DictConfig, config: DictConfig, tested: Eva
     """The same fields that training writes, for this evaluation."""
     record = trained.checkpoint.get("callbacks", {}).get("Record", {})
     path = trained.path
-    if path is None:
-        started: list[str] = []
-    else:
-        started = overrides(path.parents[1] if len(path.parents) > 1 else path.parent)
+    started = [] if path is None else overrides(Path(run_directory(str(path))))
     changes = [f"{key}={config[key]}" for key in TASK if config[key] is not None]
     changes += [f"concentration={config.concentration}"] if config.concentration is not None else []
     changes += [f"test.episodes={config.episodes}"] if config.episodes is not None else []
