@@ -213,10 +213,8 @@ def test_without_a_choice_the_network_that_fits_is_taken_and_no_weights_of_other
     for name in ("a", "b"):
         add(page, visit, name, photos["ab".index(name)])
     lines = page.view(visit, "omniglot/protonet")["lines"]
-    assert (
-        "most examples look like photos, but this network knows letters, so its answers mean little: choose another"
-        in lines
-    )
+    wrong = "look like photos, but this network knows letters, so its answers mean little; choose another network"
+    assert f"2 of the 2 examples {wrong}" in lines and f"1 of the 1 queries {wrong}" in lines
 
 
 def test_equal_scores_are_said(demo, letters):

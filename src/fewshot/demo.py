@@ -30,7 +30,7 @@ from fewshot.checkpoints import NOWHERE
 from fewshot.checks import Count, Place, Port, misfits, refuse
 from fewshot.config import ROOT, wrong_settings
 from fewshot.data.files import ImageFile
-from fewshot.data.kinds import Kind, is_drawn
+from fewshot.data.kinds import Kind, is_drawn, mismatch
 from fewshot.data.photos import CROPS, read_photo
 from fewshot.data.twins import are_twins, candidates, thumbnails
 from fewshot.directories import newest_run
@@ -387,13 +387,9 @@ def _how_good(visit: Visit, network: Network, learned: Learned) -> list[str]:
     lines = list(learned.describe(_names(visit, network)))
     if learned.held_out is None and learned.learn:
         lines.append("add a second example of a class to see how good the answers will be")
-    queries = [visit.query] if visit.query else []
-    for what, images in (("most examples look like {}s", visit.examples), ("the query looks like a {}", queries)):
-        drawn = sum(image.drawn for image in images)
-        strange = drawn if network.knows == "photos" else len(images) - drawn
-        if network.knows is not None and 2 * strange > len(images):
-            seen = what.format("photo" if network.knows == "letters" else "drawing")
-            lines.append(f"{seen}, but this network knows {network.knows}, so its answers mean little: choose another")
+    for name, images in (("examples", visit.examples), ("queries", [visit.query] if visit.query else [])):
+        line = mismatch(network.knows, [image.drawn for image in images], name, "choose another network")
+        lines += [] if line is None else [line]
     labelled = [(name, one) for name, images in visit.support.items() for one in images]
     pixels = [one.pixels[network.form] for _, one in labelled]
     for one, other, mirror in candidates(thumbnails(np.stack(pixels))) if pixels else ():
