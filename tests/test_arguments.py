@@ -62,6 +62,13 @@ def test_a_path_that_cannot_be_used_is_explained_with_the_keys_of_the_command(mo
         ("compare", "runs=[]", r"runs=\[\] must be a string or a list of at least one string"),
         ("models", "names=null", "names=None must be a list of strings"),
         ("models", "cards=no", "cards=no must be true or false"),
+        ("report", "out=null", "out=None must be a path"),
+        ("compare", "reference=5", "reference=5 must be a path or null"),
+        ("figure", "out=null", "out=None must be a path"),
+        ("export", "model=5", "model=5 must be a path or null"),
+        ("teach", "out=null", "out=None must be a path"),
+        ("reproduce", "cache_dir=null", "cache_dir=None must be a path"),
+        ("bench", "rounds=0", "rounds=0 must be a whole number of at least 1"),
         ("bench", "only=maml", "only=maml must be a list of at least one string or null"),
     ],
 )

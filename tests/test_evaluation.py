@@ -129,6 +129,8 @@ def test_a_paired_difference_is_that_of_the_episodes():
         (["episodes=1"], "test.episodes=1 must be a whole number of at least 2"),
         (["way=9999"], "way=9999 is more than the"),
         (["split=train", "way=9999"], "^way=9999 is more than the .* of the train split; choose way="),
+        (["against=5"], "against=5 must be a path or null"),
+        (["cache_dir=null"], "cache_dir=None must be a path"),
         (["pictured=none"], "pictured=none must be a whole number"),
         (["hardware=cpu", "hardware.devices=2"], "evaluation uses one device"),
     ],

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from fewshot.callbacks import Answers, TestTime
-from fewshot.checks import Count, Positive, misfits, refuse
+from fewshot.checks import Count, Place, Positive, misfits, refuse
 from fewshot.config import FOR_TRAINING, TrainConfig, check
 from fewshot.data.bank import SPLITS, ImageBank, ImageClass
 from fewshot.data.contents import contents_of, differences, known_to
@@ -45,8 +45,9 @@ from fewshot.trained import (
 from fewshot.training import make_data, make_trainer, outcome
 
 TASK = ("way", "shot", "query", "eval_seed")
-TYPES = {"split": Literal[SPLITS], "concentration": Positive | None, "pictured": Count, "allow_other_classes": bool}
-TYPES |= {"resume": Literal["auto"] | None}
+TYPES: dict[str, Any] = {"split": Literal[SPLITS], "concentration": Positive | None, "pictured": Count}
+TYPES |= {"allow_other_classes": bool, "resume": Literal["auto"] | None, "data_dir": Place, "cache_dir": Place}
+TYPES |= dict.fromkeys(("checkpoint", "against", "out"), Place | None)
 PRINTED = 5  # classes with the lowest accuracy
 RARELY = 0.05  # of the episodes
 
