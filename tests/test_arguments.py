@@ -13,6 +13,7 @@ import programs
 from command_lines import COMPOSED, PARSED
 from fewshot import cli as command_line
 from fewshot.arguments import prepare, quoted
+from fewshot.commands import COMMANDS
 from fewshot.config import ROOT, compose, compose_unresolved, current_names
 from fewshot.directories import checkpoint_at
 from fewshot.errors import FewShotError
@@ -35,6 +36,45 @@ def test_what_cannot_be_composed_is_explained(monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *current_names(prepare(arguments))])
     found = "; ".join(command_line._wrong_overrides())
     assert re.search(COMPOSED[arguments] or "^$", found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("train", "hydra.run.dir=PATH (results), cache_dir=PATH and data_dir=PATH"),
+        ("mine", "hydra.run.dir=PATH (results), cache_dir=PATH and data_dir=PATH"),
+        ("predict", "out=PATH and cache_dir=PATH"),
+        ("report", "out=PATH"),
+        ("models", None),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_explained_with_the_keys_of_the_command(monkeypatch, name, keys):
+    monkeypatch.setattr(command_line, "_command", name)
+    line = command_line._explain(FileNotFoundError(2, "No such file or directory", "x"))
+    instead = "" if keys is None else f", or name other paths with {keys}"
+    assert line == f"x: No such file or directory; make it usable{instead}"
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "message"),
+    [
+        ("report", "runs=null", "runs=None must be a string or a list of at least one string"),
+        ("compare", "runs=[]", r"runs=\[\] must be a string or a list of at least one string"),
+        ("models", "names=null", "names=None must be a list of strings"),
+        ("models", "cards=no", "cards=no must be true or false"),
+        ("report", "out=null", "out=None must be a path"),
+        ("compare", "reference=5", "reference=5 must be a path or null"),
+        ("figure", "out=null", "out=None must be a path"),
+        ("export", "model=5", "model=5 must be a path or null"),
+        ("teach", "out=null", "out=None must be a path"),
+        ("reproduce", "cache_dir=null", "cache_dir=None must be a path"),
+        ("bench", "rounds=0", "rounds=0 must be a whole number of at least 1"),
+        ("bench", "only=maml", "only=maml must be a list of at least one string or null"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, typed, message):
+    with pytest.raises(FewShotError, match=f"^{message}$"):
+        COMMANDS[name](compose(typed, name=name))
 
 
 def test_suggestions_know_the_primary_configuration_of_the_user(monkeypatch, tmp_path):
@@ -129,6 +169,7 @@ def test_a_run_is_named_by_its_directory_its_checkpoints_or_a_file(tmp_path, nam
     best.touch()
     assert checkpoint_at(tmp_path / named) == best
     assert run_directory(f"{tmp_path}/{named}") == str(tmp_path / "run")
+    assert run_directory(f"{tmp_path}/run/weights.safetensors") == str(tmp_path / "run")
 
 
 def test_a_run_without_a_best_checkpoint_is_named_by_where_it_should_be(tmp_path):

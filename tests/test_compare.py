@@ -118,6 +118,7 @@ def test_evaluations_are_compared_with_their_kind_and_time(tmp_path, capsys):
     assert "| tim conv4" not in markdown and times.name == "time.png" and "(time.png)" in markdown
     assert "| tim | transductive, assumes balance | 40 | 66.67 ± 1.00 |  | 16.67 ± 1.00 |" in markdown
     assert "| bd_cspn | transductive | 40 | 12.34 | 12.34 |  |" in markdown
+    assert "without the time to embed the images" in markdown
     assert "12.34" in capsys.readouterr().out
     tasks = collect(read_runs(str(tmp_path), evaluations=True))
     kinds = {(row["method"], row["kind"]) for row in cells(tasks[0])}

@@ -94,6 +94,9 @@ def test_a_constructors_type_hints_decide(target, settings, message):
 def test_the_keys_of_a_figure_are_checked_against_its_function():
     for option in (CONF / "figure").glob("*.yaml"):
         refuse(wrong_settings({"figure": compose(f"figure={option.stem}", name="figure").figure}))
+    for typed in (("figure=time_profile", "figure.rounds=0"), ("figure=prototypes", "figure.shot=0")):
+        with pytest.raises(FewShotError, match=rf"^{typed[1]} must be a whole number of at least 1$"):
+            refuse(wrong_settings({"figure": compose(*typed, name="figure").figure}))
     wrong = compose("figure=intervals", "figure.episodes=many", "+figure.colour=red", name="figure").figure
     with pytest.raises(FewShotError) as caught:
         refuse(wrong_settings({"figure": wrong}))

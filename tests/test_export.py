@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from fewshot.checkpoints import read_weights, save_weights
+from fewshot.commands import COMMANDS
 from fewshot.config import compose
 from fewshot.data.contents import contents_of
 from fewshot.data.images import normalise
@@ -66,6 +67,16 @@ def test_shared_weights_stand_for_the_checkpoint(run, method, tmp_path, cache_di
     assert again.read_bytes() == shared.read_bytes()
 
 
+def test_weights_in_a_run_are_evaluated_with_its_overrides(run, tmp_path, cache_dir):
+    shared, record = tmp_path / "run" / "weights.safetensors", tmp_path / "run" / ".hydra" / "overrides.yaml"
+    record.parent.mkdir(parents=True)
+    record.write_text("- optimizer.lr=0.5\n")
+    export(str(run), str(shared))
+    settings = [f"checkpoint={shared}", f"cache_dir={cache_dir}", f"out={tmp_path / 'out'}", "hardware=cpu"]
+    evaluate(compose(*settings, name="evaluate"))
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["overrides"] == ["optimizer.lr=0.5"]
+
+
 def test_an_encoder_starts_from_shared_weights_unless_they_know_its_test_classes(run, tmp_path, cache_dir):
     shared = tmp_path / "weights.safetensors"
     export(str(run), str(shared))
@@ -105,6 +116,9 @@ def test_maml_and_a_missing_checkpoint_are_rejected(tmp_path, cache_dir):
         export(str(run_dir), str(tmp_path / "encoder.onnx"))
     with pytest.raises(FewShotError, match="no checkpoint is given"):
         export(None, str(tmp_path / "encoder.onnx"))
+    both = ["checkpoint=/a", "model=/b.fewshot", f"out={tmp_path / 'encoder.onnx'}"]
+    with pytest.raises(FewShotError, match=r"^checkpoint=/a: model=/b\.fewshot decides that; remove one of them$"):
+        COMMANDS["export"](compose(*both, name="export"))
 
 
 def test_error_names_the_extra_for_missing_packages(run, tmp_path, monkeypatch):

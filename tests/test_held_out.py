@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from fewshot.errors import FewShotError
 from fewshot.held_out import FITS, HeldOut, hold_out, parts
+from fewshot.learned import Learned
 from fewshot.methods import auto
 from fewshot.methods.auto import CENTRED, DEFAULT, MEANS, Auto, class_means, directions, expected_temperature, fit
 from fewshot.methods.protonet import PrototypicalNetwork
@@ -37,6 +38,25 @@ def test_each_example_is_left_out_equally_often_with_one_of_every_other_class():
     assert list(parts(torch.tensor([0, 1, 2]))) == []
     many = list(parts(torch.arange(2).repeat_interleave(100)))
     assert len(many) == FITS and torch.cat(many).bincount().tolist() == [1] * 200
+
+
+@pytest.mark.parametrize(
+    ("shots", "more"),
+    [
+        ((2, 5), "one example"),
+        ((20, 3), "one example"),
+        ((41, 3), "up to 3 examples"),
+        ((100, 100), "up to 5 examples"),
+    ],
+)
+def test_the_examples_that_queries_have_more_are_counted(shots, more):
+    labels = torch.arange(2).repeat_interleave(torch.tensor(shots))
+    examples = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(0))
+    most = max(int(labels[part].bincount().max()) for part in parts(labels))
+    assert most == (1 if more == "one example" else int(more.split()[2]))
+    learned = Learned(("a", "b"), examples, labels, torch.stack, examples.mm, lambda *_: lambda rows: rows[:, :2])
+    (line, *_) = learned.describe([""] * len(labels))
+    assert line.endswith(f"queries may do a little better, with {more} more of each class")
 
 
 def test_an_example_is_answered_by_a_classifier_without_it():

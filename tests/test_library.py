@@ -155,6 +155,20 @@ def test_invalid_examples_are_reported(run, images, labels, message):
         fewshot.FewShotClassifier(run("protonet"), hardware="cpu").fit(images, labels)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"channels": 4}, "^channels=4 must be 1 or 3$"),
+        ({"size": 0}, "^size=0 must be a whole number of at least 1$"),
+        ({"normalise": "none"}, "^normalise=none must be range, standardise or plain$"),
+    ],
+)
+def test_a_wrong_image_format_is_not_blamed_on_the_images(setting, message):
+    images = [np.full((4, 4), value, np.uint8) for value in (0, 255)]
+    with pytest.raises(FewShotError, match=message):
+        fewshot.FewShotClassifier(nn.Flatten(), hardware="cpu", **setting).fit(images, ["a", "b"])
+
+
 def test_images_that_mislead_are_warned_of(run, examples):
     images, labels = examples
     classifier = fewshot.FewShotClassifier(run("protonet"), hardware="cpu")

@@ -232,8 +232,8 @@ def test_changed_or_missing_data_and_unknown_lines_are_named(cache_dir, tmp_path
         reproduce(settings(cache_dir, "lines=[miniimagenet/protonet]", f"data_dir={tmp_path}"))
     with pytest.raises(FewShotError, match="did you mean glyphs/protonet"):
         reproduce(settings(cache_dir, "lines=[glyphs/protnet]"))
-    for wrong in ("episodes=1", "train=maybe"):
-        with pytest.raises(FewShotError, match=wrong):
+    for wrong in ("episodes=1", "train=maybe", "lines=[]", "lines=null"):
+        with pytest.raises(FewShotError, match=f"^{re.escape(wrong).replace('null', 'None')} must be "):
             reproduce(settings(cache_dir, wrong))
 
 

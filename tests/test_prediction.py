@@ -229,6 +229,14 @@ def test_equal_logits_count_as_a_guess_and_are_counted(run, folders, capsys, tmp
     assert "3 of the 15 queries in folders named after a class are right: 20.00%" in shown.out
 
 
+def test_the_logits_decide_the_order_and_of_equal_ones_the_first_class_comes_first(run, folders, monkeypatch):
+    answers = torch.tensor([[-400.0, -150, -300, -200, 0], [0, 0, 0, 0, 0]])
+    monkeypatch.setattr(Learned, "answer", lambda *_: answers.repeat(8, 1)[:15])
+    predict(configure(folders, f"checkpoint={run('protonet')}"))
+    found = [(row["label"], row["probability"], row["runner-up"]) for row in table(folders)[:2]]
+    assert found == [("letter 4", "1.0000", "letter 1"), ("letter 0", "0.2000", "letter 1")]
+
+
 def test_folders_within_the_folder_of_a_class_are_mentioned(run, folders, capsys):
     (folders / "support").rename(folders / "first")
     (folders / "support").mkdir()
@@ -329,6 +337,12 @@ def test_a_pretrained_encoder_needs_no_training_if_it_is_frozen(folders, tmp_pat
         (["checkpoint=RUN", "query=null"], "there are no queries"),
         (["checkpoint=RUN", "query=/none"], "there is nothing to classify in query=/none"),
         (["checkpoint=RUN", "batch=0"], "batch=0 must be a whole number of at least 1"),
+        (["checkpoint=RUN", "unknown=no"], "unknown=no must be true or false"),
+        (["checkpoint=RUN", "false_alarm=5%"], "false_alarm=5% must be a number above 0 and below 1"),
+        (["checkpoint=RUN", "false_alarm=1"], "false_alarm=1 must be a number above 0 and below 1"),
+        (["dataset.channels=4"], "dataset.channels=4 must be 1 or 3"),
+        (["dataset.size=84.5"], "dataset.size=84.5 must be a whole number of at least 1"),
+        (["checkpoint=5"], "checkpoint=5 must be a path or null"),
         (["checkpoint=RUN", "sheet=many"], "sheet=many must be a whole number of at least 0"),
         (["checkpoint=RUN", "hardware=cpu", "hardware.devices=2"], "predictions are made on one"),
     ],

@@ -425,6 +425,20 @@ def test_only_the_text_between_the_markers_of_a_page_changes(tmp_path):
     assert page.read_text() == f"{CLOSING}\n{OPENING}\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file or directory; name a Markdown file"), (b"\xff", "can't decode"), (b"# Results", "add them")],
+)
+def test_without_a_page_to_write_to_nothing_is_written(tmp_path, content, message):
+    write(tmp_path / "runs", result())
+    page = tmp_path / "page.md"
+    if content is not None:
+        page.write_bytes(content)
+    with pytest.raises(FewShotError, match=message) as caught:
+        write_report(tmp_path / "runs", tmp_path / "out", page)
+    assert str(page) in str(caught.value) and not (tmp_path / "out").exists()
+
+
 def test_the_guide_shows_the_committed_results(tmp_path):
     results, page = ROOT / "notebooks" / "results" / "reproduction", ROOT / "notebooks" / "guides" / "reproduce.md"
     runs = [results / "omniglot", results / "miniimagenet"]  # as make report does

@@ -70,8 +70,26 @@ def test_a_taught_file_answers_as_the_photos_do(photos, taught, tmp_path, capsys
         values = [[float(row[key]) for row in rows] for rows in (found, direct)]
         np.testing.assert_allclose(*values, atol=2e-3)
     message = capsys.readouterr().out
-    assert "leave-one-out accuracy when it was taught:" in message and "of 12 queries are like none of" in message
+    assert (
+        "accuracy on left-out examples when it was taught:" in message and "of 12 queries are like none of" in message
+    )
     assert str(photos).encode() not in taught.read_bytes()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".fewshot"])
+def test_a_classifier_is_written_as_onnx_only(taught, tmp_path, ending):
+    out = tmp_path / f"colours{ending}"
+    with pytest.raises(FewShotError, match=f"^out={out}: a taught classifier is written as ONNX; choose out=FILE"):
+        export_classifier(str(taught), str(out))
+    assert not out.exists()
+
+
+def test_a_wrong_image_format_is_not_blamed_on_the_photos(photos, tmp_path):
+    out = tmp_path / "x.fewshot"
+    settings = [*encoder(photos), f"support={photos / 'support'}", f"out={out}", "hardware=cpu"]
+    with pytest.raises(FewShotError, match=r"^dataset\.channels=4 must be 1 or 3$"):
+        teach(compose(*settings, "dataset.channels=4", name="teach"))
+    assert not out.exists()
 
 
 def test_classes_and_examples_are_added_without_the_old_photos(photos, taught, tmp_path):
@@ -185,7 +203,7 @@ def test_a_newcomer_gets_from_photos_to_an_onnx_file_that_needs_onnxruntime_alon
     (tmp_path / "examples").symlink_to(photos / "support")
     (tmp_path / "pictures").symlink_to(photos / "query")
     network = [*encoder(photos), "cache_dir=kept", "support=examples"]
-    assert "leave-one-out accuracy" in use("predict", *network, "query=pictures", "unknown=true", "out=out")
+    assert " left-out examples: " in use("predict", *network, "query=pictures", "unknown=true", "out=out")
     assert "mine.fewshot: 3 classes, 9 examples" in use("teach", *network, "out=mine.fewshot")
     use("export", "model=mine.fewshot", "out=mine.onnx")
     # The program that the guide shows, where neither fewshot nor torch can be imported.

@@ -299,7 +299,7 @@ def test_the_users_directories_take_precedence(good, tmp_path):
     assert config["cache_dir"] == "/mine/cache" and config["encoder"]["file"] is config["run_dir"] is None
 
 
-@pytest.mark.parametrize("trust", ["os", ["sys"], "fewshot", "../x", "a b", [3]])
+@pytest.mark.parametrize("trust", ["os", ["sys"], "fewshot", "../x", "a b", [3], 3])
 def test_what_cannot_be_trusted_is_reported(good, tmp_path, trust):
     torch.save(good, tmp_path / "x.ckpt")
     with pytest.raises(FewShotError, match="trust="):

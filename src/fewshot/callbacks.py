@@ -200,6 +200,9 @@ class Answers(pl.Callback):
 class TestTime(pl.Callback):
     """Measures how long a method takes to solve test episodes, without the time to draw them.
 
+    Methods that compare embeddings embed the images before the first episode, which does not count; MAML's time has
+    that of its network.
+
     On a CPU it is the processor time of all threads, which does not depend on what else the machine is doing; on an
     accelerator, the time that passes.
 

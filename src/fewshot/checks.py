@@ -8,7 +8,7 @@ from inspect import signature
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from omegaconf import OmegaConf
 
 from fewshot.errors import FewShotError
@@ -17,7 +17,12 @@ Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
+Rate = Annotated[float, Gt(0), Lt(1)]
+Port = Annotated[int, Ge(1), Le(65535)]
+Place = Annotated[str, "a path"]
+Several = Annotated[list[str], MinLen(1), "a list of at least one string"]
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
+WORDS |= {list[str]: "a list of strings"}
 Arguments = ParamSpec("Arguments")
 LIMITS = {Ge: "of at least", Gt: "above", Le: "at most", Lt: "below"}
 

@@ -251,10 +251,7 @@ def _explain(error: BaseException) -> str | None:
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's; importing it takes seconds
             return f"{' '.join(str(cause).split())} {help_}"
         if isinstance(cause, OSError) and cause.filename is not None:
-            return (
-                f"{cause.filename}: {cause.strerror}; make it usable, or name other paths with "
-                "hydra.run.dir=PATH (results), cache_dir=PATH and data_dir=PATH"
-            )
+            return f"{cause.filename}: {cause.strerror}; make it usable{_other_paths()}"
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             return f"{cause.strerror}; what was saved before is kept: free some space, then resume with resume=RUN_DIR"
     known = HydraException | OmegaConfBaseException
@@ -263,6 +260,15 @@ def _explain(error: BaseException) -> str | None:
         return None
     line = "; ".join(_wrong_overrides()) or _plain(*libraries) or "an argument is not understood"
     return f"{for_terminal(line)} {help_}"
+
+
+def _other_paths() -> str:
+    """Return what names other paths for this command."""
+    file = CONF / f"{_program()}.yaml"
+    name = file.stem if file.is_file() else "train"  # a primary configuration of the user's own
+    keys = ["hydra.run.dir=PATH (results)"] if name == "train" else []
+    keys += [f"{key}=PATH" for key in ("out", "cache_dir", "data_dir") if key in OmegaConf.load(CONF / f"{name}.yaml")]
+    return f", or name other paths with {' and '.join(filter(None, [', '.join(keys[:-1]), keys[-1]]))}" if keys else ""
 
 
 def _plain(*errors: BaseException) -> str:

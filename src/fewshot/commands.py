@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fewshot.checks import refuse
+from fewshot.checks import Count, Place, Several, misfits, refuse
 from fewshot.config import CHECKOUT, ROOT, wrong_settings
 from fewshot.errors import FewShotError
 from fewshot.processes import rank
@@ -50,6 +50,7 @@ def report(config: DictConfig) -> None:
     """Compare the results of runs with published ones."""
     from fewshot.report import report
 
+    refuse(misfits(config, {"runs": str | Several, "out": Place, "readme": Place | None}))
     for path in report(config.runs, config.tables, config.sources, config.out, config.readme):
         say(path)
 
@@ -58,13 +59,14 @@ def compare(config: DictConfig) -> None:
     """Compare runs and sweeps with each other, in a table and a figure."""
     from fewshot.compare import compare
 
+    refuse(misfits(config, {"runs": str | Several, "reference": Place | None, "out": Place}))
     compare(config.runs, config.reference, config.out)
 
 
 def figure(config: DictConfig) -> None:
     """Draw one of the project's figures."""
     _only_in_a_checkout("figure")
-    refuse(wrong_settings({"figure": config.figure}))
+    refuse([*misfits(config, {"out": Place}), *wrong_settings({"figure": config.figure})])
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     for path in instantiate(config.figure, out=out):
@@ -75,6 +77,9 @@ def export(config: DictConfig) -> None:
     """Write an encoder or a taught classifier as ONNX, for other programs."""
     from fewshot.export import export, export_classifier
 
+    refuse(misfits(config, {"checkpoint": Place | None, "model": Place | None, "out": Place}))
+    if config.model is not None and config.checkpoint is not None:
+        raise FewShotError(f"checkpoint={config.checkpoint}: model={config.model} decides that; remove one of them")
     if config.model is not None:
         export_classifier(config.model, config.out, config.trust)
     else:
@@ -83,6 +88,7 @@ def export(config: DictConfig) -> None:
 
 def models(config: DictConfig) -> None:
     """List the trained models that come with the package, or print their cards."""
+    refuse(misfits(config, {"names": list[str], "cards": bool}))
     if config.cards:
         from fewshot.cards import write_cards
 
@@ -114,6 +120,7 @@ def bench(config: DictConfig) -> None:
     from benchmarks.contest import bench
     from benchmarks.suite import choose
 
+    refuse(misfits(config, {"only": Several | None, "rounds": Count, "out": Place}))
     bench(choose(config.only, config.device), config.rounds, Path(config.out).expanduser(), config.device)
 
 

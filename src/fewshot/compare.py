@@ -42,8 +42,9 @@ EXPLANATION = (
     "queries of an episode together, and may assume balanced ones, as many of every class; an inductive one answers "
     "each query by itself. Difference: accuracy minus that of the reference, in percentage points, episode by episode "
     "on the same episodes, with its 95% interval. Time: of the training, without validation and test. Milliseconds per "
-    "episode: of the method in a test, without the time to draw the episodes; on a CPU, processor time of all threads. "
-    "Parameters: of the encoder."
+    "episode: of the method in a test, without the time to draw the episodes, and of methods that compare embeddings "
+    "without the time to embed the images, which are embedded once before the first episode; MAML's has that of its "
+    "network. On a CPU, it is the processor time of all threads. Parameters: of the encoder."
 )
 SHORT = ("run", "kind", "accuracy", "difference", "time", "ms/episode")  # columns in the terminal
 KINDS = ("inductive", "transductive", "transductive, assumes balance")

@@ -19,7 +19,7 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,11 +27,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from fewshot.checkpoints import NOWHERE
-from fewshot.checks import Count, misfits, refuse
-from fewshot.config import ROOT
+from fewshot.checks import Count, Place, Port, misfits, refuse
+from fewshot.config import ROOT, wrong_settings
 from fewshot.data.files import ImageFile
-from fewshot.data.kinds import Kind, is_drawn
-from fewshot.data.photos import read_photo
+from fewshot.data.kinds import Kind, is_drawn, mismatch
+from fewshot.data.photos import CROPS, read_photo
 from fewshot.data.twins import are_twins, candidates, thumbnails
 from fewshot.directories import newest_run
 from fewshot.distances import cosine, l2
@@ -51,6 +51,8 @@ from fewshot.text import for_terminal, say
 from fewshot.trained import choices_of
 
 PAGE = Path(__file__).with_name("page")
+TYPES: dict[str, Any] = {"host": str, "port": Port, "crop": Literal[CROPS], "checkpoint": Place | None}
+TYPES |= dict.fromkeys(("max_megabytes", "max_model", "max_images", "max_classes"), Count)
 LONGEST = 40  # characters of a class's name
 THUMBNAIL, LARGE = 96, 280  # pixels, the most that an example and the query have on a side in the page
 VISITORS = 20  # the most recently active ones, whose images are kept
@@ -385,13 +387,9 @@ def _how_good(visit: Visit, network: Network, learned: Learned) -> list[str]:
     lines = list(learned.describe(_names(visit, network)))
     if learned.held_out is None and learned.learn:
         lines.append("add a second example of a class to see how good the answers will be")
-    queries = [visit.query] if visit.query else []
-    for what, images in (("most examples look like {}s", visit.examples), ("the query looks like a {}", queries)):
-        drawn = sum(image.drawn for image in images)
-        strange = drawn if network.knows == "photos" else len(images) - drawn
-        if network.knows is not None and 2 * strange > len(images):
-            seen = what.format("photo" if network.knows == "letters" else "drawing")
-            lines.append(f"{seen}, but this network knows {network.knows}, so its answers mean little: choose another")
+    for name, images in (("examples", visit.examples), ("queries", [visit.query] if visit.query else [])):
+        line = mismatch(network.knows, [image.drawn for image in images], name, "choose another network")
+        lines += [] if line is None else [line]
     labelled = [(name, one) for name, images in visit.support.items() for one in images]
     pixels = [one.pixels[network.form] for _, one in labelled]
     for one, other, mirror in candidates(thumbnails(np.stack(pixels))) if pixels else ():
@@ -424,7 +422,8 @@ def _answer(query: Example, visit: Visit, network: Network, learned: Learned) ->
             f"{1 - FALSE_ALARM:.0%} of the images of a class have at least {limit:.2f}"
         )
     probabilities = logits.softmax(0).tolist()
-    rows = [[learned.classes[i], probabilities[i], sign * float(logits[i])] for i in logits.argsort(descending=True)]
+    order = logits.argsort(descending=True, stable=True)
+    rows = [[learned.classes[i], probabilities[i], sign * float(logits[i])] for i in order]
     return {"rows": rows, "unknown": unknown, "lines": lines, "measured": measured, "meaning": meaning}
 
 
@@ -522,11 +521,11 @@ def serve(config: DictConfig) -> None:
         config: the composed ``conf/demo.yaml``.
 
     Raises:
-        FewShotError: a number is not a positive whole number; the extra is not installed; there is no complete run, or
-            no predictor (see ``make_predictor``); or the address is not available.
+        FewShotError: a setting is wrong; the extra is not installed; there is no complete run, or no predictor (see
+            ``make_predictor``); or the address is not available.
     """
-    numbers = ("port", "max_megabytes", "max_model", "max_images", "max_classes")
-    refuse(misfits(config, dict.fromkeys(numbers, Count)))
+    # The network that takes this image format is made when a visitor chooses it.
+    refuse([*misfits(config, TYPES), *wrong_settings({"dataset": config.dataset})])
     if config.checkpoint == "newest":
         config.checkpoint = str(newest_run(ROOT / "outputs"))
     with page_of(config), suppress(KeyboardInterrupt):
@@ -545,7 +544,7 @@ def page_of(config: DictConfig) -> Iterator[str]:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         listening = socket.create_server((config.host, config.port), family=family)
-    except OSError as error:
+    except (OSError, TypeError) as error:  # the latter for a host that cannot be a name
         raise FewShotError(
             f"cannot serve at {config.host}:{config.port}: {error}; choose another one with host=ADDRESS port=NUMBER"
         ) from error

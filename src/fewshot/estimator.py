@@ -16,7 +16,8 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from fewshot.checkpoints import NOWHERE, read_weights
-from fewshot.config import compose
+from fewshot.checks import misfits, refuse
+from fewshot.config import TYPES, compose
 from fewshot.data.files import file_at
 from fewshot.data.kinds import is_drawn, mismatch
 from fewshot.data.photos import prepare
@@ -85,8 +86,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             labels: the class of each image, strings or numbers.
 
         Raises:
-            FewShotError: the model does not exist; an image cannot be read; images and labels differ in number; or
-                there are fewer than two classes.
+            FewShotError: the model does not exist; ``size``, ``channels`` or ``normalise`` is wrong; an image cannot be
+                read; images and labels differ in number; or there are fewer than two classes.
         """
         predictor = self._make_predictor()
         support = [_prepare(image, predictor) for image in _several(images)]
@@ -188,6 +189,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if isinstance(self.model, nn.Module):
             method = self.model if isinstance(self.model, FewShotMethod) else PrototypicalNetwork(self.model)
             dataset = {"size": self.size, "channels": self.channels, "normalise": self.normalise}
+            refuse(misfits(dataset, {key: TYPES[f"dataset.{key}"] for key in dataset}))
             return Predictor(method, OmegaConf.create(dataset), self.ink, hardware)
         method, config = self._open()
         return predictor_of(Trained(None, method, OmegaConf.create(config), {}), hardware, "auto")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from fewshot.callbacks import Answers, TestTime
-from fewshot.checks import Count, Positive, misfits, refuse
+from fewshot.checks import Count, Place, Positive, misfits, refuse
 from fewshot.config import FOR_TRAINING, TrainConfig, check
 from fewshot.data.bank import SPLITS, ImageBank, ImageClass
 from fewshot.data.contents import contents_of, differences, known_to_any
@@ -27,6 +27,7 @@ from fewshot.files import output_directory, read_json
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_like, report_out_of_memory
 from fewshot.methods.base import MetricMethod
 from fewshot.metrics import Estimate, count_right, meetings_of, paired_difference
+from fewshot.paths import run_directory
 from fewshot.pictures import draw_confusion
 from fewshot.results import write_episodes
 from fewshot.runs import check_same_data, data_directories, overrides, trained_before, trained_on, write_json
@@ -45,8 +46,9 @@ from fewshot.trained import (
 from fewshot.training import make_data, make_trainer, outcome
 
 TASK = ("way", "shot", "query", "eval_seed")
-TYPES = {"split": Literal[SPLITS], "concentration": Positive | None, "pictured": Count, "allow_other_classes": bool}
-TYPES |= {"resume": Literal["auto"] | None}
+TYPES: dict[str, Any] = {"split": Literal[SPLITS], "concentration": Positive | None, "pictured": Count}
+TYPES |= {"allow_other_classes": bool, "resume": Literal["auto"] | None, "data_dir": Place, "cache_dir": Place}
+TYPES |= dict.fromkeys(("checkpoint", "against", "out"), Place | None)
 PRINTED = 5  # classes with the lowest accuracy
 RARELY = 0.05  # of the episodes
 
@@ -102,7 +104,7 @@ class Evaluation:
         answers: for each episode, the classes with the largest logit of each query, bool ``[queries, way]``.
         estimate: the accuracy.
         trainer: the trainer that ran the test.
-        seconds: how long the method took in total, see ``TestTime``.
+        seconds: how long the method took in total, without embedding the images, see ``TestTime``.
     """
 
     data: OneSplit
@@ -278,7 +280,7 @@ def _leave_out_known_classes(trained: Sequence[Trained], splits: Sequence[OneSpl
         warn_of_other_images(run.checkpoint.get("hyper_parameters", run.config)["method"], run.name, config.split)
         if path is None:
             continue
-        then = trained_on(run.checkpoint, path.parents[1] if path.parent.name == "checkpoints" else None)
+        then = trained_on(run.checkpoint, Path(run_directory(str(path))))
         now = contents_of(data.bank)
         chosen = bool(choices_of(config.overrides, ["dataset"]))
         if then is not None and (chosen or (config.allow_other_classes and differences(then, now))):
@@ -336,10 +338,7 @@ def _results(trained: Trained, task: DictConfig, config: DictConfig, tested: Eva
     """The same fields that training writes, for this evaluation."""
     record = trained.checkpoint.get("callbacks", {}).get("Record", {})
     path = trained.path
-    if path is None:
-        started: list[str] = []
-    else:
-        started = overrides(path.parents[1] if len(path.parents) > 1 else path.parent)
+    started = [] if path is None else overrides(Path(run_directory(str(path))))
     changes = [f"{key}={config[key]}" for key in TASK if config[key] is not None]
     changes += [f"concentration={config.concentration}"] if config.concentration is not None else []
     changes += [f"test.episodes={config.episodes}"] if config.episodes is not None else []

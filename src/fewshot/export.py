@@ -133,9 +133,12 @@ def export_classifier(model: str, out: str, trust: str | Iterable[str] | None = 
         The largest difference of a probability from PyTorch's.
 
     Raises:
-        FewShotError: the file is broken; its classifier cannot be written as ONNX; the packages of the extra ``export``
-            are missing; or ONNX Runtime and PyTorch disagree.
+        FewShotError: ``out`` has an ending other than .onnx; the file is broken; its classifier cannot be written as
+            ONNX; the packages of the extra ``export`` are missing; or ONNX Runtime and PyTorch disagree.
     """
+    path = Path(out).expanduser()
+    if path.suffix != ".onnx":
+        raise FewShotError(f"out={out}: a taught classifier is written as ONNX; choose out=FILE.onnx")
     taught = load_taught(model, compose("hardware=cpu", name="predict").hardware, trust)
     predictor, learned = taught.predictor, taught.learned
     adapts, together = not isinstance(predictor.method, MetricMethod), predictor.method.transductive
@@ -148,7 +151,6 @@ def export_classifier(model: str, out: str, trust: str | Iterable[str] | None = 
     if predictor.crop == "pad":
         raise FewShotError(f"{model} pads photos, which an ONNX file cannot; teach it with crop=center or squash")
     recogniser = Recogniser(predictor, learned).eval()
-    path = Path(out).expanduser()
     try:
         program = _program(
             recogniser,

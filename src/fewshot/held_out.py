@@ -34,6 +34,11 @@ class HeldOut:
         """The number of examples with an answer."""
         return len(self.index.unique())
 
+    @property
+    def together(self) -> int:
+        """The most examples of a class that were left out together, see ``parts``."""
+        return -(-int(self.labels.bincount().max()) // FITS)
+
     def losses(self, temperature: float) -> torch.Tensor:
         """Return the mean cross-entropy of the answers to each example, ``[examples with an answer]``."""
         losses = torch.nn.functional.cross_entropy(self.logits / temperature, self.labels[self.index], reduction="none")

@@ -15,6 +15,7 @@ from fewshot.data.bank import ImageBank
 from fewshot.data.contents import contents_of, known_to_any
 from fewshot.directories import checkpoint_at, results_file
 from fewshot.errors import FewShotError, shortened
+from fewshot.paths import run_directory
 from fewshot.runs import data_directories, trained_before, trained_on
 from fewshot.text import say
 from fewshot.trained import load_trained
@@ -83,8 +84,9 @@ def read_encoder(config: DictConfig, bank: ImageBank) -> InitialEncoder:
     """
     path = Path(config.encoder.init).expanduser()
     file = checkpoint_at(path)
-    run_dir = file.parents[1] if file.parent.name == "checkpoints" else None
-    if run_dir is not None and run_dir.is_dir() and not results_file(run_dir).is_file():
+    run_dir = Path(run_directory(str(file)))
+    copied = file.parent == run_dir  # without its run, which cannot be completed
+    if not copied and run_dir.is_dir() and not results_file(run_dir).is_file():
         raise FewShotError(
             f"encoder.init={path}: the run is not complete, since {results_file(run_dir)} is missing; complete it "
             f"first with resume={run_dir}, or name another run"

@@ -82,9 +82,11 @@ class Learned:
         if self.held_out is None:
             return
         accuracy, low, high = self.held_out.accuracy()
+        most = self.held_out.together
+        more = "one example" if most == 1 else f"up to {most:,} examples"
         yield (
-            f"leave-one-out accuracy on {self.held_out.examples:,} examples: {accuracy:.1%} (95% interval {low:.0%} to "
-            f"{high:.0%}); queries may do a little better, with one example more of each class"
+            f"accuracy on {self.held_out.examples:,} left-out examples: {accuracy:.1%} (95% interval {low:.0%} to "
+            f"{high:.0%}); queries may do a little better, with {more} more of each class"
         )
         pairs = [
             f"{self.classes[one]} and {self.classes[other]} ({share:.0%})"

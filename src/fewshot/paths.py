@@ -62,9 +62,9 @@ def environment(name: str, default: object) -> str:
 
 
 def run_directory(path: str) -> str:
-    """Return the run directory that a path names: itself, its ``checkpoints``, or a checkpoint in there."""
+    """Return the run directory that a path names: itself, its ``checkpoints``, or a file of weights in one of these."""
     named = Path(path).expanduser()
-    folder = named.parent if named.suffix == ".ckpt" else named
+    folder = named.parent if named.suffix in (".ckpt", ".safetensors") or named.is_file() else named
     return str(folder.parent if folder.name == "checkpoints" else folder)
 
 

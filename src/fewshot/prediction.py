@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.progress import track
 
-from fewshot.checks import Count, Natural, misfits, refuse
+from fewshot.checks import Count, Natural, Place, Rate, misfits, refuse
 from fewshot.data.files import ImageFile, file_at, list_folder
 from fewshot.data.folder import by_class
 from fewshot.data.kinds import is_drawn, warn_of_mismatch
@@ -33,6 +33,8 @@ from fewshot.taught import load_taught
 from fewshot.text import for_csv, for_figure, for_terminal, make_table, say
 from fewshot.trained import FROM_CHECKPOINT, REPLACEABLE, choices_of
 
+TYPES: dict[str, Any] = {"batch": Count, "sheet": Natural, "shown": Natural, "unknown": bool, "false_alarm": Rate}
+TYPES |= dict.fromkeys(("checkpoint", "model", "support", "query", "out", "cache_dir"), Place | None)
 NAMED = 5  # files left out that are named on the terminal; a file lists all of them
 WARNED = 20  # near-duplicate pairs that are named, one per line
 
@@ -71,7 +73,7 @@ def predict(config: DictConfig) -> None:
         FewShotError: the support set or the queries are missing; a class has no readable image; or no query is
             readable and outside of the support set.
     """
-    refuse(misfits(config, {"batch": Count, "sheet": Natural, "shown": Natural}))
+    refuse(misfits(config, TYPES))
     queries = _find_queries(config.query)
     left_out: list[str] = []  # why, for each file
     start = _start(config, left_out)
@@ -306,7 +308,7 @@ def _start(config: DictConfig, left_out: list[str]) -> _Start:
             f"{len(taught.learned.labels):,} examples of {len(taught.learned.classes)} classes, from {config.model}"
         ]
         if isinstance(figures, dict) and isinstance(figures.get("accuracy"), float):
-            lines.append(f"leave-one-out accuracy when it was taught: {figures['accuracy']:.1%}")
+            lines.append(f"accuracy on left-out examples when it was taught: {figures['accuracy']:.1%}")
         return _Start(taught.predictor, taught.learned, lines, taught.summary)
     examples = find_support(config.support)
     predictor = make_predictor(config)
@@ -379,7 +381,8 @@ def _warn_of_twins(
             pair = f"{files[other].name} of the class {second} looks the same as {files[one].name}"
             (together if first == second else apart).append(pair + ("" if first == second else f" of {first}"))
     _warn_of_copies(list(dict.fromkeys(apart)), "so they cannot be distinguished")
-    _warn_of_copies(list(dict.fromkeys(together)), "so it adds nothing, and the leave-one-out accuracy is too high")
+    too_high = "so it adds nothing, and the accuracy on left-out examples is too high"
+    _warn_of_copies(list(dict.fromkeys(together)), too_high)
 
 
 def _read_queries(
@@ -404,12 +407,14 @@ def _cells(prediction: Prediction) -> list[str]:
 def _answers(
     names: Iterable[str], logits: torch.Tensor, learned: Learned, represented: torch.Tensor, limit: float | None
 ) -> Iterator[Prediction]:
-    top = logits.softmax(dim=1).topk(2)
+    # Probabilities that underflow are equal, so the logits decide.
+    ranks = logits.argsort(dim=1, descending=True, stable=True)[:, :2]
+    probabilities = logits.softmax(dim=1).gather(1, ranks[:, :1])
     scores: list[float | None] = [None] * len(logits)
     if limit is not None and learned.familiarity is not None:
         scores = learned.familiarity(represented).tolist()
-    for name, (probability, _), (first, second), score in zip(
-        names, top.values.tolist(), top.indices.tolist(), scores, strict=True
+    for name, (probability,), (first, second), score in zip(
+        names, probabilities.tolist(), ranks.tolist(), scores, strict=True
     ):
         unknown = score is not None and limit is not None and score < limit
         yield Prediction(name, learned.classes[first], probability, learned.classes[second], score, unknown)

@@ -11,6 +11,8 @@ from hydra.utils import get_object
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
+from fewshot.checks import refuse
+from fewshot.config import wrong_settings
 from fewshot.data.bank import has_bright_ink, has_photos
 from fewshot.data.files import ImageFile
 from fewshot.data.images import normalise
@@ -210,10 +212,11 @@ def make_trained(config: DictConfig, places: Mapping[str, str] | None = None) ->
 
     Raises:
         FewShotError: the checkpoint is broken, or does not go with the chosen method or groups, see
-            ``with_chosen_method``; or without a checkpoint, there are untrained weights.
+            ``with_chosen_method``; or without a checkpoint, there are untrained weights, or its image format is wrong.
     """
     if config.checkpoint is not None:
         return with_chosen_method(load_trained(config.checkpoint, trust=config.trust, places=places), config.overrides)
+    refuse(wrong_settings({"dataset": config.dataset}))
     method = make_untrained(config.method, "this method or its encoder")
     # The images are in folders of any place.
     source = {"_target_": "fewshot.data.folder.folder", "size": config.dataset.size}

@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from fewshot.config import OF_ONE_TASK
-from fewshot.errors import FewShotError
+from fewshot.errors import FewShotError, reason
 from fewshot.files import read_json
 from fewshot.models import CARD
 from fewshot.results import (
@@ -251,8 +251,11 @@ def report(
         The files written.
 
     Raises:
-        FewShotError: there are no results, or ``readme`` has no markers.
+        FewShotError: there are no results, or ``readme`` cannot be read or has no markers; nothing is written.
     """
+    page = None if readme is None else Path(readme).expanduser()
+    if page is not None:
+        _around(page)  # before anything is written
     found = read_runs(runs, known_data=True)
     lines = collect([{**result, **_model_at(path)} for path, result in found.items()], tables)
     folder = Path(out).expanduser()
@@ -263,8 +266,7 @@ def report(
     titles = [table.title for table in tables.values()]
     draw([line for line in lines if line.dataset in titles], written[2])
     draw_curves(lines, written[3])
-    if readme is not None:
-        page = Path(readme).expanduser()
+    if page is not None:
         ran = [line for line in lines if line.runs]
         refresh(page, markdown(ran, sources, os.path.relpath(folder, page.resolve().parent)))
         written.append(page)
@@ -465,13 +467,23 @@ def refresh(page: Path, text: str) -> None:
     """Replace the text between the markers of a Markdown file.
 
     Raises:
-        FewShotError: the markers are missing.
+        FewShotError: it cannot be read, or the markers are missing.
     """
-    before, opening, rest = page.read_text(encoding="utf-8").partition(OPENING)
+    before, after = _around(page)
+    page.write_text(f"{before}{OPENING}\n{text}{CLOSING}{after}", encoding="utf-8")
+
+
+def _around(page: Path) -> tuple[str, str]:
+    """Return what is before and after the markers of a Markdown file."""
+    try:
+        before, opening, rest = page.read_text(encoding="utf-8").partition(OPENING)
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else reason(error)
+        raise FewShotError(f"readme={page} cannot be read: {why}; name a Markdown file") from error
     _, closing, after = rest.partition(CLOSING)
     if not (opening and closing):
         raise FewShotError(f"{page} has no lines {OPENING} and {CLOSING} to write the tables between; add them")
-    page.write_text(f"{before}{OPENING}\n{text}{CLOSING}{after}", encoding="utf-8")
+    return before, after
 
 
 def _matches(result: Result, match: Mapping[str, Any]) -> bool:

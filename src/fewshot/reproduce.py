@@ -5,14 +5,14 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from fewshot.checks import misfits, refuse
+from fewshot.checks import Place, Several, misfits, refuse
 from fewshot.config import as_overrides, check, compose
 from fewshot.data.contents import contents_of, differences
 from fewshot.errors import FewShotError, mistake
@@ -26,6 +26,8 @@ from fewshot.text import say
 from fewshot.trained import load_trained
 from fewshot.training import train
 
+TYPES: dict[str, Any] = {"lines": str | Several, "episodes": Annotated[int, Ge(2)] | None, "train": bool}
+TYPES |= dict.fromkeys(("data_dir", "cache_dir", "out"), Place)
 EQUAL, WITHIN, DIFFERS = "equal", "within", "differs"
 SIGNIFICANT = 0.05  # two-sided probability below which two trainings differ
 
@@ -56,7 +58,7 @@ def reproduce(config: DictConfig) -> None:
     Raises:
         FewShotError: a line is unknown, has no weights, could not be measured, or differs.
     """
-    refuse(misfits(config, {"episodes": Annotated[int, Ge(2)] | None, "train": bool}))
+    refuse(misfits(config, TYPES))
     chosen = [config.lines] if isinstance(config.lines, str) else list(config.lines)
     models = {str(name): require(str(name)) for name in (names() if chosen == ["all"] else chosen)}
     check_hardware(config.hardware)

@@ -1,10 +1,12 @@
 """Learn classes from photos once, for later use without them."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from fewshot.checkpoints import NOWHERE
+from fewshot.checks import Place, misfits, refuse
 from fewshot.data.kinds import is_drawn, warn_of_mismatch
 from fewshot.errors import FewShotError
 from fewshot.prediction import find_support, read_support
@@ -12,6 +14,9 @@ from fewshot.predictor import make_trained, predictor_of
 from fewshot.taught import extend, load_taught, save_taught
 from fewshot.text import say
 from fewshot.trained import FROM_CHECKPOINT, REPLACEABLE, choices_of
+
+TYPES: dict[str, Any] = {"out": Place}
+TYPES |= dict.fromkeys(("checkpoint", "model", "support", "cache_dir"), Place | None)
 
 
 def teach(config: DictConfig) -> None:
@@ -23,6 +28,7 @@ def teach(config: DictConfig) -> None:
     Raises:
         FewShotError: see ``predict``.
     """
+    refuse(misfits(config, TYPES))
     out, left_out = Path(config.out).expanduser(), list[str]()
     if config.model is not None:
         decided = choices_of(config.overrides, (*FROM_CHECKPOINT, *REPLACEABLE, "checkpoint", "crop"))

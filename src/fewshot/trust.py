@@ -195,7 +195,9 @@ class KnownTargets:
 
 
 def _packages(trust: str | Iterable[str] | None) -> tuple[str, ...]:
-    packages = () if trust is None else (trust,) if isinstance(trust, str) else tuple(trust)
+    if trust is None:
+        return ()
+    packages: tuple[Any, ...] = tuple(trust) if isinstance(trust, Iterable) and not isinstance(trust, str) else (trust,)
     for package in packages:
         if not isinstance(package, str) or not re.fullmatch(r"\w+(\.\w+)*", package):
             raise FewShotError(f"trust={package} must name a package, or a list of packages: trust=[first,second]")

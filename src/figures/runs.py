@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from numpy.typing import NDArray
 
+from fewshot.checks import Count
 from fewshot.data.episodes import EmbeddedEpisode, Episode, classes_of
 from fewshot.distances import l2
 from fewshot.errors import FewShotError
@@ -100,7 +101,7 @@ def intervals(run: str | None, episodes: int, out: Path) -> list[Path]:
     return [save(figure, out / "intervals.png")]
 
 
-def prototypes(run: str | None, way: int, shot: int, query: int, number: int, out: Path) -> list[Path]:
+def prototypes(run: str | None, way: int, shot: Count, query: Count, number: int, out: Path) -> list[Path]:
     """Draw the embeddings of a test episode before and after training, its prototypes, and their regions.
 
     The plane is spanned by the two principal axes of the prototypes, and the regions are those of the nearest prototype

@@ -25,7 +25,7 @@ from figures.shared import save
 
 SIZE = 28  # height and width of the images
 SAMPLES = 20  # images of a class, as in Omniglot
-TASK = {"way": 20, "shot": 5, "query": 15}
+TASK: dict[str, Any] = {"way": 20, "shot": 5, "query": 15}
 EPISODES = 300  # that the rate is measured over
 PANELS = {  # measurements, by the titles of their panels
     "build the bank, s": ("build",),

@@ -9,12 +9,13 @@ from matplotlib.figure import Figure
 from benchmarks.maml import TASK, ours
 from benchmarks.profiling import KINDS_AND_ELSE, convolution_peak, profile_step
 from benchmarks.training import MINIIMAGENET, OMNIGLOT, bare_loop
+from fewshot.checks import Count
 from fewshot.hardware import keep_freed_memory
 from fewshot.style import COLOURS, STYLE, WIDTH
 from figures.shared import save
 
 
-def time_profile(rounds: int, out: Path) -> list[Path]:
+def time_profile(rounds: Count, out: Path) -> list[Path]:
     """Draw where the time of a training step goes, and how long its arithmetic would take at this processor's peak.
 
     The peak is that of a large convolution, measured with all threads.

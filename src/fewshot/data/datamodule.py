@@ -29,6 +29,7 @@ from fewshot.data.transforms import Transform, seeded
 from fewshot.errors import FewShotError
 from fewshot.text import say
 
+PREFIXES = {"train": "train.", "val": "", "test": ""}  # of way, shot and query in the configuration
 AnyBatch = TypeVar("AnyBatch", MetaBatch, ClassBatch)
 
 
@@ -86,7 +87,7 @@ class EpisodeDataModule(pl.LightningDataModule):
         if not all(OmegaConf.is_config(given[node]) for node in ("dataset", "train", "val", "test")):
             given = _complete(given, task)
         self.dataset, self.cache_dir, self.transform = given["dataset"], given["cache_dir"], transform
-        self.episode = {**task, "seed": eval_seed}
+        self.episode: dict[str, Any] = {**task, "seed": eval_seed}
         self.train_episode = {**{key: given["train"][key] for key in task}, "seed": seed}
         self.train_episodes, self._meta_batch = given["train"]["episodes"], given["train"]["meta_batch"]
         self._every, self._checkpoint_every = given["val"]["every"], given["checkpoint_every"]
@@ -120,7 +121,7 @@ class EpisodeDataModule(pl.LightningDataModule):
             members = [image_class for image_class in classes if image_class.split in self.parts_of(split)]
             shape = {key: value for key, value in task.items() if key != "seed"}
             names, counts = [member.name for member in members], [member.count for member in members]
-            check_task(split, names, counts, **shape)
+            check_task(split, names, counts, **shape, prefix=PREFIXES[split])
 
     def parts_of(self, split: str) -> tuple[str, ...]:
         """Return the splits of the data set whose classes are in ``split`` of this module."""
@@ -162,7 +163,10 @@ class EpisodeDataModule(pl.LightningDataModule):
                 f"train.batch_size={self._batch_size}: this method trains on episodes, of train.way, train.shot and "
                 "train.query; omit it"
             )
-        self.datasets = {split: EpisodeDataset(self.bank, split, **task) for split, task in self._tasks().items()}
+        self.datasets = {
+            split: EpisodeDataset(self.bank, split, **task, prefix=PREFIXES[split])
+            for split, task in self._tasks().items()
+        }
 
     @property
     def processes(self) -> int:

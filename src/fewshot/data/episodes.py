@@ -161,7 +161,9 @@ def draw_query_counts(
     return counts
 
 
-def check_task(split: str, names: Sequence[str], counts: Sequence[int], way: int, shot: int, query: int) -> None:
+def check_task(
+    split: str, names: Sequence[str], counts: Sequence[int], way: int, shot: int, query: int, prefix: str = ""
+) -> None:
     """Reject episodes that need more classes or images than a split has.
 
     Args:
@@ -171,11 +173,11 @@ def check_task(split: str, names: Sequence[str], counts: Sequence[int], way: int
         way: classes per episode.
         shot: support samples per class.
         query: queries per class.
+        prefix: of the last three in the configuration: "train." in a training.
 
     Raises:
         FewShotError: there are too few classes or images; the message names the key to lower.
     """
-    prefix = "train." if split == "train" else ""
     if len(names) < 2:
         raise FewShotError(
             f"the {split} split has {f'only the class {names[0]}' if names else 'no class'}; an episode needs at "
@@ -205,6 +207,7 @@ class EpisodeDataset(Dataset[EpisodeIndex]):
         query: queries per class.
         seed: see ``draw_episode``.
         concentration: see ``draw_query_counts``; an episode has ``way * query`` queries. None: ``query`` per class.
+        prefix: see ``check_task``.
 
     Raises:
         FewShotError: the split has fewer classes than ``way``, or a class fewer images than ``shot + query``.
@@ -219,12 +222,13 @@ class EpisodeDataset(Dataset[EpisodeIndex]):
         query: int,
         seed: int,
         concentration: float | None = None,
+        prefix: str = "",
     ) -> None:
         self.bank, self.split, self.way, self.shot, self.query, self.seed = bank, split, way, shot, query, seed
         self.concentration = concentration
         classes = bank.classes(split)
         self.first, self.counts = bank.offsets[classes], np.diff(bank.offsets)[classes]
-        check_task(split, bank.class_names(split), self.counts.tolist(), way, shot, query)
+        check_task(split, bank.class_names(split), self.counts.tolist(), way, shot, query, prefix)
         labels = torch.arange(way)
         self.support_labels, self.query_labels = (
             labels.repeat_interleave(shot),

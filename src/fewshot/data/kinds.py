@@ -40,13 +40,14 @@ def warn_of_mismatch(known: Kind | None, drawn: Sequence[bool], name: str) -> No
         say(f"warning: {line}", error=True)
 
 
-def mismatch(known: Kind | None, drawn: Sequence[bool], name: str) -> str | None:
+def mismatch(known: Kind | None, drawn: Sequence[bool], name: str, fix: str | None = None) -> str | None:
     """Return a line for a user if most images are not of the kind that a network knows.
 
     Args:
         known: that kind; None: not known, and there is no line.
         drawn: ``is_drawn`` of each image.
         name: of the images: "queries".
+        fix: what to do; None: what to choose on a command line.
     """
     strange = sum(drawn) if known == "photos" else len(drawn) - sum(drawn)
     if known is None or strange <= len(drawn) / 2:
@@ -54,5 +55,5 @@ def mismatch(known: Kind | None, drawn: Sequence[bool], name: str) -> str | None
     seen = "photos" if known == "letters" else "letters or drawings"
     return (
         f"{strange:,} of the {len(drawn):,} {name} look like {seen}, but this network knows {known}, so its answers "
-        f"mean little; {FIXES[known]}"
+        f"mean little; {fix or FIXES[known]}"
     )
