@@ -69,7 +69,8 @@ class MAML(FewShotMethod):
         clip_norm: largest norm of the meta-gradient; larger ones are scaled down to it. None: no clipping.
         task_batching: "loop" solves the tasks of a meta-batch one after another, "threads" on CPU threads, "vmap"
             several in one batch; "auto" is threads on the CPU and vmap elsewhere. A thread solves several small tasks
-            at once if the encoder allows it, see ``solves_together``.
+            at once if the encoder allows it, see ``solves_together``. With dropout and other layers that draw random
+            numbers, see ``draws_random``, tasks are always solved one after another.
         vmap_tasks: number of tasks that vmap solves at once; memory grows with it, not with the meta-batch.
         recompute: recompute the activations of the inner steps when the meta-gradient needs them instead of storing
             them, so that memory does not grow with the number of steps.
