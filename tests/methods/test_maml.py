@@ -203,9 +203,10 @@ def test_all_ways_to_run_tasks_agree(order, encoder):
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("batching", ["loop", "threads", "vmap", "auto"])
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.RReLU(), DropBlock2d(0.2, 3)])
-def test_with_dropout_all_ways_to_run_tasks_draw_the_same_numbers(layer, batching, monkeypatch):
+def test_with_dropout_all_ways_to_run_tasks_draw_the_same_numbers(layer, batching, recompute, monkeypatch):
     monkeypatch.delattr("fewshot.methods.tasks.map_in_threads")  # threads may be in order by chance
 
     def noisy():
@@ -215,7 +216,7 @@ def test_with_dropout_all_ways_to_run_tasks_draw_the_same_numbers(layer, batchin
 
     batch = tasks()
     expected = method(noisy).meta_gradient(batch)
-    found = method(noisy, task_batching=batching).meta_gradient(batch)
+    found = method(noisy, task_batching=batching, recompute=recompute).meta_gradient(batch)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewshot.checks import Count, Natural, Positive, checked
 from fewshot.data.episodes import Episode, MetaBatch
-from fewshot.encoders.adaptable import BatchStatisticsNorm2d, make_adaptable, solves_together
+from fewshot.encoders.adaptable import BatchStatisticsNorm2d, draws_random, make_adaptable, solves_together
 from fewshot.errors import FewShotError
 from fewshot.methods.base import Classifier, FewShotMethod
 from fewshot.methods.tasks import TaskBatching, for_each_task
@@ -258,9 +258,10 @@ class MAML(FewShotMethod):
             return tuple(updated[name] for name in names)
 
         values = tuple(weights[name] for name in names)
+        random = draws_random(self)  # if not, restoring the generator would only disturb the other threads
         for number in range(steps):
             if differentiable and self.recompute:
-                values = checkpoint(step, number, *values, use_reentrant=False, preserve_rng_state=False)
+                values = checkpoint(step, number, *values, use_reentrant=False, preserve_rng_state=random)
             else:
                 values = step(number, *values)
         return weights | dict(zip(names, values, strict=True))
