@@ -15,7 +15,7 @@ from fewshot.config import compose
 from fewshot.data.episodes import EpisodeIndex, MetaBatch, Share
 from fewshot.errors import FewShotError
 from fewshot.hardware import check_hardware, has_bfloat16, precision_like, precision_of, report_out_of_memory
-from fewshot.training import make_data, make_method, train
+from fewshot.training import _memory_advice, make_data, make_method, train
 
 BANK = make_bank({"train": [8] * 6, "val": [8] * 5, "test": [8] * 5}, size=28)
 MAKE = [
@@ -313,7 +313,22 @@ def test_out_of_memory_ends_in_one_line_that_says_what_to_lower(
         train(config)
     line = str(refused.value)
     assert line.startswith(f"the memory of {device} is full; lower ") and "\n" not in line
-    assert ("method.vmap_tasks" if method == "maml" else "train.meta_batch") in line and f"resume={tmp_path}" in line
+    assert ("method.vmap_tasks" in line) == (method == "maml") and f"resume={tmp_path}" in line
+
+
+@pytest.mark.parametrize(
+    ("choices", "helps"),
+    [
+        (("method=protonet", "train.meta_batch=4"), True),
+        (("method=protonet", "train.meta_batch=1"), False),
+        (("method=protonet", "train.meta_batch=4", "hardware.devices=4"), False),
+        (("method=maml",), False),
+    ],
+)
+def test_accumulation_is_advised_only_where_it_saves_memory(choices, helps):
+    advice = _memory_advice(compose(*choices, "run_dir=run"))
+    assert ("hardware.accumulate_grad_batches" in advice) == helps
+    assert ("train.meta_batch" in advice) == ("train.meta_batch=4" in choices)
 
 
 def test_other_errors_are_not_changed():

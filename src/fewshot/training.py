@@ -148,10 +148,16 @@ def _memory_advice(config: DictConfig) -> str:
     """Return what to lower if the memory does not suffice."""
     if trains_on(config) == "classes":
         return f"lower train.batch_size in a new run, or choose another precision with resume={config.run_dir}"
-    step = "method.vmap_tasks, or set method.recompute=true," if "vmap_tasks" in config.method else "train.meta_batch"
+    by_task = "vmap_tasks" in config.method  # such a method accumulates by itself
+    step = "train.meta_batch or " if config.train.meta_batch > 1 else ""
+    step = "method.vmap_tasks, or set method.recompute=true, or " if by_task else step
+    devices = config.hardware.devices
+    processes = devices * config.hardware.get("num_nodes", 1) if isinstance(devices, int) else 1
+    pieces = not by_task and config.train.meta_batch > processes  # a piece has an episode at least
+    accumulate = "a higher hardware.accumulate_grad_batches or " if pieces else ""
     return (
-        f"lower {step} or train.way, train.shot and train.query, in a new run; or resume this one with "
-        f"resume={config.run_dir} and a higher hardware.accumulate_grad_batches or hardware.precision=bf16-mixed"
+        f"lower {step}train.way, train.shot and train.query, in a new run; or resume this one with "
+        f"resume={config.run_dir} and {accumulate}hardware.precision=bf16-mixed"
     )
 
 

@@ -41,6 +41,17 @@ def test_it_is_found_where_people_have_it(birds, place, tmp_path):
     assert classes[0].load().shape == (1, 16, 16, 3) and source.split == "chen"
 
 
+def test_masks_are_not_images_of_their_species(birds, tmp_path):
+    copy = tmp_path / "CUB_200_2011"
+    shutil.copytree(birds, copy)
+    shutil.copytree(birds / "images", copy / "segmentations")
+    assert {one.count for one in cub(str(tmp_path), 16, 3).classes()} == {1}
+    # Nor do they stand in for images that are missing.
+    shutil.rmtree(copy / "images" / "007.Bird_7")
+    with pytest.raises(FewShotError, match=r"lacks 1 of 200 species, such as number 007"):
+        cub(str(tmp_path), 16, 3)
+
+
 def test_what_is_missing_is_named(birds, tmp_path):
     copy = tmp_path / "CUB_200_2011"
     shutil.copytree(birds, copy)

@@ -53,6 +53,14 @@ def test_folders_of_the_splits_and_archives_are_read_too(imagenet, tmp_path):
         assert {one.count for one in classes} == {2} and classes[0].load().shape == (2, 8, 8, 3)
 
 
+def test_the_validation_images_of_imagenet_are_left_out(imagenet, tmp_path):
+    for part in ("train", "val"):
+        shutil.copytree(imagenet / "train", tmp_path / part)
+    source = tieredimagenet(str(tmp_path), 8, 3)
+    assert {one.count for one in source.classes()} == {2}
+    assert {path.parts[len(tmp_path.parts)] for path in source.files} == {"train"}
+
+
 def test_what_is_missing_is_named(imagenet, tmp_path):
     names = list(split_of_classes())
     shutil.copytree(imagenet / "train" / names[0], tmp_path / names[0])

@@ -4,8 +4,15 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import vmap
 from torch.nn.functional import batch_norm
+from torchvision.ops import DropBlock2d, StochasticDepth
 
-from fewshot.encoders.adaptable import AdaptableConv2d, BatchStatisticsNorm2d, make_adaptable, solves_together
+from fewshot.encoders.adaptable import (
+    AdaptableConv2d,
+    BatchStatisticsNorm2d,
+    draws_random,
+    make_adaptable,
+    solves_together,
+)
 from fewshot.encoders.conv4 import Conv4
 from fewshot.encoders.resnet12 import ResNet12
 
@@ -181,3 +188,16 @@ def test_only_layers_that_never_mix_channels_allow_tasks_side_by_side():
     for network in (*allowed, *refused):
         make_adaptable(network, twice=True)
         assert solves_together(network) == (network in allowed)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.RReLU(), DropBlock2d(0.1, 3), StochasticDepth(0.1, "row")]
+)
+def test_layers_that_draw_random_numbers_in_training_are_known(layer):
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(layer))
+    assert draws_random(network) and not draws_random(network.eval())
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.0), StochasticDepth(0.0, "row"), nn.ReLU(), nn.Identity()])
+def test_layers_that_drop_nothing_draw_no_random_numbers(layer):
+    assert not draws_random(nn.Sequential(nn.Conv2d(1, 2, 3), layer))

@@ -46,6 +46,13 @@ def test_squares_are_dropped_in_training_only():
         torch.testing.assert_close(encoder(images), encoder(images))
 
 
+@pytest.mark.parametrize(("size", "dropped"), [(16, (1, 1)), (28, (3, 1)), (32, (3, 1)), (64, (5, 3)), (84, (5, 5))])
+def test_squares_are_the_largest_that_fit_a_map(size, dropped):
+    encoder = ResNet12(1, size, drop=0.1)
+    assert tuple(block.drop.block_size for block in list(encoder)[2:4]) == dropped
+    assert encoder(torch.randn(2, 1, size, size)).isfinite().all()
+
+
 def test_mean_of_the_feature_maps_is_the_embedding():
     encoder, images = ResNet12(3, 84).eval(), torch.randn(2, 3, 84, 84)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torchvision.ops import DropBlock2d
 
 from fewshot.autograd import autograd_graph, is_double_backward
 from fewshot.data.episodes import Episode, stack
@@ -200,6 +201,23 @@ def test_all_ways_to_run_tasks_agree(order, encoder):
         for recompute in (False, True):
             found = method(encoder, order=order, task_batching=batching, recompute=recompute).meta_gradient(batch)
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("batching", ["loop", "threads", "vmap", "auto"])
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.RReLU(), DropBlock2d(0.2, 3)])
+def test_with_dropout_all_ways_to_run_tasks_draw_the_same_numbers(layer, batching, recompute, monkeypatch):
+    monkeypatch.delattr("fewshot.methods.tasks.map_in_threads")  # threads may be in order by chance
+
+    def noisy():
+        encoder = Smooth()
+        encoder[2] = layer
+        return encoder
+
+    batch = tasks()
+    expected = method(noisy).meta_gradient(batch)
+    found = method(noisy, task_batching=batching, recompute=recompute).meta_gradient(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
 
 
 def test_orders_have_equal_logits_and_different_gradients():

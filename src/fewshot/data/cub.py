@@ -1,12 +1,11 @@
 """CUB: photos of 200 species of birds (Wah et al., 2011, Caltech-UCSD Birds-200-2011)."""
 
 import re
-from collections import defaultdict
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from fewshot.data.bank import SPLITS, ImageClass, Source, of_photos
-from fewshot.data.folder import list_files, load_images, only_images
+from fewshot.data.folder import by_parent, list_files, load_images, only_images
 from fewshot.data.locate import holds
 from fewshot.errors import FewShotError
 
@@ -30,9 +29,7 @@ def cub(data_dir: str, size: int, channels: int) -> Source:
     root = Path(data_dir).expanduser()
     below = sorted(root.glob("[Cc][Uu][Bb]*")) if root.is_dir() and not root.name.lower().startswith("cub") else []
     where = next((path for path in below if path.is_dir()), next(iter(below), root))
-    found = defaultdict(list)
-    for path, file in only_images(list_files(where)).items():
-        found[PurePosixPath(path).parent.name].append(file)
+    found = by_parent(only_images(list_files(where)), "images")  # not the masks in segmentations
     numbered = {int(match[1]): name for name in found if (match := re.match(r"(\d{3})\.", name))}
     lacking = [number for number in range(1, SPECIES + 1) if number not in numbered]
     if lacking:

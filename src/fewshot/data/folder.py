@@ -83,6 +83,22 @@ def by_class(files: Files, depth: int = 1) -> Classes:
     return dict(sorted(classes.items()))
 
 
+def by_parent(files: Files, preferred: str) -> Classes:
+    """Group files by the name of the folder they are in, at any depth.
+
+    Args:
+        files: to group.
+        preferred: the name of a folder. Where the same class is below such a folder and elsewhere, too, the others are
+            other pictures, such as masks or a validation set, and all that is elsewhere is left out.
+    """
+    inside: Classes = defaultdict(list)
+    outside: Classes = defaultdict(list)
+    for path, file in files.items():
+        *above, name, _ = ["", *path.split("/")]
+        (inside if preferred in above else outside)[name].append(file)
+    return inside if inside.keys() & outside.keys() else inside | outside
+
+
 def list_files(root: Path) -> Files:
     """List what is in a folder or an archive.
 

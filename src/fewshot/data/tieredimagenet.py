@@ -1,11 +1,10 @@
 """tieredImageNet: 608 classes of ImageNet, divided by category (Ren et al., 2018, arXiv 1803.00676)."""
 
-from collections import defaultdict
 from functools import cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from fewshot.data.bank import ImageClass, Source, of_photos
-from fewshot.data.folder import list_files, load_images, only_images
+from fewshot.data.folder import by_parent, list_files, load_images, only_images
 from fewshot.data.locate import holds
 from fewshot.errors import FewShotError
 
@@ -18,16 +17,15 @@ def tieredimagenet(data_dir: str, size: int, channels: int) -> Source:
 
     Args:
         data_dir: a folder or an archive with one folder per class, named by its WordNet number, at any depth; other
-            classes are left out.
+            classes are left out. With ImageNet's ``train`` and ``val``, only ``train`` is read.
         size: height and width of the images, see ``read_photo``.
         channels: 1 for grey, 3 for RGB.
 
     Raises:
         FewShotError: the folder is not there or lacks classes.
     """
-    where, splits, found = Path(data_dir).expanduser(), split_of_classes(), defaultdict(list)
-    for path, file in only_images(list_files(where)).items():
-        found[PurePosixPath(path).parent.name].append(file)
+    where, splits = Path(data_dir).expanduser(), split_of_classes()
+    found = by_parent(only_images(list_files(where)), "train")
     lacking = [name for name in splits if name not in found]
     if lacking:
         raise FewShotError(

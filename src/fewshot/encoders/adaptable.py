@@ -1,5 +1,6 @@
 """Layers for adapted networks: batch norm with batch statistics only, and layers with cheap second derivatives."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fewshot.encoders.block import Block
 
 CHANNEL_BY_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+RANDOM = re.compile(r"drop|stochastic|rrelu", re.IGNORECASE)  # names of layers of PyTorch, torchvision and timm
 How = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation and groups
 
 
@@ -102,6 +104,22 @@ def solves_together(network: nn.Module) -> bool:
         return all(parameter.requires_grad for parameter in network.parameters())  # others have no dimension of tasks
     chain = type(network).forward is nn.Sequential.forward or isinstance(network, Block)
     return chain and all(map(solves_together, network.children()))
+
+
+def draws_random(network: nn.Module) -> bool:
+    """Whether a network draws random numbers as it is now: a layer trains that drops values, or is a random ReLU.
+
+    They are known by their names, such as ``Dropout``, ``DropPath``, ``StochasticDepth`` and ``RReLU``.
+    """
+    return any(
+        module.training and RANDOM.search(type(module).__name__) and _rate(module) != 0 for module in network.modules()
+    )
+
+
+def _rate(module: nn.Module) -> float | None:
+    return getattr(
+        module, "p", getattr(module, "drop_prob", None)
+    )  # torchvision and timm keep layers that drop nothing
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:

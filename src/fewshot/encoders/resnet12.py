@@ -10,7 +10,7 @@ from fewshot.errors import FewShotError
 
 WIDTHS = (64, 160, 320, 640)
 SLOPE = 0.1  # negative slope of the leaky ReLU
-DROPPED = 5  # height and width of the squares that DropBlock drops
+DROPPED = 5  # height and width of the squares that DropBlock drops, at most
 
 
 class ResNet12(nn.Sequential):
@@ -23,7 +23,7 @@ class ResNet12(nn.Sequential):
         channels: of the images: 1 for grey, 3 for RGB.
         size: height and width of the images, in pixels, at least 16.
         drop: share of activations that DropBlock (Ghiasi et al., 2018, arXiv 1810.12890) drops in the last two blocks
-            in training, in 5x5 squares, constant over training; 0: none.
+            in training, in 5x5 squares (3x3 or 1x1 in maps that are smaller), constant over training; 0: none.
 
     Raises:
         FewShotError: the images are too small, or a number is out of range.
@@ -38,7 +38,7 @@ class ResNet12(nn.Sequential):
             raise FewShotError(f"encoder=resnet12 needs dataset.size={size} of at least 16")
         drops = (0.0, 0.0, drop, drop)
         super().__init__(
-            *map(_Block, (channels, *WIDTHS), WIDTHS, drops),
+            *map(_Block, (channels, *WIDTHS), WIDTHS, drops, (size // 2, size // 4, size // 8, size // 16)),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
@@ -53,7 +53,7 @@ class ResNet12(nn.Sequential):
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, width: int, drop: float) -> None:
+    def __init__(self, inputs: int, width: int, drop: float, size: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             *_normed(inputs, width, 3),
@@ -63,7 +63,8 @@ class _Block(nn.Module):
             *_normed(width, width, 3),
         )
         self.shortcut = nn.Sequential(*_normed(inputs, width, 1))
-        self.drop = DropBlock2d(drop, DROPPED) if drop else nn.Identity()
+        # Squares have a middle, so that their size is odd.
+        self.drop = DropBlock2d(drop, min(DROPPED, size - 1 + size % 2)) if drop else nn.Identity()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # Leaky ReLU is monotonic, so pooling first computes the same function on a quarter of the values.

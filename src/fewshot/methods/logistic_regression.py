@@ -53,6 +53,7 @@ class LogisticRegression(TrainingFree):
         bound = torch.linalg.inv(weighted.mT @ points / 2 + penalty.diag())
         weights = points.new_zeros(len(points), points.shape[2], way)
         ahead, before = weights, points.new_ones(len(points), 1, 1)
+        done = torch.zeros_like(before, dtype=torch.bool)  # by task, so that none depends on the others
         for _ in range(STEPS):
             slope = weighted.mT @ ((points @ ahead).softmax(2) - targets) + penalty[:, None] * ahead
             moved = ahead - bound @ slope
@@ -61,8 +62,9 @@ class LogisticRegression(TrainingFree):
             uphill = ((ahead - moved) * change).sum((1, 2), keepdim=True) > 0
             now = torch.where(uphill, 1.0, (1 + (1 + 4 * before.square()).sqrt()) / 2)
             ahead = moved + torch.where(uphill, 0.0, (before - 1) / now) * change
-            weights, before = moved, now
-            if change.abs().max() < TOLERANCE:
+            weights, before = torch.where(done, weights, moved), now
+            done = done | (change.abs().amax((1, 2), keepdim=True) < TOLERANCE)
+            if done.all():
                 break
         return (_with_intercept((query @ basis).double()) @ weights).to(query)
 

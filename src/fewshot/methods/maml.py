@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewshot.checks import Count, Natural, Positive, checked
 from fewshot.data.episodes import Episode, MetaBatch
-from fewshot.encoders.adaptable import BatchStatisticsNorm2d, make_adaptable, solves_together
+from fewshot.encoders.adaptable import BatchStatisticsNorm2d, draws_random, make_adaptable, solves_together
 from fewshot.errors import FewShotError
 from fewshot.methods.base import Classifier, FewShotMethod
 from fewshot.methods.tasks import TaskBatching, for_each_task
@@ -69,7 +69,8 @@ class MAML(FewShotMethod):
         clip_norm: largest norm of the meta-gradient; larger ones are scaled down to it. None: no clipping.
         task_batching: "loop" solves the tasks of a meta-batch one after another, "threads" on CPU threads, "vmap"
             several in one batch; "auto" is threads on the CPU and vmap elsewhere. A thread solves several small tasks
-            at once if the encoder allows it, see ``solves_together``.
+            at once if the encoder allows it, see ``solves_together``. With dropout and other layers that draw random
+            numbers, see ``draws_random``, tasks are always solved one after another.
         vmap_tasks: number of tasks that vmap solves at once; memory grows with it, not with the meta-batch.
         recompute: recompute the activations of the inner steps when the meta-gradient needs them instead of storing
             them, so that memory does not grow with the number of steps.
@@ -257,9 +258,10 @@ class MAML(FewShotMethod):
             return tuple(updated[name] for name in names)
 
         values = tuple(weights[name] for name in names)
+        random = draws_random(self)  # if not, restoring the generator would only disturb the other threads
         for number in range(steps):
             if differentiable and self.recompute:
-                values = checkpoint(step, number, *values, use_reentrant=False, preserve_rng_state=False)
+                values = checkpoint(step, number, *values, use_reentrant=False, preserve_rng_state=random)
             else:
                 values = step(number, *values)
         return weights | dict(zip(names, values, strict=True))

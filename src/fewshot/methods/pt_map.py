@@ -87,11 +87,13 @@ def sinkhorn(
     kernel, share = log_kernel.exp(), cost.shape[1] / cost.shape[2]
     classes = torch.ones_like(kernel[:, :1].mT) if start is None else start
     rows = 1 / (kernel @ classes)
+    done = torch.zeros_like(rows[:, :1], dtype=torch.bool)  # by task, so that none depends on the others
     for _ in range(SINKHORN_STEPS):
-        classes = share / (kernel.mT @ rows)
+        classes = torch.where(done, classes, share / (kernel.mT @ rows))
         sums = kernel @ classes
-        converged = (rows * sums - 1).abs().max() < TOLERANCE
-        rows = 1 / sums
-        if converged:
+        converged = (rows * sums - 1).abs().amax((1, 2), keepdim=True) < TOLERANCE
+        rows = torch.where(done, rows, 1 / sums)
+        done = done | converged
+        if done.all():
             break
     return (log_kernel + rows.log() + classes.mT.log()).to(cost), classes

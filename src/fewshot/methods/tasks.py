@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fewshot.data.episodes import Episode
+from fewshot.encoders.adaptable import draws_random
 from fewshot.hardware import map_in_threads
 
 TaskBatching = Literal["auto", "loop", "threads", "vmap"]
@@ -33,7 +34,8 @@ def for_each_task(
         work: gets the module (on a thread, a copy that shares its tensors) and an episode; for several tasks at once, a
             meta-batch.
         meta_batch: the tasks.
-        task_batching: "loop", "threads", "vmap", or "auto": threads on the CPU and vmap elsewhere.
+        task_batching: "loop", "threads", "vmap", or "auto": threads on the CPU and vmap elsewhere. A learner that draws
+            random numbers, see ``draws_random``, always gets "loop".
         vmap_tasks: number of tasks vmap solves at once.
         thread_tasks: the most tasks a thread solves at once; fewer where that leaves no thread idle.
 
@@ -41,6 +43,10 @@ def for_each_task(
         The results, in the order of the tasks.
     """
     device = meta_batch.query.device.type
+    # Threads would draw from the one generator in any order, and vmap refuses layers that draw in place. And a run that
+    # resumes with another choice must draw the same numbers.
+    if draws_random(learner):
+        task_batching = "loop"
     if task_batching == "auto":
         task_batching = "threads" if device == "cpu" else "vmap"
     if task_batching != "threads":
