@@ -117,9 +117,8 @@ def draws_random(network: nn.Module) -> bool:
 
 
 def _rate(module: nn.Module) -> float | None:
-    return getattr(
-        module, "p", getattr(module, "drop_prob", None)
-    )  # torchvision and timm keep layers that drop nothing
+    # torchvision and timm keep layers that drop nothing.
+    return getattr(module, "p", getattr(module, "drop_prob", None))
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
