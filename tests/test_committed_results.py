@@ -57,7 +57,7 @@ def test_the_table_of_the_classifier_shows_the_committed_results():
             "reproduction/miniimagenet/classifier_5shot/0",
         ),
         "SimpleShot (centred and normalised)": ("simpleshot/1shot", "simpleshot/5shot"),
-        "prototypical network, 600 more episodes by scaled cosine": tuple(
+        "prototypical network, 600 more episodes of 5 classes": tuple(
             f"reproduction/miniimagenet/pretrained_protonet_5way_{shot}shot/0" for shot in (1, 5)
         ),
         "nearest class mean by cosine, second training": (
@@ -65,6 +65,10 @@ def test_the_table_of_the_classifier_shows_the_committed_results():
             "reproduction/miniimagenet/classifier_cosine_5shot/0",
         ),
         "SimpleShot, second training": ("simpleshot/second_1shot", "simpleshot/second_5shot"),
+        "prototypical network, 3,200 episodes of 20 classes after the second training": tuple(
+            f"reproduction/miniimagenet/finetuned_protonet_5way_{shot}shot/0" for shot in (1, 5)
+        ),
+        "SimpleShot on its encoder": ("simpleshot/finetuned_1shot", "simpleshot/finetuned_5shot"),
     }
     for name, places in rows.items():
         cells = []

@@ -521,6 +521,8 @@ def _differences(run: Result, first: Result) -> list[str]:
     named = {change.lstrip("+~").partition("=")[0] for change in changes(run)}
     if "train_overrides" in run and "train_overrides" in first:  # both say how they differ from the experiment
         named |= {*training_settings(run), *training_settings(first)}
+    if "hardware.precision" in named:
+        named.add("precision")
     joined = own.get("train.also_on") != other.get("train.also_on")  # explains the numbers of classes and images
     differences = []
     for key in {**own, **other}:
