@@ -131,7 +131,7 @@ def test_any_encoder_classifies(examples):
     classifier = fewshot.FewShotClassifier(encoder, size=28, channels=1, normalise="range", hardware="cpu")
     assert clone(classifier).size == 28  # as scikit-learn does to try settings
     assert classifier.fit(images, labels).predict(images).tolist() == labels
-    with pytest.raises(FewShotError, match="only a classifier made from a run can be saved"):
+    with pytest.raises(FewShotError, match="a classifier made from a module cannot be saved"):
         classifier.save("x")
 
 

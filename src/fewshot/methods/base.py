@@ -128,8 +128,8 @@ class FewShotMethod(pl.LightningModule, ABC):
         metric.reset()
         if estimate.tied:
             self.print(
-                f"warning: {estimate.tied:,} {split} queries have several classes with the same largest logit; each of "
-                "these queries counts as a guess among its classes",
+                f"warning: for {estimate.tied:,} of the {split} queries, several classes have the same largest logit; "
+                "each counts as a guess among them",
                 flush=True,
             )
         self.log(f"{split}/accuracy", estimate.accuracy, prog_bar=True)
