@@ -443,7 +443,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_can_be_resumed_later(cli, run
 
 
 def test_the_newest_run_is_the_complete_one_that_ended_last(tmp_path):
-    with pytest.raises(FewShotError, match=r"there is no complete run below .*; train one first with make train"):
+    with pytest.raises(FewShotError, match=r"there is no complete run below .*; train one, or name one"):
         newest_run(tmp_path / "outputs")
     for age, (name, files) in enumerate(
         {
