@@ -141,13 +141,14 @@ def export_classifier(model: str, out: str, trust: str | Iterable[str] | None = 
         raise FewShotError(f"out={out}: a taught classifier is written as ONNX; choose out=FILE.onnx")
     taught = load_taught(model, compose("hardware=cpu", name="predict").hardware, trust)
     predictor, learned = taught.predictor, taught.learned
-    adapts, together = not isinstance(predictor.method, MetricMethod), predictor.method.transductive
-    if adapts or together or predictor.ink:
-        why = "its classifier adapts a network" if adapts else "its classifier needs all queries together"
-        raise FewShotError(
-            f"{model} cannot be written as ONNX: {why if adapts or together else 'its network reads letters'}; teach "
-            "photos with method=auto"
-        )
+    obstacles = {
+        "its classifier adapts a network": not isinstance(predictor.method, MetricMethod),
+        "its classifier needs all queries together": predictor.method.transductive,
+        "its network reads letters": predictor.ink,
+    }
+    why = next((obstacle for obstacle, applies in obstacles.items() if applies), None)
+    if why is not None:
+        raise FewShotError(f"{model} cannot be written as ONNX: {why}; teach photos with method=auto")
     if predictor.crop == "pad":
         raise FewShotError(f"{model} pads photos, which an ONNX file cannot; teach it with crop=center or squash")
     recogniser = Recogniser(predictor, learned).eval()

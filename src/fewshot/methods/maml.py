@@ -258,9 +258,10 @@ class MAML(FewShotMethod):
             return tuple(updated[name] for name in names)
 
         values = tuple(weights[name] for name in names)
-        random = draws_random(self)  # if not, restoring the generator would only disturb the other threads
+        recompute = differentiable and self.recompute
+        random = recompute and draws_random(self)  # if not, restoring the generator would only disturb other threads
         for number in range(steps):
-            if differentiable and self.recompute:
+            if recompute:
                 values = checkpoint(step, number, *values, use_reentrant=False, preserve_rng_state=random)
             else:
                 values = step(number, *values)
