@@ -86,6 +86,7 @@ def make_card(
         raise FewShotError(f"conf/models.yaml names no licence of the data set {dataset}; add it below licences")
     ink = has_bright_ink(get_object(config.dataset.source._target_))
     kind = f"{'grey' if config.dataset.channels == 1 else 'colour'} {'letters' if ink else 'photos'}"
+    config_of_test = {key: result["config"].get(key) for key in ("eval_seed", "mirror")}
     best = best_validation(result)
     run = run_config(result)
     cell = name.rpartition("/")[0]
@@ -106,7 +107,7 @@ def make_card(
         "hours": round(lines[owner]["train_seconds"] / 3600, 2),
         "validation": None if best is None else {key: best.get(key) for key in ("accuracy", "ci95", "episodes")},
         "test": {key: result[key] for key in ("way", "shot", "query", "accuracy", "ci95", "episodes")}
-        | {"eval_seed": result["config"]["eval_seed"]},
+        | {key: value for key, value in config_of_test.items() if value is not None},
         "weights": owner,
         "bytes": file.stat().st_size,
         "sha256": digests(file),

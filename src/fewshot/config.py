@@ -94,6 +94,7 @@ class TrainConfig(Task):
     name: str | None = None  # checkpoints of an earlier version have none
     seed: Annotated[int, Ge(0), Lt(2**32)] = MISSING  # NumPy's limit
     eval_seed: Natural = MISSING
+    mirror: bool | None = None
     data_dir: str = MISSING
     cache_dir: str = MISSING
     run_dir: str | None = None

@@ -52,6 +52,7 @@ from fewshot.trained import choices_of
 
 PAGE = Path(__file__).with_name("page")
 TYPES: dict[str, Any] = {"host": str, "port": Port, "crop": Literal[CROPS], "checkpoint": Place | None}
+TYPES["mirror"] = bool | None
 TYPES |= dict.fromkeys(("max_megabytes", "max_model", "max_images", "max_classes"), Count)
 LONGEST = 40  # characters of a class's name
 THUMBNAIL, LARGE = 96, 280  # pixels, the most that an example and the query have on a side in the page
@@ -510,7 +511,7 @@ def _shipped(name: str, model: Model, config: DictConfig) -> Network:
         about,
         form,
         knows,
-        lambda: _make(config, checkpoint=name, overrides=[]),
+        lambda: _make(config, checkpoint=name, overrides=[], mirror=None),
     )
 
 

@@ -1,7 +1,7 @@
 """A few-shot classifier with the scikit-learn interface."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fewshot.data.kinds import is_drawn, mismatch
 from fewshot.data.photos import prepare
 from fewshot.errors import FewShotError
 from fewshot.learned import Learned, Pixels
-from fewshot.methods.base import FewShotMethod
+from fewshot.methods.base import FewShotMethod, set_mirror
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.predictor import Predictor, arbitrary_alone, predictor_of
 from fewshot.taught import load_taught, save_taught
@@ -48,6 +48,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         ink: whether the images are letters or drawings, bright on black.
         hardware: an option of the configuration group ``hardware``.
         batch: number of images embedded at once.
+        mirror: embed each image and its mirror image, and use the mean: for photos, not letters; None: as the network
+            was trained.
         trust: packages whose code the file may name.
 
     Attributes:
@@ -67,6 +69,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         ink: bool = False,
         hardware: str = "auto",
         batch: int = 64,
+        mirror: bool | None = None,
         trust: str | Iterable[str] | None = None,
     ) -> None:
         self.model = model
@@ -76,6 +79,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.ink = ink
         self.hardware = hardware
         self.batch = batch
+        self.mirror = mirror
         self.trust = trust
 
     def fit(self, images: Iterable[Any], labels: ArrayLike) -> "FewShotClassifier":
@@ -190,6 +194,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             method = self.model if isinstance(self.model, FewShotMethod) else PrototypicalNetwork(self.model)
             dataset = {"size": self.size, "channels": self.channels, "normalise": self.normalise}
             refuse(misfits(dataset, {key: TYPES[f"dataset.{key}"] for key in dataset}))
+            if self.mirror is not None:
+                set_mirror(method, self.mirror)
             return Predictor(method, OmegaConf.create(dataset), self.ink, hardware)
         method, config = self._open()
         return predictor_of(Trained(None, method, OmegaConf.create(config), {}), hardware, "auto")
@@ -200,13 +206,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         path = Path(self.model).expanduser()
         if not path.is_file() or path.suffix == ".ckpt":
             trained = load_trained(str(path), trust=self.trust, places=places)
-            return trained.method, trained.checkpoint["hyper_parameters"]
+            return trained.method, self._chosen(trained.checkpoint["hyper_parameters"])
         content, weights, _ = read_weights(path)
         try:
             config = read_config(content.get("config"), path, trust=self.trust, places=places)
         except ValueError as error:
             raise FewShotError(f"{path} is broken: {error}; save the classifier again") from error
-        return restore(path, config, weights), config
+        return restore(path, config, weights), self._chosen(config)
+
+    def _chosen(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of a run with what this classifier changes."""
+        return {**config, **({} if self.mirror is None else {"mirror": self.mirror})}
 
 
 def _hardware(option: str) -> DictConfig:

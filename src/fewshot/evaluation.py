@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fewshot.callbacks import Answers, TestTime
 from fewshot.checks import Count, Place, Positive, misfits, refuse
-from fewshot.config import FOR_TRAINING, TrainConfig, check
+from fewshot.config import FOR_TRAINING, TrainConfig, as_overrides, check
 from fewshot.data.bank import SPLITS, ImageBank, ImageClass
 from fewshot.data.contents import contents_of, differences, known_to_any
 from fewshot.data.datamodule import EpisodeDataModule
@@ -25,7 +25,7 @@ from fewshot.embeddings import EmbeddingCache
 from fewshot.errors import FewShotError, shortened
 from fewshot.files import output_directory, read_json
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_like, report_out_of_memory
-from fewshot.methods.base import MetricMethod
+from fewshot.methods.base import MetricMethod, set_mirror
 from fewshot.metrics import Estimate, count_right, meetings_of, paired_difference
 from fewshot.paths import run_directory
 from fewshot.pictures import draw_confusion
@@ -45,10 +45,10 @@ from fewshot.trained import (
 )
 from fewshot.training import make_data, make_trainer, outcome
 
-TASK = ("way", "shot", "query", "eval_seed")
+TASK = ("way", "shot", "query", "eval_seed", "mirror")
 TYPES: dict[str, Any] = {"split": Literal[SPLITS], "concentration": Positive | None, "pictured": Count}
-TYPES |= {"allow_other_classes": bool, "resume": Literal["auto"] | None, "data_dir": Place, "cache_dir": Place}
-TYPES |= dict.fromkeys(("checkpoint", "against", "out"), Place | None)
+TYPES |= {"allow_other_classes": bool, "mirror": bool | None, "resume": Literal["auto"] | None}
+TYPES |= {"data_dir": Place, "cache_dir": Place, **dict.fromkeys(("checkpoint", "against", "out"), Place | None)}
 PRINTED = 5  # classes with the lowest accuracy
 RARELY = 0.05  # of the episodes
 
@@ -222,6 +222,7 @@ def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None =
         FewShotError: ``config`` requests more than one device, or the data are missing.
     """
     data = open_split(config, "test") if data is None else data
+    set_mirror(trained.method, config.mirror)
     kept, time = Answers(), TestTime()
     trainer = make_trainer(config, kept, time)
     if trainer.world_size > 1:
@@ -234,6 +235,7 @@ def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None =
             "encoder": OmegaConf.to_container(config.method.encoder),
             "data": {key: config.dataset[key] for key in ("size", "channels", "normalise")},
             "images": data.bank.images_sha256,
+            "mirror": config.mirror,
             "precision": str(trainer.precision),
             "machine": machine(trainer.strategy.root_device),
             "torch": torch.__version__,
@@ -339,7 +341,7 @@ def _results(trained: Trained, task: DictConfig, config: DictConfig, tested: Eva
     record = trained.checkpoint.get("callbacks", {}).get("Record", {})
     path = trained.path
     started = [] if path is None else overrides(Path(run_directory(str(path))))
-    changes = [f"{key}={config[key]}" for key in TASK if config[key] is not None]
+    changes = as_overrides({key: config[key] for key in TASK if config[key] is not None})
     changes += [f"concentration={config.concentration}"] if config.concentration is not None else []
     changes += [f"test.episodes={config.episodes}"] if config.episodes is not None else []
     validations = record.get("validations", [])

@@ -37,19 +37,21 @@ class Embedder(nn.Module):
     Args:
         encoder: maps normalised images to embeddings.
         kind: see ``normalise``.
+        mirror: see ``fewshot.methods.base.set_mirror``.
 
     Shape:
         uint8 ``[images, height, width, channels]`` to float32 ``[images, features]``.
     """
 
-    def __init__(self, encoder: nn.Module, kind: str) -> None:
+    def __init__(self, encoder: nn.Module, kind: str, mirror: bool = False) -> None:
         super().__init__()
-        self.encoder, self.kind = encoder, kind
+        self.encoder, self.kind, self.mirror = encoder, kind, mirror
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embed images."""
-        embeddings: torch.Tensor = self.encoder(normalise(pixels, self.kind))
-        return embeddings
+        images = normalise(pixels, self.kind)
+        embeddings: torch.Tensor = self.encoder(images)
+        return (embeddings + self.encoder(images.flip(-1))) / 2 if self.mirror else embeddings
 
 
 class Photos(nn.Module):
@@ -113,7 +115,7 @@ class Recogniser(nn.Module):
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Classify photos."""
         assert self.familiarity is not None
-        embeddings = self.method.embed_images(normalise(self.photos(pixels), self.kind))
+        embeddings = self.method.represent(normalise(self.photos(pixels), self.kind))
         return self.classify(embeddings).softmax(1), self.familiarity(embeddings)
 
 
@@ -230,7 +232,7 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
         )
     dataset = trained.config.dataset
     size, channels = dataset.size, dataset.channels
-    embedder = Embedder(trained.method.encoder.float(), dataset.normalise).eval()
+    embedder = Embedder(trained.method.encoder.float(), dataset.normalise, bool(trained.config.get("mirror"))).eval()
     program = _program(embedder, (max(BATCHES), size, size, channels), ["embeddings"], {0: "images"})
     content: bytes = program.SerializeToString()
     difference = _largest_difference(embedder, content, (size, size, channels))

@@ -34,6 +34,7 @@ from fewshot.text import for_csv, for_figure, for_terminal, make_table, say
 from fewshot.trained import FROM_CHECKPOINT, REPLACEABLE, choices_of
 
 TYPES: dict[str, Any] = {"batch": Count, "sheet": Natural, "shown": Natural, "unknown": bool, "false_alarm": Rate}
+TYPES["mirror"] = bool | None
 TYPES |= dict.fromkeys(("checkpoint", "model", "support", "query", "out", "cache_dir"), Place | None)
 NAMED = 5  # files left out that are named on the terminal; a file lists all of them
 WARNED = 20  # near-duplicate pairs that are named, one per line
@@ -298,7 +299,7 @@ class _Start:
 
 def _start(config: DictConfig, left_out: list[str]) -> _Start:
     if config.model is not None:
-        decided = choices_of(config.overrides, (*FROM_CHECKPOINT, *REPLACEABLE, "checkpoint", "support"))
+        decided = choices_of(config.overrides, (*FROM_CHECKPOINT, *REPLACEABLE, "checkpoint", "support", "mirror"))
         if decided:
             raise FewShotError(f"{decided[0]}: model={config.model} decides that; remove one of them")
         crop = None if config.crop == "auto" else config.crop

@@ -24,7 +24,7 @@ from fewshot.errors import FewShotError
 from fewshot.hardware import check_hardware, machine, precision_of
 from fewshot.learned import Learned, Pixels
 from fewshot.methods.auto import Linear
-from fewshot.methods.base import Classifier, FewShotMethod, MetricMethod, require_finite
+from fewshot.methods.base import Classifier, FewShotMethod, MetricMethod, require_finite, set_mirror
 from fewshot.trained import Trained, load_trained, make_untrained, with_chosen_method
 
 
@@ -75,10 +75,10 @@ class Predictor:
 
         Args:
             folder: safe to empty at any time.
-            described: the configuration of the method.
+            described: what decides an embedding apart from the weights and what this class knows.
         """
         known = {
-            "method": described,
+            "described": described,
             "images": (self.size, self.channels, self.kind),
             "precision": self._precision,
             "machine": machine(self._fabric.device),
@@ -146,7 +146,7 @@ class Predictor:
         if not isinstance(self.method, MetricMethod):
             return pixels
         with torch.no_grad(), self._fabric.autocast():
-            return torch.cat([self.method.embed_images(self._input(part)) for part in pixels.split(EMBEDDED_TOGETHER)])
+            return torch.cat([self.method.represent(self._input(part)) for part in pixels.split(EMBEDDED_TOGETHER)])
 
     def represent_examples(self, images: Sequence[Pixels]) -> torch.Tensor:
         """Return the same as ``represent``; embeddings that are in the cache are not computed again."""
@@ -194,12 +194,14 @@ def make_predictor(config: DictConfig) -> Predictor:
 
 def predictor_of(trained: Trained, hardware: DictConfig, crop: str, cache_dir: str | None = None) -> Predictor:
     """Make the predictor of a method; see ``Predictor``. ``cache_dir`` keeps the embeddings of examples."""
+    set_mirror(trained.method, trained.config.get("mirror"))
     data_set = get_object(trained.config.dataset.source._target_)
     ink, photos = has_bright_ink(data_set), has_photos(data_set)
     predictor = Predictor(trained.method, trained.config.dataset, ink, hardware, crop, photos)
     if cache_dir is not None:
         folder = Path(cache_dir).expanduser() / "embeddings"
-        predictor.keep_embeddings(folder, OmegaConf.to_container(trained.config.method, resolve=True))
+        described = {"method": OmegaConf.to_container(trained.config.method, resolve=True)}
+        predictor.keep_embeddings(folder, {**described, "mirror": trained.method.mirror})
     return predictor
 
 
@@ -215,11 +217,14 @@ def make_trained(config: DictConfig, places: Mapping[str, str] | None = None) ->
             ``with_chosen_method``; or without a checkpoint, there are untrained weights, or its image format is wrong.
     """
     if config.checkpoint is not None:
-        return with_chosen_method(load_trained(config.checkpoint, trust=config.trust, places=places), config.overrides)
+        trained = load_trained(config.checkpoint, trust=config.trust, places=places)
+        if config.get("mirror") is not None:
+            trained.config.mirror = config.mirror
+        return with_chosen_method(trained, config.overrides)
     refuse(wrong_settings({"dataset": config.dataset}))
     method = make_untrained(config.method, "this method or its encoder")
     # The images are in folders of any place.
     source = {"_target_": "fewshot.data.folder.folder", "size": config.dataset.size}
     dataset = {**config.dataset, "source": {**source, "channels": config.dataset.channels, "data_dir": ""}}
     node = OmegaConf.to_container(config.method, resolve=True)
-    return Trained(None, method, OmegaConf.create({"method": node, "dataset": dataset}), {})
+    return Trained(None, method, OmegaConf.create({"method": node, "dataset": dataset, "mirror": config.mirror}), {})

@@ -46,6 +46,7 @@ HARMLESS = re.compile(
     r"[+~]*(experiment(/\w+)?|budget|seed|hardware|resume|trust|pictures|logger|name|(checkpoint|log)_every"
     r"|(run|data|cache)_dir|hydra\..*|dataset|dataset\.source\.split|method|distance|encoder|way|shot|test\.episodes)="
 )
+OF_A_TEST = ("concentration=", "mirror=")  # overrides of an evaluation that change its accuracy
 # Settings shown in other columns.
 SHOWN = {
     "way",
@@ -329,7 +330,7 @@ def changes(run: Result) -> list[str]:
     """Return the overrides that make a run differ from its experiment, unless another column shows them."""
     said = [str(override) for override in run["overrides"]]
     if "train_overrides" in run:  # an evaluation's own come after them
-        said = [*run["train_overrides"], *(override for override in said if override.startswith("concentration="))]
+        said = [*run["train_overrides"], *(override for override in said if override.startswith(OF_A_TEST))]
     return [override for override in said if not HARMLESS.match(override)]
 
 

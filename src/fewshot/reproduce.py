@@ -16,7 +16,7 @@ from fewshot.checks import Place, Several, misfits, refuse
 from fewshot.config import as_overrides, check, compose
 from fewshot.data.contents import contents_of, differences
 from fewshot.errors import FewShotError, mistake
-from fewshot.evaluation import Evaluation, evaluate_split, open_split, task_of
+from fewshot.evaluation import TASK, Evaluation, evaluate_split, open_split, task_of
 from fewshot.hardware import check_hardware, keep_freed_memory, precision_like, report_out_of_memory
 from fewshot.metrics import Estimate, paired_difference
 from fewshot.models import CARD, Model, bare_cells, names, require
@@ -161,7 +161,7 @@ def _test(model: Model, place: str, config: DictConfig) -> Evaluation:
     """Test a checkpoint on the episodes of a line."""
     trained = load_trained(place, places=data_directories(config))
     test = model.card["test"]
-    settings = {key: test[key] for key in ("way", "shot", "query", "eval_seed")}
+    settings = {key: test.get(key) for key in TASK}
     precision = config.hardware.precision or precision_like(model.card["precision"], config.hardware)
     hardware = OmegaConf.merge(config.hardware, {"precision": precision})
     episodes = min(test["episodes"], config.episodes or test["episodes"])

@@ -249,7 +249,7 @@ def settings(result: Result) -> Settings:
         decisive["precisions"] = ", ".join(map(str, result["precisions"]))
     # The best weights were chosen on the run's own task, but an evaluation may use a different one.
     test = {key: result.get(key) for key in ("way", "shot", "query", "concentration")} | {
-        "eval_seed": result["config"].get("eval_seed")
+        key: result["config"].get(key) for key in ("eval_seed", "mirror")
     }
     decisive |= {f"test.{key}": value for key, value in test.items() if value != run.get(key)}
     if result.get("meta_batch") != decisive.get(

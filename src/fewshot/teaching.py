@@ -15,7 +15,7 @@ from fewshot.taught import extend, load_taught, save_taught
 from fewshot.text import say
 from fewshot.trained import FROM_CHECKPOINT, REPLACEABLE, choices_of
 
-TYPES: dict[str, Any] = {"out": Place}
+TYPES: dict[str, Any] = {"out": Place, "mirror": bool | None}
 TYPES |= dict.fromkeys(("checkpoint", "model", "support", "cache_dir"), Place | None)
 
 
@@ -31,7 +31,7 @@ def teach(config: DictConfig) -> None:
     refuse(misfits(config, TYPES))
     out, left_out = Path(config.out).expanduser(), list[str]()
     if config.model is not None:
-        decided = choices_of(config.overrides, (*FROM_CHECKPOINT, *REPLACEABLE, "checkpoint", "crop"))
+        decided = choices_of(config.overrides, (*FROM_CHECKPOINT, *REPLACEABLE, "checkpoint", "crop", "mirror"))
         if decided:
             raise FewShotError(f"{decided[0]}: model={config.model} decides that; remove one of them")
         taught = load_taught(config.model, config.hardware, config.trust)

@@ -48,7 +48,7 @@ from fewshot.files import write_atomically
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_of, report_out_of_memory
 from fewshot.initial import read_encoder
 from fewshot.loggers import open_loggers, parts
-from fewshot.methods.base import FewShotMethod
+from fewshot.methods.base import FewShotMethod, set_mirror
 from fewshot.processes import stop_together
 from fewshot.progress import ProgressBar, show_results, show_settings
 from fewshot.results import write_episodes
@@ -314,6 +314,7 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     method: FewShotMethod = instantiate(make if initial_weights else without_initial_weights(make))
     method.make_optimizer = instantiate(config.optimizer)
     method.make_schedule = instantiate(config.schedule)
+    set_mirror(method, config.get("mirror"))
     method.save_hyperparameters(OmegaConf.to_container(_without(config, "overrides", *CHOSEN_ON_RESUME)), logger=False)
     if config.hardware.compile and not method.compilable:
         rank_zero_only(say)(

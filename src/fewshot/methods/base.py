@@ -39,12 +39,14 @@ class FewShotMethod(pl.LightningModule, ABC):
         transductive: whether the answer to a query of an episode depends on the other queries.
         assumes_balance: whether a transductive method assumes, or prefers, balanced queries: as many of every class.
         compilable: whether the encoder can be compiled: ``torch.compile`` does not support second derivatives.
+        mirror: whether answers compare the mean embedding of each image and its mirror image, see ``set_mirror``.
     """
 
     trains_on = "episodes"
     transductive = False
     assumes_balance = False
     compilable = True
+    mirror = False
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -165,6 +167,11 @@ class MetricMethod(FewShotMethod):
         embeddings: torch.Tensor = self.encoder(images)
         return embeddings
 
+    def represent(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed images for an answer: as in training, or with ``mirror``, the mean of an image and its mirror image."""
+        embeddings = self.embed_images(images)
+        return (embeddings + self.embed_images(images.flip(-1))) / 2 if self.mirror else embeddings
+
     @abstractmethod
     def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
         """Classify the queries of an episode from embeddings, whose shape is up to ``embed_images``.
@@ -182,7 +189,8 @@ class MetricMethod(FewShotMethod):
 
     def embed_episode(self, episode: Episode) -> EmbeddedEpisode:
         """Embed support and query in one batch, so that batch norm sees them together in training."""
-        embeddings = self.embed_images(torch.cat([episode.support, episode.query]))
+        represent = self.embed_images if self.training else self.represent
+        embeddings = represent(torch.cat([episode.support, episode.query]))
         support, query = embeddings.tensor_split([len(episode.support)])
         return EmbeddedEpisode(support, episode.support_labels, query, episode.query_labels, episode.way)
 
@@ -212,7 +220,7 @@ class MetricMethod(FewShotMethod):
         """Learn from embeddings what ``classifier`` learns from images.
 
         Args:
-            support: what ``embed_images`` returns, ``[support samples, ...]``.
+            support: what ``represent`` returns, ``[support samples, ...]``.
             labels: int64 ``[support samples]``, every class at least once.
             way: the number of classes.
 
@@ -223,10 +231,8 @@ class MetricMethod(FewShotMethod):
 
     def classifier(self, support: torch.Tensor, labels: torch.Tensor, way: int) -> Classifier:
         """See ``FewShotMethod``; the support is embedded once, and images are embedded a batch at a time."""
-        learned = self.learn(self.embed_images(support), labels, way)
-        return lambda images: learned(
-            torch.cat([self.embed_images(batch) for batch in images.split(EMBEDDED_TOGETHER)])
-        )
+        learned = self.learn(self.represent(support), labels, way)
+        return lambda images: learned(torch.cat([self.represent(batch) for batch in images.split(EMBEDDED_TOGETHER)]))
 
     def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
         """Return the loss of the queries over all episodes of the meta-batch."""
@@ -255,7 +261,7 @@ class MetricMethod(FewShotMethod):
                 torch.distributed.broadcast(buffer, src=0)
 
         def embed_at(positions: torch.Tensor) -> torch.Tensor:
-            compute = partial(embed, self.embed_images, images, positions, strategy)
+            compute = partial(embed, self.represent, images, positions, strategy)
             if self.embedding_cache is None:
                 return compute()
             by_encoder = type(self).embed_images is MetricMethod.embed_images
@@ -288,6 +294,24 @@ class MetricMethod(FewShotMethod):
         """See ``FewShotMethod``; also frees the embeddings."""
         self._embeddings = None
         super().on_test_epoch_end()
+
+
+def set_mirror(method: FewShotMethod, mirror: bool | None) -> None:
+    """Choose whether answers compare the mean embedding of each image and its mirror image: of photos, not of letters.
+
+    Args:
+        method: changed in place; its training is not affected.
+        mirror: see ``FewShotMethod``; None: false.
+
+    Raises:
+        FewShotError: the method does not compare embeddings.
+    """
+    if mirror and not isinstance(method, MetricMethod):
+        raise FewShotError(
+            f"mirror=true: {type(method).__name__} has no embeddings to average; leave it out, or choose a method that "
+            "compares embeddings, such as method=protonet"
+        )
+    method.mirror = bool(mirror)
 
 
 def _unknown(images: torch.Tensor) -> torch.Tensor:
