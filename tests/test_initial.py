@@ -107,7 +107,12 @@ def test_an_incomplete_run_is_rejected(source, configure, tmp_path):
 
 @pytest.mark.parametrize(
     ("init", "why"),
-    [("nowhere", "there is no checkpoint nowhere"), ("3", "encoder.init=3 must be the directory of a run")],
+    [
+        ("nowhere", "there is no checkpoint nowhere"),
+        ("3", "encoder.init=3 must be the directory of a run"),
+        ("''", "encoder.init= must be the directory of a run"),
+        ("/usr", "there is no checkpoint /usr"),
+    ],
 )
 def test_what_is_not_a_run_is_rejected_in_one_line(init, why, configure):
     with pytest.raises(FewShotError, match=why):
@@ -206,3 +211,16 @@ def test_user_supplied_encoders_need_no_changes(source, configure):
 
 def own(filters: int, channels: int, size: int) -> torch.nn.Module:
     return torch.nn.Linear(channels * size, filters)
+
+
+def test_a_run_is_not_resumed_from_another_start(source, configure, tmp_path, cache_dir):
+    other = tmp_path / "other"
+    train(compose(*TINY, "seed=5", f"run_dir={other}", f"cache_dir={cache_dir}"))
+    started = [f"encoder.init={source}", "resume=auto"]
+    first = train(configure(*started))
+    for init in ([f"encoder.init={other}"], []):
+        for longer in ([], ["train.episodes=4"]):
+            with pytest.raises(FewShotError, match=r"different settings: encoder\.init="):
+                train(configure(*init, *longer, "resume=auto"))
+    assert train(configure(f"encoder.init={source / 'checkpoints' / 'best.ckpt'}", "resume=auto")) == first
+    train(configure(*started, "train.episodes=4"))

@@ -459,3 +459,38 @@ def test_the_newest_run_is_the_complete_one_that_ended_last(tmp_path):
             path.touch()
             os.utime(path, (1000 - age, 1000 - age))
     assert newest_run(tmp_path) == tmp_path / "1" / "new"
+
+
+@pytest.mark.parametrize("restorable", [True, False])
+def test_the_tested_weights_are_those_of_the_best_validation(run, tmp_path, monkeypatch, restorable):
+    """A kill can come between the writing of best.ckpt and that of last.ckpt."""
+    accuracies = iter([0.5, 0.9] if restorable else [0.5, 0.4, 0.9])
+    method = fewshot.training.make_method(compose(*run("unused")))
+    compute = type(method.val_accuracy).compute
+    monkeypatch.setattr(
+        type(method.val_accuracy), "compute", lambda self: compute(self)._replace(accuracy=next(accuracies, 0.1))
+    )
+    every = ["val.every=3"] if restorable else ["val.every=2"]
+    train(compose(*run("longer", "train.episodes=6", *every)))
+    accuracies = iter([0.5] if restorable else [0.5, 0.4])
+    # Stopped after its first checkpoint, as if before the validation of episode 6.
+    shorter = run("killed", "train.episodes=3" if restorable else "train.episodes=4", *every)
+    train(compose(*shorter))
+    best = tmp_path / "killed" / "checkpoints" / "best.ckpt"
+    shutil.copy(tmp_path / "longer" / "checkpoints" / "best.ckpt", best)
+    (tmp_path / "killed" / "results.json").unlink()
+    resumed = [*shorter, "resume=auto"]
+    if restorable:
+        train(compose(*resumed))
+        assert torch.load(best, weights_only=True)["EpisodeDataModule"]["trained"] == 3
+    else:
+        with pytest.raises(FewShotError, match=r"after 6 training episodes, but the best validation was after 2:"):
+            train(compose(*resumed))
+
+
+def test_before_the_first_checkpoint_nothing_is_said_of_a_checkpoint(run, monkeypatch):
+    spoil(monkeypatch, at=0, value=float("nan"))
+    with pytest.raises(FewShotError) as caught:
+        train(compose(*run("run", "method=maml", "train.meta_batch=2")))
+    assert "checkpoint" not in str(caught.value) and "resume=" not in str(caught.value)
+    assert str(caught.value).endswith("in a new run, or skip such steps with train.on_nan=skip")

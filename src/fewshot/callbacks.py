@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from fewshot.data.contents import contents_of
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.data.episodes import EpisodeNumber, MetaBatch
+from fewshot.directories import last_checkpoint
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.hardware import asynchronous
 from fewshot.methods.base import FewShotMethod, require_finite
@@ -304,10 +305,13 @@ class FiniteGradients(pl.Callback):
         if not norms or torch.stack([norm for _, norm in norms]).isfinite().all():
             return
         episodes, norm = next((episodes, norm) for episodes, norm in norms if not norm.isfinite())
+        kept = last_checkpoint(Path(trainer.default_root_dir)).exists()
         raise FewShotError(
-            f"{_not_finite(norm, episodes, data_of(trainer))}. The last checkpoint is older than that. Lower "
-            f"{_rates(trainer.lightning_module)} in a new run, or skip such steps with "
-            f"resume={trainer.default_root_dir} train.on_nan=skip"
+            f"{_not_finite(norm, episodes, data_of(trainer))}."
+            + (" The last checkpoint is older than that." if kept else "")
+            + f" Lower {_rates(trainer.lightning_module)} in a new run, or skip such steps with "
+            + (f"resume={trainer.default_root_dir} " if kept else "")
+            + "train.on_nan=skip"
         )
 
 

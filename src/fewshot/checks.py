@@ -1,7 +1,7 @@
 """Whether settings fit their types and ranges, which pydantic decides, and what they must be, in words."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from functools import wraps
 from inspect import signature
@@ -19,10 +19,10 @@ Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Rate = Annotated[float, Gt(0), Lt(1)]
 Port = Annotated[int, Ge(1), Le(65535)]
-Place = Annotated[str, "a path"]
+Place = Annotated[str, MinLen(1), "a path"]
 Several = Annotated[list[str], MinLen(1), "a list of at least one string"]
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
-WORDS |= {list[str]: "a list of strings"}
+WORDS |= {list[str]: "a list of strings", Sequence[str]: "a list of strings"}
 Arguments = ParamSpec("Arguments")
 LIMITS = {Ge: "of at least", Gt: "above", Le: "at most", Lt: "below"}
 

@@ -253,7 +253,8 @@ def _explain(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.filename is not None:
             return f"{cause.filename}: {cause.strerror}; make it usable{_other_paths()}"
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            return f"{cause.strerror}; what was saved before is kept: free some space, then resume with resume=RUN_DIR"
+            kept = "what was saved before is kept: free some space, then resume with resume=RUN_DIR"
+            return f"{cause.strerror}; {kept if _program() == 'train' else f'free some space{_other_paths()}'}"
     known = HydraException | OmegaConfBaseException
     libraries = [cause for cause in causes(error) if isinstance(cause, known) or _raised_in_hydra(cause)]
     if not libraries:

@@ -20,8 +20,8 @@ from fewshot.metrics import Estimate, paired_difference
 from fewshot.results import (
     EPISODES,
     Result,
-    best_validation,
     is_evaluation,
+    own_validation,
     read_episodes,
     read_runs,
     seed_of,
@@ -100,7 +100,7 @@ class Run:
 
     def cells(self, difference: Estimate | None, reference: bool) -> list[str]:
         """Return the cells of the table, in the order of ``COLUMNS``."""
-        best = best_validation(self.result)
+        best = own_validation(self.result)
         return [
             str(self.number),
             *_named(self.result)[:3],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import hydra
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
@@ -115,7 +115,7 @@ TYPES: dict[str, Any] = {
     "dataset.size": Count,
     "dataset.channels": Literal[1, 3],
     "dataset.normalise": Literal["range", "standardise", "plain"],
-    "encoder.init": Annotated[str, "the directory of a run, a checkpoint"] | None,
+    "encoder.init": Annotated[str, MinLen(1), "the directory of a run, a checkpoint"] | None,
     "optimizer.lr": Annotated[float, Gt(0), Le(1_000_000)],  # far below the largest float32, optimizers overflow
     "schedule.gamma": Positive,
     "schedule.step_size": Count,

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import inspect
 import json
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,10 @@ EMBEDDED_TOGETHER = 256  # images
 KEPT = 4 * 2**30  # bytes of embeddings that a cache keeps at most, those used last
 KEPT_EACH = 20_000  # images of which a cache keeps the embeddings of one network, those used last
 DIGEST = hashlib.sha256().digest_size
+INSTALLED = [
+    *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    Path(__file__).resolve().parent,
+]
 Encoder = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to [images, ...]
 
 
@@ -153,8 +159,11 @@ class EmbeddingCache:
     def _path(self, module: nn.Module, positions: torch.Tensor | None = None) -> Path | None:
         """Return the file for a module; None if its code is in no file, as in a notebook: a change went unnoticed."""
         try:  # somebody may be working on an encoder
-            made: list[Any] = [normalise, *map(type, module.modules())]
-            sources = {inspect.getsourcefile(one) or "" for one in made}
+            kinds = {kind for one in module.modules() for kind in type(one).__mro__ if kind.__module__ != "builtins"}
+            made: list[Any] = [normalise, *kinds]
+            sources = {str(Path(inspect.getsourcefile(one) or "").resolve()) for one in made}
+            if not all(map(_is_installed, sources)):
+                sources |= _own_sources()
             code = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(sources)]
         except (OSError, TypeError):
             return None
@@ -176,6 +185,18 @@ class EmbeddingCache:
             kept += file.stat().st_size
             if kept > KEPT:
                 file.unlink(missing_ok=True)
+
+
+def _is_installed(file: str) -> bool:
+    """Whether code is part of this package, or of Python and what was installed for it."""
+    return any(Path(file).is_relative_to(folder) for folder in INSTALLED)
+
+
+def _own_sources() -> set[str]:
+    """Return the files of the user's own code so far: an encoder may call what any of them defines."""
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    found = {str(Path(file).resolve()) for file in files if file}
+    return {file for file in found if file.endswith(".py") and not _is_installed(file)}
 
 
 def _read_each(path: Path) -> dict[bytes, torch.Tensor]:

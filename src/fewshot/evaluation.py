@@ -43,7 +43,7 @@ from fewshot.trained import (
     with_chosen_method,
     without_training,
 )
-from fewshot.training import make_data, make_trainer, outcome
+from fewshot.training import check_precision, make_data, make_trainer, outcome
 
 TASK = ("way", "shot", "query", "eval_seed", "mirror")
 TYPES: dict[str, Any] = {"split": Literal[SPLITS], "concentration": Positive | None, "pictured": Count}
@@ -225,14 +225,17 @@ def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None =
     set_mirror(trained.method, config.mirror)
     kept, time = Answers(), TestTime()
     trainer = make_trainer(config, kept, time)
+    check_precision(config, trainer)
     if trainer.world_size > 1:
         raise FewShotError(
             f"hardware.devices={config.hardware.devices}: evaluation uses one device; set hardware.devices=1"
         )
     trainer.loggers = []
     if isinstance(trained.method, MetricMethod):
+        # Methods that only embed with the same encoder share its embeddings.
+        own = type(trained.method).embed_images is not MetricMethod.embed_images
         described = {
-            "encoder": OmegaConf.to_container(config.method.encoder),
+            "encoder": OmegaConf.to_container(config.method if own else config.method.get("encoder", config.method)),
             "data": {key: config.dataset[key] for key in ("size", "channels", "normalise")},
             "images": data.bank.images_sha256,
             "mirror": config.mirror,

@@ -86,7 +86,7 @@ def read_encoder(config: DictConfig, bank: ImageBank) -> InitialEncoder:
     file = checkpoint_at(path)
     run_dir = Path(run_directory(str(file)))
     copied = file.parent == run_dir  # without its run, which cannot be completed
-    if not copied and run_dir.is_dir() and not results_file(run_dir).is_file():
+    if not copied and file.is_file() and not results_file(run_dir).is_file():
         raise FewShotError(
             f"encoder.init={path}: the run is not complete, since {results_file(run_dir)} is missing; complete it "
             f"first with resume={run_dir}, or name another run"

@@ -51,12 +51,18 @@ def credit(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return best.gather(-1, labels[..., None])[..., 0] / best.sum(-1)
 
 
+TRAINED = "lower optimizer.lr or method.inner_learning_rate and train again, or choose a different hardware.precision"
+
+
 class EpisodeAccuracy(Metric):
     """Mean accuracy over episodes with equal numbers of queries, with a 95% confidence interval.
 
     The interval is the normal one over episodes, 1.96 s / sqrt(n) with s the sample standard deviation, as few-shot
     papers report it. Equal logits share the credit, see ``credit``. Only integer counts are summed, so the estimate is
     the same to the last bit however the episodes are ordered and distributed over processes.
+
+    Args:
+        advice: what to do if logits are not finite.
     """
 
     full_state_update = False
@@ -67,8 +73,9 @@ class EpisodeAccuracy(Metric):
     tied: torch.Tensor
     not_finite: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, advice: str = TRAINED) -> None:
         super().__init__()
+        self.advice = advice
         for state in ("right", "right_squared", "episodes", "queries", "tied", "not_finite"):
             self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
 
@@ -102,8 +109,7 @@ class EpisodeAccuracy(Metric):
         if self.not_finite:
             raise FewShotError(
                 f"the logits of {int(self.not_finite):,} of {queries:,} queries are not finite, so no accuracy can be "
-                "measured; lower optimizer.lr or method.inner_learning_rate and train again, or choose a different "
-                "hardware.precision"
+                f"measured; {self.advice}"
             )
         shares = [Fraction(1, size) for size in range(1, len(self.right) + 1)]
         total = sum((count * share for count, share in zip(self.right.tolist(), shares, strict=True)), Fraction())

@@ -287,6 +287,12 @@ def best_validation(result: Result) -> Mapping[str, Any] | None:
     return best
 
 
+def own_validation(result: Result) -> Mapping[str, Any] | None:
+    """Return ``best_validation`` if it was of what the test measured: the same method, task and data set."""
+    other = [key for key in settings(result) if key.startswith("test.") and key != "test.episodes"]
+    return None if other or result.get("trained_on") else best_validation(result)
+
+
 def seed_of(result: Result) -> int:
     """Return the seed in the training configuration, which takes precedence over the result's own ``seed``."""
     seed: int = run_config(result).get("seed", result["seed"])

@@ -1,8 +1,10 @@
 """Resume runs: their checkpoints, settings and data must fit."""
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from fewshot.checkpoints import check_weights, load_checkpoint, read_tensors, sh
 from fewshot.config import is_group, run_name, training_steps, without_initial_weights
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import Contents, contents_of, differences, read_contents, read_names
-from fewshot.directories import best_checkpoint, has_run, last_checkpoint, results_file
+from fewshot.directories import best_checkpoint, checkpoint_at, has_run, last_checkpoint, results_file
 from fewshot.errors import FewShotError, reason
 from fewshot.files import read_json, read_text, write_atomically
 from fewshot.paths import run_directory
@@ -109,6 +111,7 @@ def load_for_resume(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | No
     _keep_horizon(saved, config)
     free = MAY_DIFFER | _directory_keys(config)
     differ = [line for key, line in _differences(config, saved, DECISIVE) if key not in free]
+    differ += _other_start(config, checkpoint)
     if differ:
         raise FewShotError(
             f"{run_dir} contains a run with different settings: {', '.join(differ)}; resume={run_dir} resumes it "
@@ -119,6 +122,24 @@ def load_for_resume(config: DictConfig) -> tuple[DictConfig, dict[str, Any] | No
     except ValueError as error:
         raise cannot_resume(path, error) from error
     return config, checkpoint
+
+
+def _other_start(config: DictConfig, checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a description if a configuration starts from another encoder than a checkpoint records; see ``Record``."""
+    place = config.encoder.get("init")
+    record = checkpoint.get("callbacks", {}).get("Record", {})
+    known = record.get("encoder_init") if isinstance(record, dict) else None
+    known = known if isinstance(known, dict) else {}
+    there = known.get("checkpoint")
+    if place is None:  # resume=RUN_DIR need not name it again
+        same = not known or config.resume != "auto"
+    else:
+        file = checkpoint_at(Path(place).expanduser())
+        same = True  # it may have been deleted since, and is not read again
+        with suppress(OSError), file.open("rb") as opened:
+            same = hashlib.file_digest(opened, "sha256").hexdigest() == known.get("sha256")
+    if not same:
+        yield f"encoder.init={place} (there {there})"
 
 
 def cannot_resume(path: Path, error: Exception) -> FewShotError:
@@ -253,8 +274,9 @@ def check_best(run_dir: Path, checkpoint: dict[str, Any]) -> None:
     if not accuracies:
         return
     best = accuracies.index(max(accuracies))
+    restorable = since[best] == trained and rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if not path.exists():
-        if since[best] != trained or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        if not restorable:
             raise FewShotError(
                 f"{path} is missing, which holds the weights of the best validation (after {since[best]:,} training "
                 "episodes); restore it, or train again in another directory"
@@ -270,11 +292,36 @@ def check_best(run_dir: Path, checkpoint: dict[str, Any]) -> None:
             raise ValueError("its validations are from another run")
         if shapes(found["state_dict"]) != shapes(checkpoint["state_dict"]):
             raise ValueError("its weights do not fit the method")
+        if len(theirs) > both and restorable:  # the training may not come to that validation again
+            write_atomically(path, last_checkpoint(run_dir).read_bytes())
     except Exception as error:  # the type depends on how the file is broken
         raise FewShotError(
             f"{path} is broken, or from another run ({reason(error)}); restore the right one, or train again in "
             "another directory"
         ) from error
+
+
+def check_tested(run_dir: Path, validations: Sequence[Mapping[str, Any]]) -> None:
+    """Check after training that the best checkpoint is the one with the best validation accuracy.
+
+    It is not if a run was killed while its checkpoints were written, and resumed with settings that ended it earlier or
+    led to other weights.
+
+    Args:
+        run_dir: of the run.
+        validations: of the run, in order.
+
+    Raises:
+        FewShotError: it is of another training episode.
+    """
+    path = best_checkpoint(run_dir)
+    held = read_tensors(path)["EpisodeDataModule"]["trained"]
+    best = max(validations, key=lambda validation: validation["accuracy"])["trained_episodes"]
+    if held != best:
+        raise FewShotError(
+            f"{path} holds the weights after {held:,} training episodes, but the best validation was after {best:,}: "
+            "the run was killed while it saved them, and resumed with other settings; train again in another directory"
+        )
 
 
 def overrides(run_dir: Path) -> list[str]:

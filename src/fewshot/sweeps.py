@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fewshot.config import SWEPT, options, search_path
 from fewshot.files import write_atomically
-from fewshot.results import Result, best_validation, find_results, is_evaluation, natural
+from fewshot.results import Result, find_results, is_evaluation, natural, own_validation
 from fewshot.style import COLOURS, STYLE
 from fewshot.text import for_csv, for_figure, make_table, say
 
@@ -117,7 +117,7 @@ def read_jobs(folder: Path) -> list[Job]:
         Job(
             name=str(path.parent.relative_to(folder.resolve())),
             swept=swept,
-            validation=_percent(best_validation(found[path]) or {}),
+            validation=_percent(own_validation(found[path]) or {}),
             test=_percent(found[path]),
             result=found[path],
         )

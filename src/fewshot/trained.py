@@ -94,9 +94,10 @@ def with_chosen_method(trained: Trained, overrides: Iterable[str]) -> Trained:
             "methods cannot use it; choose the checkpoint of another method"
         )
     run = _compose(chosen)
+    warn_of_unused_distance(chosen, run)
     method = make_untrained(run.method, f"method={run.choices.method}", trained.method.encoder)
     config = trained.config.copy()
-    config.method = {**run.method, "encoder": trained.config.method.encoder}
+    config.method = {**run.method, "encoder": trained.config.method.get("encoder")}
     config.choices.method, config.choices.distance = run.choices.method, run.choices.distance
     return replace(trained, method=method, config=config)
 
@@ -156,6 +157,18 @@ def warn_of_other_images(method: Mapping[Any, Any], name: str, split: str) -> No
         )
 
 
+def warn_of_unused_distance(overrides: Iterable[str], config: DictConfig) -> None:
+    """Warn that a command line chooses a distance for a method that has none; results then name no distance.
+
+    Args:
+        overrides: of the command line.
+        config: what they compose to.
+    """
+    for override in choices_of(overrides, ["distance"]):
+        if "distance" not in config.method:
+            say(f"warning: {override} is not used: method={config.choices.method} has no distance", error=True)
+
+
 def without_training(overrides: Iterable[str], places: Mapping[str, Any]) -> Trained:
     """Make the method that a command line chooses, with an encoder that needs no training.
 
@@ -166,7 +179,9 @@ def without_training(overrides: Iterable[str], places: Mapping[str, Any]) -> Tra
     Raises:
         FewShotError: the method or the encoder has untrained weights.
     """
+    overrides = list(overrides)
     config = _compose([*as_overrides(places), *choices_of(overrides, (*FROM_CHECKPOINT, *REPLACEABLE))])
+    warn_of_unused_distance(overrides, config)
     name = f"method={config.choices.method} or encoder={config.choices.encoder}"
     if brings_weights(config.method) is False:
         say(f"warning: encoder={config.choices.encoder} has random weights", error=True)

@@ -56,6 +56,7 @@ from fewshot.runs import (
     cannot_resume,
     check_best,
     check_same_data,
+    check_tested,
     chosen_on_resume,
     complete_results,
     horizon,
@@ -65,7 +66,7 @@ from fewshot.runs import (
     write_json,
 )
 from fewshot.text import say
-from fewshot.trained import warn_of_other_images
+from fewshot.trained import warn_of_other_images, warn_of_unused_distance
 from fewshot.trust import CHOSEN_ON_RESUME, default_directories
 
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # state of PyTorch's optimizers
@@ -182,7 +183,7 @@ def _train_and_log(
     keep_freed_memory()
     run_dir = Path(config.run_dir)
     # On resume the weights come from the checkpoint, so the initial ones are not read again.
-    init = read_encoder(config, data.bank) if checkpoint is None and config.encoder.get("init") else None
+    init = read_encoder(config, data.bank) if checkpoint is None and config.encoder.get("init") is not None else None
     method = make_method(config, initial_weights=checkpoint is None and init is None)
     if init is not None:
         init.copy_to(method.encoder)
@@ -224,6 +225,8 @@ def _train_and_log(
         if not data.has_validation:
             _keep_final_weights(run_dir)
             trainer.strategy.barrier()
+        else:
+            check_tested(run_dir, record.validations)
         # Loading the best checkpoint for the test resets the callbacks to their state at that time.
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
         precisions, encoder_init, trained = record.precisions, record.encoder_init, data.trained
@@ -316,6 +319,7 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     method.make_schedule = instantiate(config.schedule)
     set_mirror(method, config.get("mirror"))
     method.save_hyperparameters(OmegaConf.to_container(_without(config, "overrides", *CHOSEN_ON_RESUME)), logger=False)
+    rank_zero_only(warn_of_unused_distance)(config.overrides, config)
     if config.hardware.compile and not method.compilable:
         rank_zero_only(say)(
             f"warning: hardware.compile=true: method={config.choices.method} differentiates its gradients, which "
@@ -376,15 +380,23 @@ def make_trainer(config: DictConfig, *callbacks: pl.Callback, loggers: Sequence[
         raise FewShotError(f"Lightning has no trainer with {chosen}: {reason(error)}") from error
 
 
+def check_precision(config: DictConfig, trainer: pl.Trainer) -> None:
+    """Reject a precision that Lightning replaced by another one.
+
+    Raises:
+        FewShotError: 16-mixed without a GPU.
+    """
+    if str(config.hardware.precision) in {"16", "16-mixed"} and trainer.precision != "16-mixed":
+        raise FewShotError("hardware.precision=16-mixed needs a GPU; choose hardware.precision=auto")
+
+
 def _check_hardware(config: DictConfig, method: FewShotMethod, trainer: pl.Trainer) -> None:
     """Reject combinations of hardware settings that only the trainer knows to be incompatible.
 
     Raises:
         FewShotError: names the incompatible settings.
     """
-    scaled = str(config.hardware.precision) in {"16", "16-mixed"}
-    if scaled and trainer.precision != "16-mixed":
-        raise FewShotError("hardware.precision=16-mixed needs a GPU; choose hardware.precision=auto")
+    check_precision(config, trainer)
     if trainer.accumulate_grad_batches > 1 and not method.automatic_optimization:
         raise FewShotError(
             f"hardware.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: method="

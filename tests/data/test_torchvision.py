@@ -194,3 +194,29 @@ def test_all_data_sets_are_in_torchvision_and_their_names_in_the_file():
 
     comment = (CONF / "dataset" / "torchvision.yaml").read_text().partition("name: ???  # ")[2].partition("\n")[0]
     assert comment.replace(" or ", ", ").split(", ") == list(DATA_SETS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"val": ["apple"], "test": ["bear", "bed", "bear"]},
+            "dataset.source.test of CIFAR100 lists bear more than once",
+        ),
+        ({"val": ["apple"], "test": ["apple"]}, "share classes: apple"),
+    ],
+)
+def test_classes_are_listed_once(cifar, settings, message):
+    source = torchvision(str(cifar), "CIFAR100", 32, 3, download=False, **settings)
+    with pytest.raises(FewShotError, match=message):
+        source.classes()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("-1", "at least 0 and below 1"), ("1", "at least 0 and below 1"), ("C01", "or a list of strings")],
+)
+def test_shares_are_numbers_below_one(value, words, tmp_path):
+    name = "dataset.source.name=EuroSAT"
+    with pytest.raises(FewShotError, match=rf"dataset\.source\.val={value} must be .*{words}"):
+        train(compose("dataset=torchvision", name, f"dataset.source.val={value}", f"run_dir={tmp_path / 'run'}"))

@@ -1,9 +1,13 @@
+import copy
+
 import pytest
+import timm.layers
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import vmap
 from torch.nn.functional import batch_norm
+from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops import DropBlock2d, StochasticDepth
 
 from fewshot.encoders.adaptable import (
@@ -15,6 +19,8 @@ from fewshot.encoders.adaptable import (
 )
 from fewshot.encoders.conv4 import Conv4
 from fewshot.encoders.resnet12 import ResNet12
+from fewshot.encoders.timm import TimmEncoder
+from fewshot.errors import FewShotError
 
 
 def make(channels=3, dtype=torch.float64):
@@ -201,3 +207,35 @@ def test_layers_that_draw_random_numbers_in_training_are_known(layer):
 @pytest.mark.parametrize("layer", [nn.Dropout(0.0), StochasticDepth(0.0, "row"), nn.ReLU(), nn.Identity()])
 def test_layers_that_drop_nothing_draw_no_random_numbers(layer):
     assert not draws_random(nn.Sequential(nn.Conv2d(1, 2, 3), layer))
+
+
+SUBCLASSES = {
+    "timm's batch norm": lambda: timm.layers.BatchNormAct2d(4, act_layer=nn.SiLU),
+    "timm's batch norm without activation": lambda: timm.layers.BatchNormAct2d(4, apply_act=False),
+    "standardised convolution": lambda: timm.layers.StdConv2d(4, 4, 3),
+    "convolution with padding of its own": lambda: timm.layers.Conv2dSame(4, 4, 3, stride=2),
+    "convolution with a computed weight": lambda: weight_norm(nn.Conv2d(4, 4, 3)),
+    "whole network": lambda: TimmEncoder("mobilenetv3_small_050", pretrained=False, frozen=False, size=32),
+}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("kind", SUBCLASSES)
+def test_layers_of_other_libraries_compute_the_same(kind, twice):
+    torch.manual_seed(0)
+    network = nn.Sequential(SUBCLASSES[kind]()).double().train()
+    adaptable = copy.deepcopy(network)
+    make_adaptable(adaptable, twice)
+    names = [name for name, _ in network.named_parameters()]
+    assert [name for name, _ in adaptable.named_parameters()] == names
+    x = images(6, 3, 32, 32) if "network" in kind else images(6, 4, 9, 9)
+    torch.testing.assert_close(adaptable(x), network(x))
+
+
+def test_a_batch_norm_that_computes_something_else_is_refused():
+    class Other(nn.BatchNorm2d):
+        def forward(self, images):
+            return super().forward(images) + 1
+
+    with pytest.raises(FewShotError, match=r"layer Other, a batch norm .*encoder\.frozen=true"):
+        make_adaptable(nn.Sequential(Other(3)), twice=True)

@@ -329,3 +329,39 @@ def test_a_class_with_more_samples_has_no_more_influence():
 def test_settings_out_of_range_are_rejected(name, value):
     with pytest.raises(FewShotError, match=f"method.{name}={value}"):
         method(**{name: value})
+
+
+class Bare(nn.Sequential):
+    """A network with a batch norm without weights, and so with running statistics, and a parameter without a use."""
+
+    features = 4
+
+    def __init__(self):
+        norm = nn.BatchNorm2d(4, affine=False)
+        super().__init__(nn.Conv2d(1, 4, 3), norm, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.unused = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("batching", ["threads", "vmap"])
+def test_running_statistics_and_unused_parameters_are_no_obstacle(batching, order):
+    expected, found = (
+        gradients_of(method(Bare, order=order, task_batching=way), tasks()) for way in ("loop", batching)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_learned_rates_need_inner_steps():
+    with pytest.raises(FewShotError, match=r"method\.learn_rates=true needs method\.inner_steps of at least 1"):
+        method(inner_steps=0, learn_rates=True)
+
+
+def test_a_layer_without_second_derivatives_is_named():
+    def encoder():
+        network = Smooth()
+        network[2] = nn.Hardsigmoid()
+        return network
+
+    assert gradients_of(method(encoder, order=1), tasks(1)).isfinite().all()
+    with pytest.raises(FewShotError, match=r"no second derivative .*hardsigmoid.*method\.order=1"):
+        method(encoder, order=2).meta_gradient(tasks(1))

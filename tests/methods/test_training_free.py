@@ -164,6 +164,31 @@ def test_logistic_regression_is_that_of_scikit_learn_on_all_features(shots):
     assert np.allclose(found.numpy(), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize(("factor", "penalty"), [(1e-3, 1e4), (30.0, 1.0)])
+def test_logistic_regression_finds_the_optimum_of_embeddings_of_any_size(factor, penalty):
+    task = episodes(shots=(3, 3, 3, 3), noise=1.0)
+    task = task._replace(support=factor * task.support, query=factor * task.query)
+    support, labels, query = by_hand(task)
+    model = LogisticRegression(C=penalty, class_weight="balanced", max_iter=100_000, tol=1e-10)
+    expected = model.fit(support, labels.argmax(1)).predict_proba(query)
+    found = method("logistic_regression", features="none", inverse_penalty=penalty).compare_tasks(task)[0].softmax(-1)
+    assert np.allclose(found.numpy(), expected, atol=5e-3)
+
+
+def test_logistic_regression_says_once_if_it_stopped_before_its_optimum(capsys):
+    made = method("logistic_regression", inverse_penalty=1e30)
+    for _ in range(2):
+        made.compare_tasks(episodes(shots=(3, 3, 3, 3), noise=1.0))
+    assert capsys.readouterr().err.count("before its optimum: lower method.inverse_penalty=1e+30") == 1
+
+
+def test_a_distance_that_a_method_does_not_use_is_mentioned(tmp_path, cache_dir, capsys):
+    named = ["encoder=conv4", "distance=cosine"]
+    with pytest.raises(FewShotError):  # an untrained encoder
+        evaluate(compose("method=simpleshot", *named, f"cache_dir={cache_dir}", f"out={tmp_path}", name="evaluate"))
+    assert "warning: distance=cosine is not used: method=simpleshot has no distance" in capsys.readouterr().err
+
+
 def test_ridge_regression_is_that_of_scikit_learn():
     task = episodes(shots=(1, 3, 2, 2), noise=1.0)
     support, labels, query = by_hand(task)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fewshot.checks import Share
 from fewshot.config import command
 from fewshot.data.bank import SPLITS, ImageClass, Source
 from fewshot.data.files import ImageFile, is_archive, list_archive, list_folder
@@ -24,7 +25,7 @@ Files = Mapping[str, ImageFile]  # by path
 Classes = dict[str, list[ImageFile]]
 
 
-def folder(data_dir: str, size: int, channels: int, val: float, test: float, split_seed: int, depth: int = 1) -> Source:
+def folder(data_dir: str, size: int, channels: int, val: Share, test: Share, split_seed: int, depth: int = 1) -> Source:
     """Find the classes in a folder, and divide them into training, validation and test.
 
     Args:

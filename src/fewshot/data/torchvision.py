@@ -1,6 +1,6 @@
 """Classification data sets of torchvision, divided into classes to train, validate and test on."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import datasets
 
+from fewshot.checks import Share
 from fewshot.data.bank import SPLITS, ImageClass, Source
 from fewshot.data.folder import draw_classes
 from fewshot.data.photos import prepare
@@ -48,8 +49,8 @@ def torchvision(
     size: int,
     channels: Literal[1, 3],
     download: bool = True,
-    val: float | Sequence[str] = 0.2,
-    test: float | Sequence[str] = 0.2,
+    val: Share | Sequence[str] = 0.2,
+    test: Share | Sequence[str] = 0.2,
     split_seed: int = 0,
     rule: str | None = None,
 ) -> Source:
@@ -144,6 +145,10 @@ def _listed(name: str, classes: Sequence[str], val: Sequence[str], test: Sequenc
     unknown = [label for label in (*val, *test) if label not in classes]
     if unknown:
         raise FewShotError(f"{name} has no classes {', '.join(unknown[:5])}; it has {', '.join(classes[:5])}, ...")
+    for part, labels in (("val", val), ("test", test)):
+        repeated = [label for label, count in Counter(labels).items() if count > 1]
+        if repeated:
+            raise FewShotError(f"dataset.source.{part} of {name} lists {', '.join(repeated[:5])} more than once")
     both = sorted({*val} & {*test})
     if both:
         raise FewShotError(f"dataset.source.val and dataset.source.test share classes: {', '.join(both[:5])}")

@@ -16,6 +16,21 @@ from torch import nn
 from fewshot.errors import FewShotError
 
 
+def features_of(encoder: nn.Module) -> int:
+    """Return the length of an encoder's embeddings, for a layer after it.
+
+    Raises:
+        FewShotError: the encoder does not state it.
+    """
+    features = getattr(encoder, "features", None)
+    if features is None:
+        raise FewShotError(
+            f"the method needs the length of embeddings, and the encoder {type(encoder).__name__} has no attribute "
+            "features; add it, or choose encoder=conv4, resnet12, pretrained or timm"
+        )
+    return int(features)
+
+
 def feature_maps(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Return the feature maps from which an encoder computes its embeddings.
 

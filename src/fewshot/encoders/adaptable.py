@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fewshot.encoders.block import Block
+from fewshot.errors import FewShotError
 
 CHANNEL_BY_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
 RANDOM = re.compile(r"drop|stochastic|rrelu", re.IGNORECASE)  # names of layers of PyTorch, torchvision and timm
@@ -22,8 +23,11 @@ class BatchStatisticsNorm2d(nn.Module):
     too: that is how MAML was published (arXiv 1703.03400).
 
     Args:
-        norm: the layer to take weight, bias and epsilon from.
+        norm: the layer to take weight, bias and epsilon from, and dropout and activation if it is timm's.
         twice: whether second derivatives must be fast.
+
+    Raises:
+        FewShotError: the layer is a different kind of batch norm.
 
     Shape:
         ``[images, channels, height, width]``, and the same out. Of several tasks, see ``solves_together``:
@@ -33,13 +37,23 @@ class BatchStatisticsNorm2d(nn.Module):
     def __init__(self, norm: nn.BatchNorm2d, twice: bool = True) -> None:
         super().__init__()
         self.weight, self.bias, self.eps, self.twice = norm.weight, norm.bias, norm.eps, twice
+        self.then: nn.Module | None = None
+        if type(norm).__name__ == "BatchNormAct2d":
+            self.then = nn.Sequential(norm.drop, norm.act)  # type: ignore[arg-type]
+        elif type(norm).forward is not nn.BatchNorm2d.forward:
+            raise FewShotError(
+                f"MAML cannot adapt the encoder's layer {type(norm).__name__}, a batch norm that computes something "
+                "else besides; choose a different encoder, or encoder.frozen=true"
+            )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise every channel over the batch, scale it and shift it."""
         weight, bias = self.weight.flatten(), self.bias.flatten()
         if self.twice:
-            return _BatchNorm.apply(images, weight, bias, self.eps)[0]
-        return torch.native_batch_norm(images, weight, bias, None, None, True, 0.0, self.eps)[0]
+            normalised = _BatchNorm.apply(images, weight, bias, self.eps)[0]
+        else:
+            normalised = torch.native_batch_norm(images, weight, bias, None, None, True, 0.0, self.eps)[0]
+        return normalised if self.then is None else self.then(normalised)
 
 
 class AdaptableConv2d(nn.Module):
@@ -80,15 +94,20 @@ class AdaptableConv2d(nn.Module):
 def make_adaptable(module: nn.Module, twice: bool) -> None:
     """Replace the trainable batch norms and convolutions inside ``module``.
 
+    Subclasses of ``Conv2d`` compute something else, and stay as they are.
+
     Args:
-        module: changed in place; its parameters stay the same.
+        module: changed in place; its parameters stay the same, and so does what it computes in training.
         twice: whether the inner steps are differentiated.
+
+    Raises:
+        FewShotError: see ``BatchStatisticsNorm2d``.
     """
     for name, child in module.named_children():
         trained = any(parameter.requires_grad for parameter in child.parameters(recurse=False))
         if isinstance(child, nn.BatchNorm2d) and trained:
             setattr(module, name, BatchStatisticsNorm2d(child, twice))
-        elif isinstance(child, nn.Conv2d) and trained and _is_plain(child):
+        elif type(child) is nn.Conv2d and trained and _is_plain(child):
             setattr(module, name, AdaptableConv2d(child, twice))
         else:
             make_adaptable(child, twice)
@@ -100,6 +119,8 @@ def solves_together(network: nn.Module) -> bool:
     The channels of the tasks stand side by side, ``[images, tasks * channels, height, width]``, and all weights have a
     leading dimension of tasks, so that a convolution is one with a group for each task. No layer may mix channels.
     """
+    if isinstance(network, BatchStatisticsNorm2d) and network.then is not None:
+        return False
     if isinstance(network, (AdaptableConv2d, BatchStatisticsNorm2d, *CHANNEL_BY_CHANNEL)):
         return all(parameter.requires_grad for parameter in network.parameters())  # others have no dimension of tasks
     chain = type(network).forward is nn.Sequential.forward or isinstance(network, Block)
@@ -116,13 +137,23 @@ def draws_random(network: nn.Module) -> bool:
     )
 
 
+def keeps_statistics(network: nn.Module) -> bool:
+    """Whether a network changes running statistics as it is now: a batch norm that was not replaced trains."""
+    return any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
+        for module in network.modules()
+    )
+
+
 def _rate(module: nn.Module) -> float | None:
     # torchvision and timm keep layers that drop nothing.
     return getattr(module, "p", getattr(module, "drop_prob", None))
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
-    return conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    """Whether ``AdaptableConv2d`` computes the same; a weight that is computed from others is not a parameter."""
+    own = "weight" in conv._parameters
+    return own and conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 class _Convolution(torch.autograd.Function):

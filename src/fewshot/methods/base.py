@@ -53,7 +53,9 @@ class FewShotMethod(pl.LightningModule, ABC):
         self.encoder = encoder
         self.make_optimizer: MakeOptimizer = optimization.DEFAULT
         self.make_schedule: MakeSchedule | None = None
-        self.val_accuracy, self.test_accuracy = EpisodeAccuracy(), EpisodeAccuracy()
+        untrained = "bring the settings of the method (method.KEY) nearer to their defaults"
+        advice = {"advice": untrained} if self.trains_on == "nothing" else {}
+        self.val_accuracy, self.test_accuracy = EpisodeAccuracy(**advice), EpisodeAccuracy(**advice)
         self.estimates: dict[str, Estimate] = {}
 
     @property

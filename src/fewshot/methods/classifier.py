@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from fewshot.checks import Count, Positive, Share, checked
 from fewshot.data.classes import ClassBatch
 from fewshot.distances import Distance, cosine
+from fewshot.encoders import features_of
 from fewshot.methods.protonet import PrototypicalNetwork
 
 
@@ -47,7 +48,7 @@ class Baseline(PrototypicalNetwork):
     ) -> None:
         super().__init__(encoder, distance)
         self.scale, self.label_smoothing, self.by_cosine = scale, label_smoothing, head == "cosine"
-        self.head = nn.Linear(int(encoder.features), classes, bias=not self.by_cosine)  # type: ignore[arg-type]
+        self.head = nn.Linear(features_of(encoder), classes, bias=not self.by_cosine)
 
     def class_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Compute training-class logits ``[images, classes]`` from embeddings ``[images, features]``."""

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from fewshot.checks import Share, checked
 from fewshot.data.episodes import EmbeddedEpisode, MetaBatch
 from fewshot.distances import Distance
+from fewshot.encoders import features_of
 from fewshot.methods.protonet import PrototypicalNetwork, prototypes
 
 
@@ -34,7 +35,7 @@ class FEAT(PrototypicalNetwork):
         self, encoder: nn.Module, distance: Distance, balance: Annotated[float, Ge(0)] = 0.1, dropout: Share = 0.5
     ) -> None:
         super().__init__(encoder, distance)
-        features = int(encoder.features)  # type: ignore[arg-type]
+        features = features_of(encoder)
         self.balance = balance
         self.attention = nn.MultiheadAttention(features, num_heads=1, batch_first=True)
         self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(features)

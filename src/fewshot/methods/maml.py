@@ -1,5 +1,6 @@
 """Model-agnostic meta-learning (Finn, Abbeel & Levine, 2017, arXiv 1703.03400), first and second order."""
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, cast
 
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewshot.checks import Count, Natural, Positive, checked
 from fewshot.data.episodes import Episode, MetaBatch
+from fewshot.encoders import features_of
 from fewshot.encoders.adaptable import BatchStatisticsNorm2d, draws_random, make_adaptable, solves_together
 from fewshot.errors import FewShotError
 from fewshot.methods.base import Classifier, FewShotMethod
@@ -76,7 +78,8 @@ class MAML(FewShotMethod):
             them, so that memory does not grow with the number of steps.
 
     Raises:
-        FewShotError: a number is out of range, or ``task_batching`` is unknown.
+        FewShotError: a number is out of range, ``task_batching`` is unknown, there are rates to learn but no inner
+            steps, or a layer of the encoder cannot be adapted.
     """
 
     automatic_optimization = False
@@ -96,10 +99,12 @@ class MAML(FewShotMethod):
         recompute: bool = False,
         learn_rates: bool | None = None,
     ) -> None:
+        if learn_rates and not inner_steps:
+            raise FewShotError("method.learn_rates=true needs method.inner_steps of at least 1")
         super().__init__(encoder)
         make_adaptable(encoder, twice=order == 2)
         self.transductive = any(isinstance(module, BatchStatisticsNorm2d) for module in encoder.modules())
-        self.head = nn.Linear(int(encoder.features), way)  # type: ignore[arg-type]
+        self.head = nn.Linear(features_of(encoder), way)
         self.order, self.inner_learning_rate = order, inner_learning_rate
         self.compilable = order == 1
         self.inner_steps, self.test_inner_steps = inner_steps, test_inner_steps
@@ -251,7 +256,9 @@ class MAML(FewShotMethod):
             scale = _inner_loss_scale(loss.device.type)
             if scale is not None:
                 loss = loss * scale
-            gradients = torch.autograd.grad(loss, values, create_graph=differentiable)
+            gradients = torch.autograd.grad(
+                loss, values, create_graph=differentiable, allow_unused=True, materialize_grads=True
+            )
             if scale is not None:
                 gradients = tuple(gradient / scale for gradient in gradients)
             updated = self.update(current, dict(zip(names, gradients, strict=True)), number)
@@ -288,10 +295,23 @@ class MAML(FewShotMethod):
 
         The gradients are those of the ``scaled`` loss. Threads call this on copies of the method, so it must not store
         anything in ``self``.
+
+        Raises:
+            FewShotError: a layer of the encoder has no second derivatives, which ``order=2`` needs.
         """
         logits = self.solve(episode)
         loss = total_cross_entropy(logits, episode.query_labels)
-        gradients = torch.autograd.grad(self.scaled(loss), list(self.weights().values()))
+        weights = list(self.weights().values())
+        try:
+            gradients = torch.autograd.grad(self.scaled(loss), weights, allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            missing = re.search(r"derivative for (\S+) is not implemented", str(error))
+            if missing is None:
+                raise
+            raise FewShotError(
+                f"method.order=2: PyTorch has no second derivative of a layer of the encoder ({missing[1]}); choose "
+                "method.order=1, or a different encoder"
+            ) from error
         return MetaGradient(list(gradients), loss.detach(), logits.detach())
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from torch import nn
 
 from fewshot.data.episodes import EmbeddedEpisode
 from fewshot.distances import Distance
+from fewshot.encoders import features_of
 from fewshot.errors import FewShotError
 from fewshot.methods.base import Classifier, MetricMethod
 
@@ -52,7 +53,7 @@ class FullContextMatchingNetwork(MatchingNetwork):
             raise FewShotError(
                 f"method.unrolling_steps={unrolling_steps} must be at least 1; for none, choose method=matching"
             )
-        features = int(encoder.features)  # type: ignore[arg-type]
+        features = features_of(encoder)
         self.unrolling_steps = unrolling_steps
         self.support_lstm = nn.LSTM(features, features, bidirectional=True)
         # The hidden state [h, r] of equation 3 is twice as wide as h. r is part of the input instead, which is

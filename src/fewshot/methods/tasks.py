@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fewshot.data.episodes import Episode
-from fewshot.encoders.adaptable import draws_random
+from fewshot.encoders.adaptable import draws_random, keeps_statistics
 from fewshot.hardware import map_in_threads
 
 TaskBatching = Literal["auto", "loop", "threads", "vmap"]
@@ -35,7 +35,7 @@ def for_each_task(
             meta-batch.
         meta_batch: the tasks.
         task_batching: "loop", "threads", "vmap", or "auto": threads on the CPU and vmap elsewhere. A learner that draws
-            random numbers, see ``draws_random``, always gets "loop".
+            random numbers, see ``draws_random``, or changes running statistics always gets "loop".
         vmap_tasks: number of tasks vmap solves at once.
         thread_tasks: the most tasks a thread solves at once; fewer where that leaves no thread idle.
 
@@ -44,8 +44,8 @@ def for_each_task(
     """
     device = meta_batch.query.device.type
     # Threads would draw from the one generator in any order, and vmap refuses layers that draw in place. And a run that
-    # resumes with another choice must draw the same numbers.
-    if draws_random(learner):
+    # resumes with another choice must draw the same numbers. Running statistics are changed in place as well.
+    if draws_random(learner) or keeps_statistics(learner):
         task_batching = "loop"
     if task_batching == "auto":
         task_batching = "threads" if device == "cpu" else "vmap"
