@@ -294,6 +294,7 @@ HOSTILE = {
     "exceeds limit of": bomb,
     "not an image in a known format": lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
     "is blank: it has only one colour": lambda: png(np.full((9, 9), 7, dtype=np.uint8)),
+    "blank: it has only one colour": lambda: png(np.full((1, 1, 3), (255, 0, 0), dtype=np.uint8)),
 }
 
 

@@ -1,5 +1,6 @@
 """Embeddings, each computed once."""
 
+import importlib
 import os
 import pickle
 import shutil
@@ -96,6 +97,24 @@ class TestCache:
         assert [counted(cache, Scaled()) for _ in range(2)] == [1, 0]
         source.write_text("second")
         assert counted(cache, Scaled()) == 1
+
+    def test_changed_code_that_an_encoder_imports_is_noticed(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(str(tmp_path))
+        (tmp_path / "their_helper.py").write_text("def change(x): return x\n")
+        (tmp_path / "their_encoder.py").write_text(
+            "import torch, their_helper\n"
+            "class Encoder(torch.nn.Module):\n"
+            "    def forward(self, images): return their_helper.change(images).flatten(1)\n"
+        )
+        encoder = importlib.import_module("their_encoder").Encoder()
+        cache, computed = EmbeddingCache(tmp_path / "cache", None), []
+        for line in ("def change(x): return x\n", "def change(x): return -x\n"):
+            (tmp_path / "their_helper.py").write_text(line)
+            importlib.reload(importlib.import_module("their_helper"))
+            for _ in range(2):
+                found = cache(encoder, IMAGES_AT, lambda: computed.append(1) or encoder(IMAGES[IMAGES_AT]))
+                assert torch.equal(found, encoder(IMAGES[IMAGES_AT]))
+        assert len(computed) == 2
 
     def test_nothing_is_kept_of_code_that_is_in_no_file(self, counted, tmp_path, monkeypatch):
         def built_in(_):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from fewshot import hardware
 from fewshot.config import compose
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate as run_evaluation
+from fewshot.evaluation import evaluate_split, task_of
+from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.metrics import paired_difference
-from fewshot.results import by_settings, read_results, settings
+from fewshot.results import by_settings, own_validation, read_results, settings
+from fewshot.trained import load_trained
 from fewshot.training import train
 
 TINY = ["train.episodes=2", "train.way=5", "query=4", "encoder.filters=8", "val.episodes=3", "test.episodes=23"]
@@ -292,3 +296,44 @@ def test_a_sweep_resumes_without_the_jobs_that_the_same_command_finished(run, ca
     assert not evaluated("episodes=6", "resume=auto")[1]
     with pytest.raises(FewShotError, match="resume=RUN must be auto"):
         evaluated("resume=RUN")
+
+
+def test_a_validation_counts_only_for_what_was_validated(run, evaluate):
+    assert own_validation(evaluate(run("protonet")))["accuracy"] > 0
+    for other in ("method=simpleshot", "distance=cosine method=protonet", "way=4", "shot=2", "mirror=true"):
+        assert own_validation(evaluate(run("protonet"), *other.split())) is None
+
+
+def test_a_precision_that_only_a_gpu_has_is_refused(run, evaluate):
+    with pytest.raises(FewShotError, match=r"hardware\.precision=16-mixed needs a GPU"):
+        evaluate(run("protonet"), "hardware=cpu", "hardware.precision=16-mixed")
+
+
+class Power(PrototypicalNetwork):
+    """A method whose embeddings depend on a setting of its own."""
+
+    def __init__(self, encoder, power):
+        super().__init__(encoder)
+        self.power = power
+
+    def embed_images(self, images):
+        return self.encoder(images).abs() ** self.power
+
+
+def test_embeddings_that_depend_on_a_setting_of_the_method_are_kept_apart(run, tmp_path, cache_dir):
+    def accuracy(power, cache):
+        trained = load_trained(str(run("protonet")))
+        config = task_of(
+            trained.config, compose(f"cache_dir={cache}", f"out={tmp_path}", "hardware=cpu", name="evaluate")
+        )
+        config.method.power = power
+        method = Power(trained.method.encoder, power).eval()
+        return evaluate_split(replace(trained, method=method), config).estimate.accuracy
+
+    expected = []
+    for power in (1, 8):
+        shutil.copytree(cache_dir, tmp_path / str(power), ignore=shutil.ignore_patterns("embeddings"))
+        expected.append(accuracy(power, tmp_path / str(power)))
+    assert expected[0] != expected[1]
+    shutil.copytree(cache_dir, tmp_path / "shared", ignore=shutil.ignore_patterns("embeddings"))
+    assert [accuracy(power, tmp_path / "shared") for power in (1, 8, 1)] == [*expected, expected[0]]

@@ -126,3 +126,9 @@ def test_error_names_the_extra_for_missing_packages(run, tmp_path, monkeypatch):
     with pytest.raises(FewShotError, match=r"onnxruntime is not installed; .* '\.\[export\]'"):
         export(str(run), str(tmp_path / "encoder.onnx"))
     assert not (tmp_path / "encoder.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.txt", "weights.pt", "weights"])
+def test_another_ending_is_refused(run, tmp_path, name):
+    with pytest.raises(FewShotError, match=r"choose out=FILE\.onnx for the encoder, or out=FILE\.safetensors"):
+        export(str(run), str(tmp_path / name))

@@ -43,20 +43,20 @@ def test_each_example_is_left_out_equally_often_with_one_of_every_other_class():
 @pytest.mark.parametrize(
     ("shots", "more"),
     [
-        ((2, 5), "one example"),
-        ((20, 3), "one example"),
-        ((41, 3), "up to 3 examples"),
-        ((100, 100), "up to 5 examples"),
+        ((2, 5), "one more example"),
+        ((20, 3), "one more example"),
+        ((41, 3), "up to 3 more examples"),
+        ((100, 100), "up to 5 more examples"),
     ],
 )
 def test_the_examples_that_queries_have_more_are_counted(shots, more):
     labels = torch.arange(2).repeat_interleave(torch.tensor(shots))
     examples = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(0))
     most = max(int(labels[part].bincount().max()) for part in parts(labels))
-    assert most == (1 if more == "one example" else int(more.split()[2]))
+    assert most == (1 if more == "one more example" else int(more.split()[2]))
     learned = Learned(("a", "b"), examples, labels, torch.stack, examples.mm, lambda *_: lambda rows: rows[:, :2])
     (line, *_) = learned.describe([""] * len(labels))
-    assert line.endswith(f"queries may do a little better, with {more} more of each class")
+    assert line.endswith(f"queries may do a little better, with {more} of each class")
 
 
 def test_an_example_is_answered_by_a_classifier_without_it():

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import cross_val_score
 from torch import nn
 
 import fewshot
@@ -98,7 +101,7 @@ def test_the_classifier_agrees_with_predict(run, examples, name, batch, tmp_path
     predictor = make_predictor(fewshot.compose(f"checkpoint={run(name)}", "hardware=cpu", name="predict"))
     pixels = list(classifier.support_)
     logits = predictor.learn({"bright": pixels[2:], "dark": pixels[:2]})(pixels)
-    np.testing.assert_allclose(classifier.decision_function(images), logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(classifier.decision_function(images), logits[:, 1] - logits[:, 0], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(classifier.predict_proba(images).sum(axis=1), 1, rtol=1e-5)
     assert classifier.score(images, labels) == np.mean(classifier.predict(images) == labels)
     assert classifier.predict([]).shape == (0,)
@@ -223,3 +226,78 @@ def test_a_broken_or_hostile_file_is_rejected(run, examples, tmp_path):
         file.write_bytes(contents)
         with pytest.raises(FewShotError, match="is broken, or holds no weights saved by this program"):
             fewshot.FewShotClassifier.load(file)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0.0, 1.0, float("nan"), 1.0], r"the label of image 2 is missing \(nan\)"),
+        (["a", "a", 1, 1], "labels are of different kinds"),
+        ([None, "a", "b", "b"], "labels are of different kinds"),
+    ],
+)
+def test_labels_that_are_missing_or_mixed_are_refused(examples, labels, message):
+    classifier = fewshot.FewShotClassifier(nn.Flatten(), size=28, channels=1, hardware="cpu")
+    with pytest.raises(FewShotError, match=message):
+        classifier.fit(examples[0], labels)
+    assert not hasattr(classifier, "support_")
+
+
+def test_what_is_no_list_of_images_is_refused(examples):
+    images, labels = examples
+    classifier = fewshot.FewShotClassifier(nn.Flatten(), size=28, channels=1, hardware="cpu").fit(images, labels)
+    for one in (images[0], np.zeros((8, 9, 3), np.uint8), np.zeros((8, 9, 4), np.uint8)):
+        with pytest.raises(FewShotError, match=r"a single image; give a list of them"):
+            classifier.predict(one)
+    assert len(classifier.predict(np.zeros((5, 28, 28), np.uint8))) == 5
+    with pytest.raises(FewShotError, match=r"a table; give one column"):
+        classifier.predict({"path": images})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"batch": 0}, "batch=0 must be a whole number of at least 1"),
+        ({"batch": "4"}, "batch=4 must be"),
+        ({"mirror": "yes"}, "mirror=yes must be true or false"),
+        ({"hardware": "gpuu"}, "hardware=gpuu is not an option; choose auto, cpu"),
+        ({"hardware": "cpu hardware.precision=3"}, "is not an option"),
+    ],
+)
+def test_settings_of_the_classifier_are_checked(examples, setting, message):
+    given = {"size": 28, "channels": 1, "hardware": "cpu"} | setting
+    with pytest.raises(FewShotError, match=message):
+        fewshot.FewShotClassifier(nn.Flatten(), **given).fit(*examples)
+
+
+@pytest.mark.parametrize("name", ["protonet", "maml", "taught", "module"])
+def test_a_fitted_classifier_is_pickled_without_its_network(run, examples, tmp_path, name):
+    images, labels = examples
+    made = nn.Flatten() if name == "module" else run("protonet" if name == "taught" else name)
+    settings = {"size": 28, "channels": 1} if name == "module" else {}
+    fitted = fewshot.FewShotClassifier(made, hardware="cpu", **settings).fit(images, labels)
+    if name == "taught":
+        fitted.save(tmp_path / "taught.fewshot")
+        fitted = fewshot.FewShotClassifier.load(tmp_path / "taught.fewshot", hardware="cpu")
+    again = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_allclose(again.predict_proba(images), fitted.predict_proba(images), rtol=1e-5)
+    assert again.classes_.tolist() == fitted.classes_.tolist()
+    assert pickle.loads(pickle.dumps(clone(fitted))).get_params()["hardware"] == "cpu"
+    if name == "protonet":
+        other = tmp_path / "run"
+        shutil.copytree(run("protonet"), other)
+        moved = pickle.dumps(fewshot.FewShotClassifier(other, hardware="cpu").fit(images, labels))
+        shutil.copy(run("maml") / "checkpoints" / "best.ckpt", other / "checkpoints" / "best.ckpt")
+        with pytest.raises(FewShotError, match=r"has other weights than when the classifier was fitted"):
+            pickle.loads(moved)
+
+
+def test_two_classes_suit_the_scorers_and_the_calibration_of_scikit_learn():
+    random = np.random.default_rng(0)
+    images = [(random.integers(0, 128, (28, 28)) + 127 * (number % 2)).astype(np.uint8) for number in range(12)]
+    labels = ["dark", "bright"] * 6
+    classifier = fewshot.FewShotClassifier(nn.Flatten(), size=28, channels=1, normalise="plain", hardware="cpu")
+    assert cross_val_score(classifier, images, labels, cv=3, scoring="roc_auc").mean() == 1
+    fitted = classifier.fit(images, labels)
+    assert (np.where(fitted.decision_function(images) > 0, "dark", "bright") == labels).all()
+    assert (CalibratedClassifierCV(classifier, cv=2).fit(images, labels).predict(images) == labels).all()

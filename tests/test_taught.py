@@ -57,7 +57,11 @@ def taught(photos):
 
 
 def answers(photos, out, *overrides):
-    predict(compose(*overrides, f"query={photos / 'query'}", f"out={out}", "hardware=cpu", name="predict"))
+    return answers_of(photos / "query", out, *overrides)
+
+
+def answers_of(query, out, *overrides):
+    predict(compose(*overrides, f"query={query}", f"out={out}", "hardware=cpu", name="predict"))
     with (out / "predictions.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -71,7 +75,8 @@ def test_a_taught_file_answers_as_the_photos_do(photos, taught, tmp_path, capsys
         np.testing.assert_allclose(*values, atol=2e-3)
     message = capsys.readouterr().out
     assert (
-        "accuracy on left-out examples when it was taught:" in message and "of 12 queries are like none of" in message
+        "accuracy on left-out examples when it was taught:" in message
+        and " of 12 queries are unlike every class; about 5% of" in message
     )
     assert str(photos).encode() not in taught.read_bytes()
 
@@ -253,3 +258,34 @@ def test_one_example_a_class_has_a_fixed_threshold_and_rates_are_checked():
     for rate in (0, 1, 2):
         with pytest.raises(FewShotError, match=f"false_alarm={rate} must be above 0 and below 1"):
             learned.threshold(rate)
+
+
+def test_copies_of_taught_photos_are_neither_learned_again_nor_queries(photos, taught, tmp_path, capsys):
+    more = tmp_path / "more"
+    for name in ("red", "green", "blue"):
+        (more / name).mkdir(parents=True)
+        for number, image in enumerate(sorted((photos / "support" / name).iterdir())):
+            (more / name / f"again {number}.png").write_bytes(image.read_bytes())
+    (more / "blue" / "red.png").write_bytes((photos / "support" / "red" / "0.png").read_bytes())
+    (more / "red" / "new.png").write_bytes((photos / "query" / "red" / "1.png").read_bytes())
+    out = tmp_path / "more.fewshot"
+    teach(compose(f"model={taught}", f"support={more}", f"out={out}", "hardware=cpu", name="teach"))
+    message = capsys.readouterr()
+    assert "3 classes, 11 examples" in message.out
+    assert message.err.count("is left out, since it is an example of ") == 9
+    assert "red.png is also in another class, so they cannot be distinguished: an example of red" in message.err
+
+    with pytest.raises(FewShotError, match=r"no query left"):
+        answers_of(photos / "support", tmp_path / "none", f"model={taught}")
+    rows = answers_of(more, tmp_path / "some", f"model={taught}")
+    assert [row["file"].rpartition("/")[2] for row in rows] == ["new.png"]
+    assert "again 0.png is an example of blue in" in (tmp_path / "some" / "left_out.txt").read_text()
+
+
+@pytest.mark.parametrize("labels", [[True, False], [b"a", b"b"]])
+def test_classes_that_no_file_can_hold_are_refused_before_it_is_written(taught, tmp_path, labels):
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
+    classifier = FewShotClassifier(taught, hardware="cpu").fit(images, labels)
+    with pytest.raises(FewShotError, match=r"classes named by (bool|bytes) cannot be saved"):
+        classifier.save(tmp_path / "x.fewshot")
+    assert not (tmp_path / "x.fewshot").exists()

@@ -154,8 +154,13 @@ class Visit:
         return [example for examples in self.support.values() for example in examples]
 
     def with_file(self, example: Example) -> list[str]:
-        """Return the classes with an example of the same content."""
-        return [name for name, images in self.support.items() if example.digest in [one.digest for one in images]]
+        """Return the classes with an example of the same content, in the taught file, too."""
+        found = [name for name, images in self.support.items() if example.digest in [one.digest for one in images]]
+        if self.taught is not None and self.taught.base is not None:
+            predictor, base = self.taught.load()[0], self.taught.base
+            (copy_of,) = base.copies(predictor.represent([example.pixels[self.taught.form]]))
+            found += [base.classes[base.labels[copy_of]]] if copy_of is not None else []
+        return list(dict.fromkeys(found))
 
     @property
     def classes(self) -> list[str]:
@@ -362,7 +367,7 @@ class Demo:
         forms = [visit.taught.form] if visit.taught else [network.form for network in self.networks.values()]
         once = ImageFile(for_terminal(file.name), lambda: content)
         pixels = {form: read_photo(once, *form, reduced=True) for form in dict.fromkeys(forms)}
-        if all(image.min() == image.max() for image in pixels.values()):
+        if all((image == image[:1, :1]).all() for image in pixels.values()):
             raise FewShotError(f"{file.name} is blank: it has only one colour")
         return Example(once.name, hashlib.sha256(content).hexdigest(), pixels)
 

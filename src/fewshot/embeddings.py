@@ -194,9 +194,9 @@ def _is_installed(file: str) -> bool:
 
 def _own_sources() -> set[str]:
     """Return the files of the user's own code so far: an encoder may call what any of them defines."""
-    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    found = {str(Path(file).resolve()) for file in files if file}
-    return {file for file in found if file.endswith(".py") and not _is_installed(file)}
+    named = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    files = {str(Path(name).resolve()) for name in named if name and name.endswith(".py")}
+    return {file for file in files if not _is_installed(file) and Path(file).is_file()}  # PyTorch invents some names
 
 
 def _read_each(path: Path) -> dict[bytes, torch.Tensor]:

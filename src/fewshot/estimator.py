@@ -16,13 +16,15 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from fewshot.checkpoints import NOWHERE, read_weights
-from fewshot.checks import misfits, refuse
-from fewshot.config import TYPES, compose
+from fewshot.checks import Count, misfits, refuse
+from fewshot.config import TYPES, compose, options, search_path
 from fewshot.data.files import file_at
 from fewshot.data.kinds import is_drawn, mismatch
-from fewshot.data.photos import prepare
+from fewshot.data.photos import CROPS, prepare
+from fewshot.digests import digest
 from fewshot.errors import FewShotError
 from fewshot.learned import Learned, Pixels
+from fewshot.methods.auto import Linear
 from fewshot.methods.base import FewShotMethod, set_mirror
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.predictor import Predictor, arbitrary_alone, predictor_of
@@ -99,10 +101,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if names.shape != (len(support),):
             raise FewShotError(f"labels have shape {list(names.shape)} for {len(support)} images; give one label each")
         try:
+            if len({isinstance(label, str) for label in labels}) > 1:  # type: ignore[union-attr]
+                raise TypeError("an array makes all of them strings")
             classes, numbers = np.unique(names, return_inverse=True)
         except TypeError as error:  # they cannot be sorted
             raise FewShotError("labels are of different kinds; give only strings, or only numbers") from error
-        self.support_ = np.array(support)
+        missing = np.flatnonzero(names != names)  # noqa: PLR0124  # NaN and NaT, of any kind
+        if len(missing):
+            raise FewShotError(f"the label of image {missing[0]} is missing ({names[missing[0]]})")
         # Class by class, as from folders.
         grouped = np.argsort(numbers, kind="stable")
         if len(classes) < 2:
@@ -117,17 +123,22 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                     "distinguished",
                     stacklevel=2,
                 )
-        examples = predictor.represent(list(self.support_[grouped]))
+        examples = predictor.represent([support[number] for number in grouped])
         learned = predictor.learn_examples(tuple(classes.tolist()), examples, torch.from_numpy(numbers[grouped]))
+        self.support_ = np.array(support)
         return self._keep(predictor, learned)
 
     def decision_function(self, images: Iterable[Any]) -> NDArray[np.float32]:
-        """Return logits ``[images, way]``.
+        """Return logits ``[images, way]``; of two classes, how much larger that of the second one is, ``[images]``.
 
         Raises:
             FewShotError: an image cannot be read.
             sklearn.exceptions.NotFittedError: ``fit`` has not been called.
         """
+        logits = self._logits(images)
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
+    def _logits(self, images: Iterable[Any]) -> NDArray[np.float32]:
         check_is_fitted(self, "classes_")
         logits = [np.empty((0, len(self.classes_)), np.float32)]
         batch: list[Pixels] = []
@@ -145,11 +156,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, images: Iterable[Any]) -> NDArray[np.float32]:
         """Return class probabilities, the softmax of the logits, ``[images, way]``."""
-        return torch.from_numpy(self.decision_function(images)).softmax(dim=1).numpy()
+        return torch.from_numpy(self._logits(images)).softmax(dim=1).numpy()
 
     def predict(self, images: Iterable[Any]) -> NDArray[Any]:
         """Return the most probable label of each image."""
-        best = self.decision_function(images).argmax(axis=1)
+        best = self._logits(images).argmax(axis=1)
         return np.asarray(self.classes_[best])
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -165,7 +176,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 "a classifier made from a module cannot be saved, because the file needs the configuration of a run: "
                 "make it from one, FewShotClassifier(RUN_DIR)"
             )
-        _, config = self._open(places=NOWHERE)
+        _, config, _ = self._open(places=NOWHERE)
         save_taught(Path(path), self._predictor, self._learned, config)
 
     @classmethod
@@ -188,7 +199,37 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, self.labels_ = np.array(learned.classes), learned.labels.numpy()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle what was learned without the network, which ``model`` names or is."""
+        state = dict(super().__getstate__())
+        learned: Learned | None = state.pop("_learned", None)
+        predictor: Predictor | None = state.pop("_predictor", None)
+        if learned is not None and predictor is not None:
+            fitted = learned.classify if isinstance(learned.classify, Linear) else None
+            state["_taught"] = (
+                digest(predictor.method.encoder.state_dict()),
+                (learned.classes, learned.examples.cpu(), learned.labels),
+                None if fitted is None else fitted.to(torch.device("cpu")),
+            )
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the network again.
+
+        Raises:
+            FewShotError: it is not there, or has other weights than when the classifier was fitted.
+        """
+        taught = state.pop("_taught", None)
+        super().__setstate__(state)
+        if taught is not None:
+            predictor = self._make_predictor()
+            if digest(predictor.method.encoder.state_dict()) != taught[0]:
+                raise FewShotError(f"{self.model} has other weights than when the classifier was fitted; fit it again")
+            classes, examples, labels = taught[1]
+            self._keep(predictor, predictor.learn_examples(classes, examples, labels, taught[2]))
+
     def _make_predictor(self) -> Predictor:
+        refuse(misfits({"batch": self.batch, "mirror": self.mirror}, {"batch": Count, "mirror": bool | None}))
         hardware = _hardware(self.hardware)
         if isinstance(self.model, nn.Module):
             method = self.model if isinstance(self.model, FewShotMethod) else PrototypicalNetwork(self.model)
@@ -197,22 +238,25 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             if self.mirror is not None:
                 set_mirror(method, self.mirror)
             return Predictor(method, OmegaConf.create(dataset), self.ink, hardware)
-        method, config = self._open()
-        return predictor_of(Trained(None, method, OmegaConf.create(config), {}), hardware, "auto")
+        method, config, crop = self._open()
+        return predictor_of(Trained(None, method, OmegaConf.create(config), {}), hardware, crop)
 
-    def _open(self, places: dict[str, str] | None = None) -> tuple[FewShotMethod, dict[str, Any]]:
-        """Load the method in a file and the configuration of its run."""
+    def _open(self, places: dict[str, str] | None = None) -> tuple[FewShotMethod, dict[str, Any], str]:
+        """Load the method in a file, the configuration of its run, and what becomes of images that are not square."""
         assert not isinstance(self.model, nn.Module)
         path = Path(self.model).expanduser()
         if not path.is_file() or path.suffix == ".ckpt":
             trained = load_trained(str(path), trust=self.trust, places=places)
-            return trained.method, self._chosen(trained.checkpoint["hyper_parameters"])
+            return trained.method, self._chosen(trained.checkpoint["hyper_parameters"]), "auto"
         content, weights, _ = read_weights(path)
         try:
             config = read_config(content.get("config"), path, trust=self.trust, places=places)
         except ValueError as error:
             raise FewShotError(f"{path} is broken: {error}; save the classifier again") from error
-        return restore(path, config, weights), self._chosen(config)
+        crop = content.get("crop", "auto")
+        if crop not in CROPS:
+            raise FewShotError(f"{path} is broken: its crop is {crop!r}; save the classifier again")
+        return restore(path, config, weights), self._chosen(config), crop
 
     def _chosen(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration of a run with what this classifier changes."""
@@ -220,13 +264,19 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
 
 def _hardware(option: str) -> DictConfig:
+    known = {name for source in search_path() for name in options(source, "hardware")}
+    if option not in known:
+        raise FewShotError(f"hardware={option} is not an option; choose {', '.join(sorted(known))}")
     hardware: DictConfig = compose(f"hardware={option}", name="predict").hardware
     return hardware
 
 
 def _several(images: Iterable[Any]) -> Iterable[Any]:
-    if isinstance(images, str | PathLike | Image.Image):
+    one = isinstance(images, np.ndarray) and (images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4)))
+    if one or isinstance(images, str | PathLike | Image.Image):
         raise FewShotError("images is a single image; give a list of them: [image]")
+    if isinstance(images, Mapping) or hasattr(images, "columns"):
+        raise FewShotError('images is a table; give one column of it: table["path"]')
     return images
 
 

@@ -224,6 +224,8 @@ def export(checkpoint: str | None, out: str, trust: str | Iterable[str] | None =
     if path.suffix == SHARED:
         _share(load_trained(checkpoint, trust=trust, places=NOWHERE), path)
         return 0.0
+    if path.suffix != ".onnx":
+        raise FewShotError(f"out={out}: choose out=FILE.onnx for the encoder, or out=FILE{SHARED} for the weights")
     trained = load_trained(checkpoint, trust=trust)
     if not isinstance(trained.method, MetricMethod):
         raise FewShotError(

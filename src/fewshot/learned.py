@@ -16,6 +16,7 @@ from fewshot.methods.auto import Linear
 from fewshot.methods.base import Classifier
 
 Pixels = NDArray[np.uint8]
+ROUNDING = 1e-5  # of an embedding's length: by how much that of the same image may differ from one batch to another
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class Learned:
             )
         return logits
 
+    def copies(self, represented: torch.Tensor) -> list[int | None]:
+        """Return which example each image is a copy of, by what ``represent`` returns; None: of none."""
+        examples, images = (one.detach().flatten(1).double().cpu() for one in (self.examples, represented))
+        same = torch.cdist(images, examples) <= ROUNDING * examples.norm(dim=1)
+        return [int(row.nonzero()[0]) if row.any() else None for row in same]
+
     @cached_property
     def held_out(self) -> HeldOut | None:
         """Answers to the examples without having seen them; None if ``learn`` is, or each class has one example."""
@@ -83,10 +90,10 @@ class Learned:
             return
         accuracy, low, high = self.held_out.accuracy()
         most = self.held_out.together
-        more = "one example" if most == 1 else f"up to {most:,} examples"
+        more = "one more example" if most == 1 else f"up to {most:,} more examples"
         yield (
             f"accuracy on {self.held_out.examples:,} left-out examples: {accuracy:.1%} (95% interval {low:.0%} to "
-            f"{high:.0%}); queries may do a little better, with {more} more of each class"
+            f"{high:.0%}); queries may do a little better, with {more} of each class"
         )
         pairs = [
             f"{self.classes[one]} and {self.classes[other]} ({share:.0%})"

@@ -98,6 +98,10 @@ def predict(config: DictConfig) -> None:
             if not readable:
                 continue
             represented = learned.represent(list(readable.values()))
+            if config.model is not None:  # its photos are not there to be compared
+                readable, represented = _without_copies(readable, represented, learned, config.model, left_out)
+                if not readable:
+                    continue
             logits = learned.answer(represented)
             for pixels, prediction, best in zip(
                 readable.values(),
@@ -115,8 +119,9 @@ def predict(config: DictConfig) -> None:
     classified = len(queries) - (len(left_out) - unread)
     _print(tally.shown, classified, learned)
     if limit is not None:
-        rate = f"so are about {config.false_alarm:.0%} of the images of a class"
-        say(f"{tally.unknown:,} of {classified:,} queries are like none of the classes; {rate}")
+        rate = f"about {config.false_alarm:.0%} of the images of a class are, too"
+        are = "is" if tally.unknown == 1 else "are"
+        say(f"{tally.unknown:,} of {classified:,} queries {are} unlike every class; {rate}")
     if predictor.method.needs_all_queries and classified == 1:
         say(f"warning: {arbitrary_alone(predictor.method)}", error=True)
     elif predictor.method.needs_all_queries:
@@ -322,6 +327,20 @@ def _start(config: DictConfig, left_out: list[str]) -> _Start:
     return _Start(predictor, learned, list(learned.describe(names)), learned.record(names), names, known, twins)
 
 
+def _without_copies(
+    readable: dict[str, Pixels], represented: torch.Tensor, learned: Learned, model: str, left_out: list[str]
+) -> tuple[dict[str, Pixels], torch.Tensor]:
+    """Leave out queries that are examples in a taught file."""
+    copies = learned.copies(represented)
+    for name, copy_of in zip(readable, copies, strict=True):
+        if copy_of is not None:
+            label = learned.classes[learned.labels[copy_of]]
+            _leave_out(FewShotError(f"{name} is an example of {label} in {model}"), left_out)
+    new = [number for number, copy_of in enumerate(copies) if copy_of is None]
+    names = list(readable)
+    return {names[number]: readable[names[number]] for number in new}, represented[new]
+
+
 def _limit(learned: Learned, config: DictConfig) -> float | None:
     """The familiarity below which a query is unknown; None: nobody asked."""
     if not config.unknown:
@@ -393,7 +412,10 @@ def _read_queries(
         if isinstance(photo, FewShotError):
             _leave_out(photo, left_out)
         elif photo.digest in known:
-            _leave_out(FewShotError(f"{file.name} is in the support set, as {known[photo.digest].name}"), left_out)
+            same = known[photo.digest].name
+            _leave_out(
+                FewShotError(f"{file.name} is in the support set{f', as {same}' * (same != file.name)}"), left_out
+            )
         else:
             yield file.name, photo.pixels
 

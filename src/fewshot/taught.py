@@ -18,9 +18,11 @@ from fewshot.familiarity import Familiarity
 from fewshot.learned import Learned, Pixels
 from fewshot.methods.auto import Linear
 from fewshot.predictor import Predictor, predictor_of
+from fewshot.text import say
 from fewshot.trained import Trained, restore
 from fewshot.trust import INITIAL_WEIGHTS, read_config
 
+NAMES = {str, int, float}  # kinds of labels that a file can hold
 PARTS = {"classifier": ("centre", "weight", "bias"), "familiarity": ("centre", "means", "centred")}  # tensors
 
 
@@ -55,6 +57,10 @@ def save_taught(path: Path, predictor: Predictor, learned: Learned, config: Any,
         names: of the examples, for messages about them.
     """
     method = predictor.method
+    kinds = {type(name) for name in learned.classes}
+    if not (len(kinds) == 1 and kinds <= NAMES):
+        named = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise FewShotError(f"classes named by {named} cannot be saved; name them by strings, or by numbers")
     plain: Any = copy.deepcopy(OmegaConf.to_container(config) if isinstance(config, DictConfig) else config)
     # The weights are in the file; where they came from is private.
     encoder = plain["method"].get("encoder", {})
@@ -126,27 +132,44 @@ def load_taught(
     return Taught(predictor, learned, config, summary if isinstance(summary, dict) else {})
 
 
-def extend(taught: Taught, support: Mapping[str, Sequence[Pixels]]) -> Learned:
-    """Add classes and examples to those of a file.
+def extend(taught: Taught, support: Mapping[str, Sequence[Pixels]], files: Sequence[str]) -> tuple[Learned, list[str]]:
+    """Add classes and examples to those of a file. Copies of its examples are left out, with a line that names them.
 
     Args:
         taught: the file.
         support: images by the name of their class, see ``Predictor.learn``; classes of the file get more examples.
+        files: the names of the images, in order.
+
+    Returns:
+        What was learned, and the names of its examples.
     """
     old = taught.learned
     classes = tuple(dict.fromkeys([*old.classes, *support]))
     shots = torch.tensor([len(images) for images in support.values()])
     labels = torch.tensor([classes.index(name) for name in support]).repeat_interleave(shots)
     examples = taught.predictor.represent([image for images in support.values() for image in images])
-    return taught.predictor.learn_examples(
-        classes, torch.cat([old.examples, examples.to(old.examples)]), torch.cat([old.labels, labels])
+    new = []
+    for number, copy_of in enumerate(old.copies(examples)):
+        if copy_of is None or old.labels[copy_of] != labels[number]:
+            new.append(number)
+        if copy_of is not None:
+            label = old.classes[old.labels[copy_of]]
+            same = old.labels[copy_of] == labels[number]
+            what = "left out, since it is" if same else "also in another class, so they cannot be distinguished:"
+            say(f"warning: {files[number]} is {what} an example of {label} in the file", error=True)
+    learned = taught.predictor.learn_examples(
+        classes, torch.cat([old.examples, examples[new].to(old.examples)]), torch.cat([old.labels, labels[new]])
     )
+    return learned, [
+        *(f"example {number + 1}" for number in range(len(old.labels))),
+        *(files[number] for number in new),
+    ]
 
 
 def _fit(predictor: Predictor, classes: Any, examples: torch.Tensor, labels: torch.Tensor) -> bool:
     """Whether the examples in a file can be those of its classes."""
     kinds = {type(name) for name in classes} if isinstance(classes, list) else set()
-    if not (len(kinds) == 1 and kinds <= {str, int, float} and len(set(classes)) == len(classes) > 1):
+    if not (len(kinds) == 1 and kinds <= NAMES and len(set(classes)) == len(classes) > 1):
         return False
     blank = predictor.represent([np.zeros((predictor.size, predictor.size, predictor.channels), np.uint8)])
     return (

@@ -37,18 +37,16 @@ def teach(config: DictConfig) -> None:
         taught = load_taught(config.model, config.hardware, config.trust)
         predictor, run = taught.predictor, taught.config
         support, _, files = read_support(find_support(config.support, least=1), predictor.read, left_out)
-        learned = extend(taught, support)
-        names = [f"example {number + 1}" for number in range(len(taught.learned.labels))]
+        learned, names = extend(taught, support, [file.name for file in files])
     else:
         trained = make_trained(config, NOWHERE)
         predictor = predictor_of(trained, config.hardware, config.crop, config.cache_dir)
-        run, names = trained.config, []
+        run = trained.config
         support, _, files = read_support(find_support(config.support), predictor.read, left_out)
-        learned = predictor.learn(support)
+        learned, names = predictor.learn(support), [file.name for file in files]
     warn_of_mismatch(
         predictor.knows, [is_drawn(pixels) for images in support.values() for pixels in images], "examples"
     )
-    names = [*names, *(file.name for file in files)]
     for line in learned.describe(names):
         say(line)
     save_taught(out, predictor, learned, run, names)

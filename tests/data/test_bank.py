@@ -381,3 +381,34 @@ def test_a_full_disk_is_reported(tmp_path):
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("no private file system to fill")
     assert "No space left on device" in done.stdout, (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            np.zeros((3, 4, 4, 1), np.float32),
+            r"class 0 of toy has images of float32 \[3, 4, 4, 1\]; .* uint8 \[3, 4, 4, 1\]",
+        ),
+        (np.zeros((2, 4, 4, 1), np.uint8), r"uint8 \[2, 4, 4, 1\]; its load must return uint8 \[3, 4, 4, 1\]"),
+        (
+            np.zeros((3, 4, 4), np.uint8),
+            r"uint8 \[3, 4, 4\]; its load must return uint8 \[3, height, width, channels\]",
+        ),
+    ],
+)
+def test_images_of_another_type_or_shape_are_refused(file, tmp_path, wrong, message):
+    def classes():
+        listed = make_source(file).classes()
+        return [ImageClass("class 0", "train", 3, lambda: wrong), *listed[1:]]
+
+    with pytest.raises(FewShotError, match=message):
+        open_bank("toy", Source([file], classes), {}, tmp_path / "cache")
+
+
+def test_a_source_that_cannot_be_read_is_not_taken_for_the_cache(file, tmp_path):
+    def classes():
+        Path(tmp_path / "data").read_bytes()
+
+    with pytest.raises(FewShotError, match=rf"cannot read {tmp_path / 'data'}: Is a directory; .* with data_dir=PATH"):
+        open_bank("toy", Source([file], classes), {}, tmp_path / "cache")

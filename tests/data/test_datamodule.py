@@ -18,6 +18,7 @@ from fewshot.data.images import normalise
 from fewshot.data.loaders import EvaluationLoader
 from fewshot.errors import FewShotError
 from fewshot.evaluation import OneSplit
+from fewshot.training import make_data
 
 BANK = make_bank({"train": [12] * 8, "val": [12] * 5, "test": [12] * 6}, channels=3)
 KEYS = ("way", "shot", "query", "train", "val", "test", "seed", "eval_seed", "checkpoint_every")
@@ -202,18 +203,18 @@ def test_the_bank_depends_on_the_settings_of_its_source_resolved_or_not(monkeypa
     asked: list[tuple] = []
     monkeypatch.setattr(datamodule, "open_bank", lambda *arguments: asked.append(arguments) or BANK)
     source = {"_target_": "fewshot.data.glyphs.glyphs", "size": "${dataset.size}", "samples": 3, "seed": 0}
-    config = OmegaConf.merge(compose("run_dir=x"), {"dataset": {"size": 14, "source": source}})
+    config = OmegaConf.merge(compose("run_dir=x"), {"dataset": {"size": 16, "channels": 3, "source": source}})
     module = EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="somewhere")
     assert module.bank is BANK
     ((name, _, settings, cache_dir, _),) = asked
-    assert (name, settings, cache_dir) == ("glyphs", source | {"size": 14}, "somewhere")
+    assert (name, settings, cache_dir) == ("glyphs", source | {"size": 16}, "somewhere")
 
 
 def test_what_is_odd_about_the_images_is_reported_in_a_line_each_by_one_process(monkeypatch, capsys):
     odd = replace(BANK, findings=("blank classes: a", "pictures twice: b\nc"))
     monkeypatch.setattr(datamodule, "open_bank", lambda *_: odd)
     monkeypatch.setattr(datamodule, "instantiate", lambda _: None)
-    config = compose("run_dir=x", "dataset=omniglot")
+    config = compose("run_dir=x", "dataset=omniglot", "dataset.size=16", "dataset.channels=3")
     modules = [EpisodeDataModule(config.dataset, **{key: config[key] for key in KEYS}, cache_dir="") for _ in "ab"]
     assert modules[0].bank is modules[0].bank is odd
     reported = "warning: omniglot: blank classes: a\nwarning: omniglot: pictures twice: b\\nc\n"
@@ -256,7 +257,7 @@ def test_a_small_class_that_may_be_left_out_of_an_evaluation_is_refused_only_if_
         for number, count in enumerate((9, 9, 2))
     ]
     monkeypatch.setattr(datamodule, "instantiate", lambda _: Source([], lambda: listed))
-    config = compose("run_dir=x", "way=2", "shot=1", "query=2")
+    config = compose("run_dir=x", "way=2", "shot=1", "query=2", "dataset.size=4")
     module = OneSplit("test", config.dataset, **{key: config[key] for key in KEYS}, cache_dir=str(tmp_path))
     module.prepare_data()
     with pytest.raises(FewShotError, match="need 3 images of each class, but 2 of the test split has 2"):
@@ -274,3 +275,10 @@ def test_an_evaluation_of_nearly_all_images_of_a_split_embeds_all_of_them():
         assert torch.equal(positions, whole if len(drawn) >= 0.9 * len(whole) else drawn)
         nearly += 0.9 * len(whole) <= len(drawn) < len(whole)
     assert nearly
+
+
+def test_images_of_another_size_than_configured_are_refused(cache_dir):
+    config = compose("dataset=glyphs", f"cache_dir={cache_dir}")
+    config.dataset.size = 20
+    with pytest.raises(FewShotError, match=r"images of glyphs are \[28, 28, 1\], and .* say \[20, 20, 1\]"):
+        make_data(config).bank  # noqa: B018

@@ -1,9 +1,12 @@
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from fewshot.data.episodes import Episode
 from fewshot.distances import cosine, l2
+from fewshot.errors import FewShotError
 from fewshot.methods.protonet import PrototypicalNetwork, prototypes
 
 
@@ -37,3 +40,21 @@ def test_a_classifier_matches_an_episode():
     labels = torch.tensor([1, 0, 1, 1])
     episode = Episode(torch.randn(4, 1, 2, 2), labels, torch.randn(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64), 2)
     torch.testing.assert_close(method().classifier(episode.support, labels, 2)(episode.query), method()(episode))
+
+
+@pytest.mark.parametrize(
+    ("compare", "returned"),
+    [
+        (lambda self, e: -self.distance(e.query, e.support), "float32 [6, 9]"),
+        (lambda self, e: -self.distance(e.query, e.support)[:, :2], "float32 [6, 2]"),
+        (lambda self, e: self.distance(e.support[:3], e.query), "float32 [3, 6]"),
+        (lambda self, e: self.distance(e.query, e.support[:3]).long(), "int64 [6, 3]"),
+    ],
+)
+def test_a_method_of_ones_own_that_returns_something_else_is_named(compare, returned):
+    made = type("Own", (PrototypicalNetwork,), {"compare": compare})(nn.Flatten())
+    labels = torch.arange(3)
+    episode = Episode(torch.rand(9, 1, 2, 2), labels.repeat(3), torch.rand(6, 1, 2, 2), labels.repeat(2), 3)
+    message = rf"Own returned {re.escape(returned)} for an episode; .* floating point \[queries, way\], here \[6, 3\]"
+    with pytest.raises(FewShotError, match=message):
+        made.answer(episode)

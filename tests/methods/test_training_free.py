@@ -578,3 +578,20 @@ def test_easyfsl_gives_the_same_labels(shot, capsys):
     for name in pairs:
         equal, queries = alike[name]
         assert equal >= queries * (1 - 1e-4), name  # ties of rounding
+
+
+def test_advice_on_logits_that_are_not_finite_names_what_can_be_changed():
+    for name, advice in (("ridge_regression", "settings of the method"), ("protonet", "optimizer.lr")):
+        made = instantiate(compose(f"method={name}").method)
+        made.test_accuracy.update(torch.full((2, 3, 4), float("nan")), torch.zeros(2, 3, dtype=torch.int64))
+        with pytest.raises(FewShotError, match=f"are not finite, .*{advice}"):
+            made.test_accuracy.compute()
+
+
+@pytest.mark.parametrize("name", ["feat", "classifier", "matching_fce", "maml"])
+def test_an_encoder_without_its_number_of_features_is_named(name):
+    node: Any = OmegaConf.to_container(compose(f"method={name}", "way=5").method)
+    settings = {key: value for key, value in node.items() if key != "encoder"}
+    settings |= {"classes": 3} if name == "classifier" else {}
+    with pytest.raises(FewShotError, match=r"the encoder Flatten has no attribute features; add it"):
+        instantiate({**settings, "_partial_": True})(encoder=torch.nn.Flatten())

@@ -207,6 +207,10 @@ def open_bank(
                 _build(name, source, directory, check)
                 bank = _read(found)
     except OSError as error:
+        if error.filename and not Path(error.filename).absolute().is_relative_to(found.parent.absolute()):
+            raise FewShotError(
+                f"cannot read {error.filename}: {error.strerror or error}; name the files of {name} with data_dir=PATH"
+            ) from error
         raise FewShotError(
             f"cannot build the image bank of {name}: {error.filename or found.parent}: {error.strerror or error}; "
             "make it writable, or choose another directory with cache_dir=PATH"
@@ -264,18 +268,23 @@ def _build(
             check(classes)
         offsets = [0, *accumulate(c.count for c in classes)]
         audit, digest, class_digests = Audit(), hashlib.sha256(), []
+        shape: tuple[int, ...] = ()
         # Written, not mapped: then a full disk raises an error instead of killing the process.
         with (partial / "images.npy").open("wb") as file, closing(_load(classes)) as all_images:
             description = escape(f"building the image bank of {for_terminal(name)}")
             for number, image_class in enumerate(track(classes, description=description, transient=True)):
                 images = next(all_images)
+                shape = shape or images.shape[1:]
+                if images.dtype != np.uint8 or images.ndim != 4 or images.shape != (image_class.count, *shape):
+                    size = ", ".join(map(str, shape)) if len(shape) == 3 else "height, width, channels"
+                    raise FewShotError(
+                        f"the class {image_class.name} of {name} has images of {images.dtype} {list(images.shape)}; "
+                        f"its load must return uint8 [{image_class.count}, {size}]"
+                    )
                 if number == 0:
-                    shape = images.shape[1:]
                     _check_room(partial, name, offsets[-1] * images[0].nbytes)
                     header = {"descr": "|u1", "fortran_order": False, "shape": (offsets[-1], *shape)}
                     np.lib.format.write_array_header_1_0(file, header)
-                assert images.dtype == np.uint8, image_class.name
-                assert images.shape == (image_class.count, *shape), image_class.name
                 pixels = np.ascontiguousarray(images).data
                 file.write(pixels)
                 digest.update(pixels)

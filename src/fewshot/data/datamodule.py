@@ -106,6 +106,16 @@ class EpisodeDataModule(pl.LightningDataModule):
             name = source._target_.rpartition(".")[2]
             settings = OmegaConf.to_container(source, resolve=True)
             self._bank = open_bank(name, instantiate(source), settings, self.cache_dir, self.check_classes)
+            found, configured = (
+                self._bank.images.shape[1:],
+                (self.dataset.size, self.dataset.size, self.dataset.channels),
+            )
+            if tuple(found) != configured:
+                self._bank = None
+                raise FewShotError(
+                    f"the images of {name} are {list(found)}, and dataset.size and dataset.channels say "
+                    f"{list(configured)} [height, width, channels]; correct them, or resize the images"
+                )
             if not self.has_validation:
                 self._bank = self._bank.with_validation_in_training()
             _warn(name, self._bank.findings)

@@ -107,7 +107,29 @@ class FewShotMethod(pl.LightningModule, ABC):
         # Some methods need gradients, and tensors created in the trainer's inference mode cannot take part in them.
         with torch.inference_mode(mode=False), torch.no_grad():
             episodes = meta_batch._replace(episodes=meta_batch.episodes.apply(torch.clone)).load()
-            return torch.stack([self(episode) for episode in episodes.tasks()])
+            return torch.stack([self.answer(episode) for episode in episodes.tasks()])
+
+    def answer(self, episode: Episode) -> torch.Tensor:
+        """Return what ``forward`` does, after a look at its shape.
+
+        Raises:
+            FewShotError: it does not return logits ``[queries, way]``.
+        """
+        return self.checked_logits(self(episode), len(episode.query_labels), episode.way)
+
+    def checked_logits(self, logits: torch.Tensor, *shape: int) -> torch.Tensor:
+        """Return logits after a look at their shape, ``[..., queries, way]``.
+
+        Raises:
+            FewShotError: they have another shape, or are not floating point.
+        """
+        if logits.shape == shape and logits.is_floating_point():
+            return logits
+        kind, size = str(logits.dtype).removeprefix("torch."), list(logits.shape)
+        raise FewShotError(
+            f"{type(self).__name__} returned {kind} {size} for an episode; its forward and compare must return logits, "
+            f"floating point [queries, way], here {list(shape)}"
+        )
 
     def validation_step(self, meta_batch: MetaBatch, batch_idx: int) -> None:  # noqa: ARG002
         """Update the validation accuracy."""
@@ -239,7 +261,7 @@ class MetricMethod(FewShotMethod):
     def training_step(self, meta_batch: MetaBatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
         """Return the loss of the queries over all episodes of the meta-batch."""
         episodes = meta_batch.load()
-        logits = torch.stack([self(episode) for episode in episodes.tasks()])
+        logits = torch.stack([self.answer(episode) for episode in episodes.tasks()])
         loss = self.loss(logits.flatten(0, 1), episodes.query_labels.flatten())
         self.log_training(loss, logits, episodes.query_labels)
         return loss * meta_batch.share.weight
@@ -285,7 +307,9 @@ class MetricMethod(FewShotMethod):
         """See ``FewShotMethod``; uses embeddings computed once per image."""
         if self._embeddings is None:
             return super().evaluate(meta_batch)
-        return self.compare_tasks(meta_batch.episodes.embed(self._embeddings))
+        logits = self.compare_tasks(meta_batch.episodes.embed(self._embeddings))
+        labels = meta_batch.episodes.query_labels
+        return self.checked_logits(logits, *labels.shape, meta_batch.episodes.way)
 
     def on_validation_epoch_end(self) -> None:
         """See ``FewShotMethod``; also frees the embeddings."""
