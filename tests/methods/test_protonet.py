@@ -58,3 +58,9 @@ def test_a_method_of_ones_own_that_returns_something_else_is_named(compare, retu
     message = rf"Own returned {re.escape(returned)} for an episode; .* floating point \[queries, way\], here \[6, 3\]"
     with pytest.raises(FewShotError, match=message):
         made.answer(episode)
+
+
+def test_an_encoder_that_returns_maps_is_named():
+    made = PrototypicalNetwork(nn.Conv2d(1, 4, 3))
+    with pytest.raises(FewShotError, match=r"the encoder Conv2d returned \[2, 4, 3, 3\], .* end it with nn\.Flatten"):
+        made.represent(torch.rand(2, 1, 5, 5))

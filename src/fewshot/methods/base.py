@@ -187,8 +187,16 @@ class MetricMethod(FewShotMethod):
         """Embed images for ``compare``: ``[images, features]``.
 
         A method that compares regions of images returns ``fewshot.encoders.feature_maps(self.encoder, images)``.
+
+        Raises:
+            FewShotError: the encoder returns something else.
         """
         embeddings: torch.Tensor = self.encoder(images)
+        if embeddings.ndim != 2:
+            raise FewShotError(
+                f"the encoder {type(self.encoder).__name__} returned {list(embeddings.shape)}, and "
+                f"{type(self).__name__} needs [images, features]: end it with nn.Flatten()"
+            )
         return embeddings
 
     def represent(self, images: torch.Tensor) -> torch.Tensor:
