@@ -69,6 +69,9 @@ def test_the_table_of_the_classifier_shows_the_committed_results():
             f"reproduction/miniimagenet/finetuned_protonet_5way_{shot}shot/0" for shot in (1, 5)
         ),
         "SimpleShot on its encoder": ("simpleshot/finetuned_1shot", "simpleshot/finetuned_5shot"),
+        "the prototypical network with `mirror=true`": tuple(
+            f"reproduction/miniimagenet/mirrored_protonet_5way_{shot}shot/0" for shot in (1, 5)
+        ),
     }
     for name, places in rows.items():
         cells = []

@@ -21,7 +21,7 @@ from fewshot.methods.base import set_mirror
 from fewshot.methods.maml import MAML
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.prediction import predict
-from fewshot.report import changes
+from fewshot.report import _differences, changes
 from fewshot.results import by_settings, read_results, settings
 from fewshot.teaching import teach
 from fewshot.trained import load_trained
@@ -123,6 +123,8 @@ def test_the_report_gives_it_a_line_that_says_so(run, tmp_path, cache_dir):
     assert len(by_settings(found)) == 2
     assert settings(mirrored)["test.mirror"] is True
     assert "mirror=true" in changes(mirrored)
+    plain, other = (next(result for result in found if result["config"].get("mirror") is on) for on in (None, True))
+    assert _differences(other, plain) == []  # the column of the settings has it as mirror=true
 
 
 def test_predictions_are_the_same_for_mirror_images(run, photos, tmp_path):

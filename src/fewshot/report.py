@@ -30,6 +30,7 @@ from fewshot.results import (
     Result,
     by_settings,
     is_evaluation,
+    own_validation,
     read_runs,
     run_config,
     seed_of,
@@ -46,7 +47,7 @@ HARMLESS = re.compile(
     r"[+~]*(experiment(/\w+)?|budget|seed|hardware|resume|trust|pictures|logger|name|(checkpoint|log)_every"
     r"|(run|data|cache)_dir|hydra\..*|dataset|dataset\.source\.split|method|distance|encoder|way|shot|test\.episodes)="
 )
-OF_A_TEST = ("concentration=", "mirror=")  # overrides of an evaluation that change its accuracy
+OF_A_TEST = ("concentration", "mirror")  # overrides of an evaluation that change its accuracy
 # Settings shown in other columns.
 SHOWN = {
     "way",
@@ -182,8 +183,8 @@ class Line:
 
     @property
     def has_curve(self) -> bool:
-        """Whether the validations of a run are on the task of its test, unlike those of an evaluation at another."""
-        return any(len(run["validations"]) > 1 for run in self.runs) and not self.chosen_at
+        """Whether the validations of a run are of what its test measured, unlike those of an evaluation elsewhere."""
+        return any(len(run["validations"]) > 1 and own_validation(run) is not None for run in self.runs)
 
     @property
     def precision(self) -> str:
@@ -330,7 +331,7 @@ def changes(run: Result) -> list[str]:
     """Return the overrides that make a run differ from its experiment, unless another column shows them."""
     said = [str(override) for override in run["overrides"]]
     if "train_overrides" in run:  # an evaluation's own come after them
-        said = [*run["train_overrides"], *(override for override in said if override.startswith(OF_A_TEST))]
+        said = [*run["train_overrides"], *(override for override in said if override.partition("=")[0] in OF_A_TEST)]
     return [override for override in said if not HARMLESS.match(override)]
 
 
@@ -379,7 +380,7 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
         "",
         "Training curves: validation accuracy on the task of the test, one curve per seed. The large points show the "
         "test accuracy, with its 95% interval, of the chosen weights, at their training episode. Numbers refer to the "
-        "lines of the table; lines *chosen at* a different task have no curve.",
+        "lines of the table; lines *chosen at* a different task, or tested with another setting, have no curve.",
         "",
         f"![Accuracy against training episodes, one panel per cell]({Path(folder, 'curves.png').as_posix()})",
         "",
@@ -520,6 +521,7 @@ def _differences(run: Result, first: Result) -> list[str]:
     """Return the settings in which a run differs from ``first``, unless an override or another column shows them."""
     own, other = settings(run), settings(first)
     named = {change.lstrip("+~").partition("=")[0] for change in changes(run)}
+    named |= {f"test.{key}" for key in OF_A_TEST if key in named}
     if "train_overrides" in run and "train_overrides" in first:  # both say how they differ from the experiment
         named |= {*training_settings(run), *training_settings(first)}
     if "hardware.precision" in named:
