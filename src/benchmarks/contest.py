@@ -25,6 +25,7 @@ from rich.progress import track
 
 from benchmarks.profiling import busy_seconds, convolution_peak, count, memory_peak
 from fewshot.errors import FewShotError
+from fewshot.files import write_atomically
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.text import make_table, say
 
@@ -182,7 +183,12 @@ def bench(contests: Mapping[str, Contest], rounds: int, out: Path, device: str =
         rounds: number of rounds of each.
         out: a JSON file, rewritten after each contest.
         device: what they run on, to record its name.
+
+    Raises:
+        FewShotError: ``out`` is a directory.
     """
+    if out.is_dir():
+        raise FewShotError(f"out={out} is a directory; name a file: out={out / 'bench.json'}")
     report: dict[str, Any] = {
         "machine": machine(torch.device(device)),
         "versions": {"python": python_version(), **{name: version(name) for name in ("torch", "pytorch-lightning")}},
@@ -197,8 +203,7 @@ def bench(contests: Mapping[str, Contest], rounds: int, out: Path, device: str =
         results = run(contest, rounds)
         show(contest, results, *peaks)
         report["contests"][name] = {"title": contest.title, "entrants": results}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_atomically(out, f"{json.dumps(report, indent=1)}\n".encode())
 
 
 def _serve(pipe: Connection, entrant: Entrant, scratch: str) -> None:

@@ -72,3 +72,8 @@ def test_a_gpu_benchmark_needs_a_gpu():
         choose(None, "cuda")
     with pytest.raises(FewShotError, match="device=gpu must be cpu or cuda"):
         choose(None, "gpu")
+
+
+def test_a_directory_is_not_taken_for_the_file_of_the_results(tmp_path):
+    with pytest.raises(FewShotError, match=rf"out={tmp_path} is a directory; name a file: out={tmp_path}/bench.json"):
+        bench({}, 1, tmp_path)
