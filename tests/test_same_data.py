@@ -17,6 +17,7 @@ from fewshot.data.bank import SPLITS
 from fewshot.data.contents import MOST_CHARACTERS, Contents, read_contents, read_names
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate
+from fewshot.metrics import EpisodeAccuracy
 from fewshot.training import train
 
 TINY = ["train.episodes=4", "train.way=3", "way=2", "query=2", "train.query=2", "val.episodes=2", "test.episodes=2"]
@@ -198,11 +199,14 @@ def test_the_best_weights_are_restored_if_the_last_are_the_best(root, cache_dir,
     assert "was missing; the last checkpoint holds the same weights" in capsys.readouterr().out and path.exists()
 
 
-def test_a_kill_between_the_best_and_the_last_checkpoint_does_not_stop_a_resume(root, cache_dir):
+def test_a_kill_between_the_best_and_the_last_checkpoint_does_not_stop_a_resume(root, cache_dir, monkeypatch):
+    compute = EpisodeAccuracy.compute  # the validation that comes again is the best one, again
+    monkeypatch.setattr(EpisodeAccuracy, "compute", lambda self: compute(self)._replace(accuracy=0.99))
     path, last = root / "run" / "checkpoints" / "best.ckpt", root / "run" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
     validations = checkpoint["callbacks"]["Record"]["validations"]
-    validations.append({**validations[-1], "trained_episodes": 6})
+    validations.append({**validations[-1], "trained_episodes": 6, "accuracy": 0.99})
+    checkpoint["EpisodeDataModule"]["trained"] = 6
     torch.save(checkpoint, path)
     train(compose(*settings(root, cache_dir, "resume=auto", "train.episodes=6")))
     results = json.loads((root / "run" / "results.json").read_text())

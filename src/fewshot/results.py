@@ -289,6 +289,8 @@ def best_validation(result: Result) -> Mapping[str, Any] | None:
 
 def own_validation(result: Result) -> Mapping[str, Any] | None:
     """Return ``best_validation`` if it was of what the test measured: the same method, task and data set."""
+    if not is_evaluation(result):
+        return best_validation(result)
     other = [key for key in settings(result) if key.startswith("test.") and key != "test.episodes"]
     return None if other or result.get("trained_on") else best_validation(result)
 

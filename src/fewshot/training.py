@@ -319,7 +319,7 @@ def make_method(config: DictConfig, initial_weights: bool = True) -> FewShotMeth
     method.make_schedule = instantiate(config.schedule)
     set_mirror(method, config.get("mirror"))
     method.save_hyperparameters(OmegaConf.to_container(_without(config, "overrides", *CHOSEN_ON_RESUME)), logger=False)
-    rank_zero_only(warn_of_unused_distance)(config.overrides, config)
+    rank_zero_only(warn_of_unused_distance)(config.get("overrides") or [], config)
     if config.hardware.compile and not method.compilable:
         rank_zero_only(say)(
             f"warning: hardware.compile=true: method={config.choices.method} differentiates its gradients, which "
