@@ -31,6 +31,13 @@ tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 CIFAR100 = NAMES.split()
 
 
+@pytest.fixture(autouse=True)
+def _formats(monkeypatch):
+    """Undo what opening a data set does: PostScript is then unknown to Pillow, in the whole process."""
+    Image.init()
+    monkeypatch.setattr(Image, "ID", [*Image.ID])
+
+
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     """A small CIFAR-100, three images per class in either part, and its archive in a folder that a server offers."""
