@@ -104,6 +104,15 @@ class Network:
             raise mistake(error) or error from error
         return self.made
 
+    def represent(self, images: "Sequence[Example]") -> list[torch.Tensor]:
+        """Return what ``Predictor.represent`` does, a tensor for each image; each image is represented once."""
+        new = [one for one in images if self.name not in one.represented]
+        if new:
+            found = self.load()[0].represent([one.pixels[self.form] for one in new])
+            for one, row in zip(new, found, strict=True):
+                one.represented[self.name] = row
+        return [one.represented[self.name] for one in images]
+
     @property
     def before(self) -> dict[Any, int]:
         """The number of examples that a taught file holds of each class."""
@@ -157,8 +166,8 @@ class Visit:
         """Return the classes with an example of the same content, in the taught file, too."""
         found = [name for name, images in self.support.items() if example.digest in [one.digest for one in images]]
         if self.taught is not None and self.taught.base is not None:
-            predictor, base = self.taught.load()[0], self.taught.base
-            (copy_of,) = base.copies(predictor.represent([example.pixels[self.taught.form]]))
+            base = self.taught.base
+            (copy_of,) = base.copies(torch.stack(self.taught.represent([example])))
             found += [base.classes[base.labels[copy_of]]] if copy_of is not None else []
         return list(dict.fromkeys(found))
 
@@ -341,18 +350,12 @@ class Demo:
         }
 
     def _learn(self, visit: Visit, network: Network) -> Learned:
-        """Learn the support set, once; each image is represented once."""
+        """Learn the support set, once."""
         if network.name in visit.learned:
             return visit.learned[network.name]
         if len(visit.classes) < 2:
             raise FewShotError("add examples of two classes first")
-        predictor, base, examples = network.load()[0], network.base, visit.examples
-        new = [one for one in examples if network.name not in one.represented]
-        if new:
-            found = predictor.represent([one.pixels[network.form] for one in new])
-            for one, row in zip(new, found, strict=True):
-                one.represented[network.name] = row
-        rows = [one.represented[network.name] for one in examples]
+        predictor, base, rows = network.load()[0], network.base, network.represent(visit.examples)
         classes = visit.classes
         labels = [classes.index(name) for name, images in visit.support.items() for _ in images]
         if base is not None:
@@ -408,7 +411,7 @@ def _how_good(visit: Visit, network: Network, learned: Learned) -> list[str]:
 def _answer(query: Example, visit: Visit, network: Network, learned: Learned) -> dict[str, Any]:
     """Classify the query by the support set."""
     method, way = network.load()[0].method, len(learned.classes)
-    represented = learned.represent([query.pixels[network.form]])
+    represented = torch.stack(network.represent([query]))
     logits = learned.answer(represented)[0]
     measured, meaning, sign = measure(method)
     lines = [

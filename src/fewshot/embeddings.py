@@ -90,6 +90,11 @@ def embed(encoder: Encoder, images: Gather, positions: torch.Tensor, strategy: S
     return strategy.reduce(embeddings, reduce_op="sum")
 
 
+def embed_mirrored(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
+    """Return the mean embedding of each image and its mirror image, ``[images, ...]``."""
+    return (encoder(images) + encoder(images.flip(-1))) / 2
+
+
 class EmbeddingCache:
     """Embeddings on the disk, for the next evaluation of the same weights on the same images.
 

@@ -14,6 +14,7 @@ from torch import nn
 from fewshot.checkpoints import NOWHERE, SHARED, save_weights
 from fewshot.config import compose
 from fewshot.data.images import normalise
+from fewshot.embeddings import embed_mirrored
 from fewshot.errors import FewShotError, reason
 from fewshot.familiarity import FALSE_ALARM
 from fewshot.files import write_atomically
@@ -50,8 +51,8 @@ class Embedder(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embed images."""
         images = normalise(pixels, self.kind)
-        embeddings: torch.Tensor = self.encoder(images)
-        return (embeddings + self.encoder(images.flip(-1))) / 2 if self.mirror else embeddings
+        embeddings: torch.Tensor = embed_mirrored(self.encoder, images) if self.mirror else self.encoder(images)
+        return embeddings
 
 
 class Photos(nn.Module):

@@ -14,7 +14,14 @@ from fewshot import optimization
 from fewshot.data.episodes import EmbeddedEpisode, Episode, MetaBatch
 from fewshot.data.loaders import EvaluationLoader
 from fewshot.distances import Distance, l2
-from fewshot.embeddings import EMBEDDED_TOGETHER, EmbeddingCache, EmbeddingTable, LabelledEmbeddings, embed
+from fewshot.embeddings import (
+    EMBEDDED_TOGETHER,
+    EmbeddingCache,
+    EmbeddingTable,
+    LabelledEmbeddings,
+    embed,
+    embed_mirrored,
+)
 from fewshot.errors import FewShotError
 from fewshot.metrics import EpisodeAccuracy, Estimate, credit
 from fewshot.optimization import MakeOptimizer, MakeSchedule
@@ -201,8 +208,7 @@ class MetricMethod(FewShotMethod):
 
     def represent(self, images: torch.Tensor) -> torch.Tensor:
         """Embed images for an answer: as in training, or with ``mirror``, the mean of an image and its mirror image."""
-        embeddings = self.embed_images(images)
-        return (embeddings + self.embed_images(images.flip(-1))) / 2 if self.mirror else embeddings
+        return embed_mirrored(self.embed_images, images) if self.mirror else self.embed_images(images)
 
     @abstractmethod
     def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
