@@ -69,6 +69,7 @@ def test_a_path_that_cannot_be_used_is_explained_with_the_keys_of_the_command(mo
         ("teach", "out=null", "out=None must be a path"),
         ("reproduce", "cache_dir=null", "cache_dir=None must be a path"),
         ("bench", "rounds=0", "rounds=0 must be a whole number of at least 1"),
+        ("bench", "seconds=0", "seconds=0 must be a number above 0"),
         ("bench", "only=maml", "only=maml must be a list of at least one string or null"),
     ],
 )

@@ -62,7 +62,6 @@ class Contest:
         items: number and name of the items that the work processes, to show a rate.
         tolerance: largest allowed difference of results, relative to the norm of ours.
         pause: seconds before each turn, to let background work of the previous entrant finish.
-        rounds: number of rounds; None: as in other contests.
         counted: position of the entrant whose operations and bytes are counted; it works in one thread. None: of none.
     """
 
@@ -71,16 +70,16 @@ class Contest:
     items: tuple[int, str] | None = None
     tolerance: float = 1e-3
     pause: float = 0.0
-    rounds: int | None = None
     counted: int | None = None
 
 
-def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
+def run(contest: Contest, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Check that all entrants agree, then time them in turn, in reverse order every other round.
 
     Args:
         contest: the contest.
         rounds: how often each entrant runs.
+        seconds: after so many, no round begins; there is always one.
 
     Returns:
         For each entrant its name, the ``seconds`` of each round, their ``median``, its ``ratio`` to that of the first
@@ -104,12 +103,15 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
             pipes.append(here)
         results = [_ask(pipe, entrant, "result") for pipe, entrant in zip(pipes, contest.entrants, strict=True)]
         _compare(contest, results)
-        seconds: list[list[float]] = [[] for _ in pipes]
-        for number in track(range(contest.rounds or rounds), contest.title, transient=True):
+        times: list[list[float]] = [[] for _ in pipes]
+        start = time.monotonic()
+        for number in track(range(rounds), contest.title, transient=True):
+            if number and time.monotonic() - start > seconds:
+                break
             order = range(len(pipes)) if number % 2 == 0 else reversed(range(len(pipes)))
             for position in order:
                 time.sleep(contest.pause)
-                seconds[position].append(_ask(pipes[position], contest.entrants[position], "seconds"))
+                times[position].append(_ask(pipes[position], contest.entrants[position], "seconds"))
         peaks, busy = (
             [_ask(pipe, entrant, request) for pipe, entrant in zip(pipes, contest.entrants, strict=True)]
             for request in ("peak", "busy")
@@ -121,17 +123,17 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
             process.kill()
             process.join()
         scratch.cleanup()
-    medians = [statistics.median(times) for times in seconds]
+    medians = [statistics.median(taken) for taken in times]
     found: list[dict[str, Any]] = [
         {
             "name": entrant.name,
-            "seconds": times,
+            "seconds": taken,
             "median": median,
             "ratio": median / medians[0],
             "peak_bytes": peak,
             **({} if active is None else {"idle": max(0.0, 1 - active / median)}),
         }
-        for entrant, times, median, peak, active in zip(contest.entrants, seconds, medians, peaks, busy, strict=True)
+        for entrant, taken, median, peak, active in zip(contest.entrants, times, medians, peaks, busy, strict=True)
     ]
     if contest.counted is not None:
         found[contest.counted] |= dict(zip(("flops", "bytes"), counts, strict=True))
@@ -175,12 +177,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def bench(contests: Mapping[str, Contest], rounds: int, out: Path, device: str = "cpu") -> None:
+def bench(contests: Mapping[str, Contest], rounds: int, seconds: float, out: Path, device: str = "cpu") -> None:
     """Run contests one after another; print a table for each and write all results to ``out``.
 
     Args:
         contests: by name.
-        rounds: number of rounds of each.
+        rounds: number of rounds of each, at most.
+        seconds: after so many, no round of a contest begins; there is always one.
         out: a JSON file, rewritten after each contest.
         device: what they run on, to record its name.
 
@@ -193,6 +196,7 @@ def bench(contests: Mapping[str, Contest], rounds: int, out: Path, device: str =
         "machine": machine(torch.device(device)),
         "versions": {"python": python_version(), **{name: version(name) for name in ("torch", "pytorch-lightning")}},
         "rounds": rounds,
+        "seconds": seconds,
         "contests": {},
     }
     peaks: tuple[float, ...] = ()
@@ -200,7 +204,7 @@ def bench(contests: Mapping[str, Contest], rounds: int, out: Path, device: str =
         peaks = convolution_peak(rounds), memory_peak(rounds)
         report |= dict(zip(("flops_per_second", "bytes_per_second"), peaks, strict=True))
     for name, contest in contests.items():
-        results = run(contest, rounds)
+        results = run(contest, rounds, seconds)
         show(contest, results, *peaks)
         report["contests"][name] = {"title": contest.title, "entrants": results}
         write_atomically(out, f"{json.dumps(report, indent=1)}\n".encode())

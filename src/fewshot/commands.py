@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fewshot.checks import Count, Place, Several, misfits, refuse
+from fewshot.checks import Count, Place, Positive, Several, misfits, refuse
 from fewshot.config import CHECKOUT, ROOT, wrong_settings
 from fewshot.errors import FewShotError
 from fewshot.processes import rank
@@ -120,8 +120,10 @@ def bench(config: DictConfig) -> None:
     from benchmarks.contest import bench
     from benchmarks.suite import choose
 
-    refuse(misfits(config, {"only": Several | None, "rounds": Count, "out": Place}))
-    bench(choose(config.only, config.device), config.rounds, Path(config.out).expanduser(), config.device)
+    refuse(misfits(config, {"only": Several | None, "rounds": Count, "seconds": Positive, "out": Place}))
+    bench(
+        choose(config.only, config.device), config.rounds, config.seconds, Path(config.out).expanduser(), config.device
+    )
 
 
 COMMANDS = {

@@ -39,7 +39,7 @@ def contest(*others, **settings):
 
 def test_medians_ratios_and_memory_are_measured_per_entrant(tmp_path, capsys):
     slow = Entrant("slow", sleeper, {"seconds": 0.04})
-    bench({"sleep": contest(slow, items=(10, "naps"))}, 3, tmp_path / "deep" / "bench.json")
+    bench({"sleep": contest(slow, items=(10, "naps"))}, 3, 600, tmp_path / "deep" / "bench.json")
     report = json.loads((tmp_path / "deep" / "bench.json").read_text())
     ours, other = report["contests"]["sleep"]["entrants"]
     assert len(ours["seconds"]) == len(other["seconds"]) == 3
@@ -50,14 +50,20 @@ def test_medians_ratios_and_memory_are_measured_per_entrant(tmp_path, capsys):
     assert "sleeping" in shown and "naps/s" in shown and "slow" in shown
 
 
+def test_no_round_begins_after_so_many_seconds_but_there_is_one():
+    slow = Entrant("slow", sleeper, {"seconds": 0.2})
+    for seconds, rounds in ((0.01, 1), (0.3, 2)):
+        assert [len(entrant["seconds"]) for entrant in run(contest(slow), 5, seconds)] == [rounds, rounds]
+
+
 def test_an_entrant_with_a_different_result_is_rejected():
     with pytest.raises(FewShotError, match="the results of 'wrong' and 'ours' differ by"):
-        run(contest(Entrant("wrong", sleeper, {"seconds": 0, "result": 1.1})), 1)
+        run(contest(Entrant("wrong", sleeper, {"seconds": 0, "result": 1.1})), 1, 9)
 
 
 def test_error_names_an_entrant_that_fails():
     with pytest.raises(FewShotError, match=r"'broken' failed: ValueError.'nothing to build'"):
-        run(contest(Entrant("broken", breaker)), 1)
+        run(contest(Entrant("broken", breaker)), 1, 9)
 
 
 def test_error_lists_the_contests_for_an_unknown_name(cli):
@@ -76,4 +82,4 @@ def test_a_gpu_benchmark_needs_a_gpu():
 
 def test_a_directory_is_not_taken_for_the_file_of_the_results(tmp_path):
     with pytest.raises(FewShotError, match=rf"out={tmp_path} is a directory; name a file: out={tmp_path}/bench.json"):
-        bench({}, 1, tmp_path)
+        bench({}, 1, 9, tmp_path)
