@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,7 @@ def test_nothing_is_compared_on_different_or_unknown_episodes(tmp_path):
     (task,) = collect(read_runs(str(tmp_path / "old")))
     assert task.notes == ["Run 2: no difference from run 1, because the results do not record their data."]
     assert not layout_faults(draw([task]))
+    assert draw([replace(task, runs=task.runs * 1200, differences=task.differences * 1200)]).get_figheight() < 110
     with pytest.raises(FewShotError, match=r"reference=.*elsewhere is not the directory of any of these runs"):
         collect(read_runs(str(tmp_path)), tmp_path / "elsewhere")
 

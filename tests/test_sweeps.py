@@ -64,6 +64,7 @@ def test_jobs_are_listed_in_order_with_their_swept_settings(tmp_path):
     assert list(map(str, table.columns[3].cells))[10:] == ["55.00 ± 2.00", ""]
     assert str(next(iter(table.columns[4].cells))) == "50.00 ± 1.00"
     assert Image.open(draw(jobs, tmp_path / "sweep.png")).height > 700
+    assert Image.open(draw(jobs * 200, tmp_path / "sweep.png")).height < 2**14
     (tmp_path / "results.csv").write_text(as_csv(jobs))
     frame = pandas.read_csv(tmp_path / "results.csv")
     assert list(frame.columns[:6]) == ["job", "optimizer.lr", "experiment/x", "dataset", "method", "way"]

@@ -267,11 +267,11 @@ def peak_memory() -> int:
 
 
 def _ask(pipe: Connection, entrant: Entrant, request: str) -> Any:
-    if request != "result":
-        pipe.send(request)
     try:
+        if request != "result":
+            pipe.send(request)
         kind, answer = pipe.recv()
-    except EOFError:
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         kind, answer = "error", "its process ended; it may have run out of memory"
     if kind == "error":
         raise FewShotError(f"the benchmark's entrant {entrant.name!r} failed: {answer}")

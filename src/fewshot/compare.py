@@ -1,6 +1,7 @@
 """Compare any runs, evaluations and sweeps: tables and figures, as a page to open and as Markdown to paste."""
 
 import base64
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fewshot.results import (
     seed_of,
     split_of,
 )
-from fewshot.style import COLOURS, DPI, STYLE, WIDTH
+from fewshot.style import COLOURS, DPI, STYLE, TALLEST, WIDTH
 from fewshot.sweeps import differing
 from fewshot.text import cut, for_figure, for_html, for_markdown, make_table, say
 
@@ -309,10 +310,15 @@ def as_html(tasks: Sequence[Task]) -> str:
 
 
 def draw(tasks: Sequence[Task]) -> Figure:
-    """Draw accuracy, difference, time and parameters of each run, one row per run and one block per task."""
+    """Draw accuracy, difference, time and parameters of each run, one row per run and one block per task.
+
+    Of very many runs, not all are named.
+    """
     sizes = [len(task.runs) for task in tasks]
+    height = 0.3 * sum(sizes)
+    step = math.ceil(height / TALLEST)
     with mpl.rc_context(STYLE | {"font.size": 9}):
-        figure = Figure(figsize=(WIDTH, 0.3 * sum(sizes) + 0.95 * len(tasks) + 0.2), layout="constrained")
+        figure = Figure(figsize=(WIDTH, min(height, TALLEST) + 0.95 * len(tasks) + 0.2), layout="constrained")
         blocks = figure.subplots(
             len(tasks), 4, squeeze=False, height_ratios=[size + 2 for size in sizes], width_ratios=(1.4, 1.4, 1, 1)
         )
@@ -333,7 +339,7 @@ def draw(tasks: Sequence[Task]) -> Figure:
             minutes = [(run.result.get("train_seconds") or np.nan) / 60 for run in task.runs]
             seconds.barh(rows, minutes, 0.6, color=COLOURS[5])
             parameters.barh(rows, [(run.parameters or np.nan) / 1e6 for run in task.runs], 0.6, color=COLOURS[6])
-            names = [for_figure(f"{cut(run.name, 40)}  {run.number}") for run in task.runs]
+            names = [for_figure(f"{cut(run.name, 40)}  {run.number}") for run in task.runs[::step]]
             for axes, label in (
                 (accuracy, "accuracy, %"),
                 (difference, f"difference from {task.reference.number}"),
@@ -341,7 +347,7 @@ def draw(tasks: Sequence[Task]) -> Figure:
                 (parameters, "parameters, M"),
             ):
                 axes.set(xlabel=label, ylim=(len(task.runs) - 0.4, -0.6))
-                axes.set_yticks(rows, names if axes is accuracy else [""] * len(names))
+                axes.set_yticks(rows[::step], names if axes is accuracy else [""] * len(names))
                 axes.locator_params(axis="x", nbins=4)
             accuracy.set_title(for_figure(cut(task.title, 60)), loc="left")
     return figure

@@ -13,3 +13,4 @@ STYLE: Any = {
     "font.size": 10,
 }
 WIDTH, DPI = 9, 110  # of a figure, in inches and pixels per inch: about the width of a page
+TALLEST = 100  # inches of the rows of a figure: matplotlib refuses pictures of more than 65,535 pixels

@@ -1,5 +1,7 @@
 import json
 import multiprocessing
+import os
+import signal
 import time
 
 import numpy as np
@@ -33,6 +35,17 @@ def breaker():
     raise ValueError("nothing to build")
 
 
+def dies(turn):
+    turns = iter(range(1, turn))
+
+    def work():
+        if next(turns, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.array([1.0, 2.0])
+
+    return work
+
+
 def contest(*others, **settings):
     return Contest("sleeping", [Entrant("ours", sleeper, {"seconds": 0.01, "megabytes": 64}), *others], **settings)
 
@@ -64,6 +77,12 @@ def test_an_entrant_with_a_different_result_is_rejected():
 def test_error_names_an_entrant_that_fails():
     with pytest.raises(FewShotError, match=r"'broken' failed: ValueError.'nothing to build'"):
         run(contest(Entrant("broken", breaker)), 1, 9)
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_error_names_an_entrant_whose_process_is_killed(turn):
+    with pytest.raises(FewShotError, match="'killed' failed: its process ended; it may have run out of memory"):
+        run(contest(Entrant("killed", dies, {"turn": turn})), 3, 9)
 
 
 def test_error_lists_the_contests_for_an_unknown_name(cli):
