@@ -262,6 +262,27 @@ def interrupt(sweep: list[str], job: Path, cache_dir: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_sweep_with_a_killed_process_says_how_to_resume(cli, cache_dir, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="no joblib launcher: pip install -e '.[joblib]'")
+    parallel = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    sweep = [*parallel, *LONGER, "seed=0,1", f"hydra.sweep.dir={tmp_path}", "resume=auto"]
+    command = [sys.executable, str(ROOT / "src" / "train.py"), *sweep, f"cache_dir={cache_dir}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while not (tmp_path / "0" / "checkpoints" / "last.ckpt").exists():
+            assert running.poll() is None
+            time.sleep(0.1)
+        subprocess.run(["pkill", "-KILL", "-P", str(running.pid), "-f", "LokyProcess"], check=True)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 1
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: TerminatedWorkerError: ") and "Traceback" not in errors
+    assert last.endswith(f"; resume the sweep with the same command and hydra.sweep.dir={tmp_path} resume=auto")
+    done = cli(*sweep, fresh=True)
+    assert done.returncode == 0, done.stderr
+    assert len(read_jobs(tmp_path)) == 2
+
+
+@pytest.mark.slow
 def test_an_interrupted_search_is_resumed_and_maximises_validation_accuracy(cli, cache_dir, tmp_path):
     pytest.importorskip("optuna", minversion="5", reason="no Optuna: pip install -e '.[optuna]'")
     search = ["-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=3", *LONGER, "train.shot=1,2,99"]

@@ -1,6 +1,7 @@
 """Contests between programs that compute the same result, each in a separate process, taking turns."""
 
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -73,7 +74,7 @@ class Contest:
     counted: int | None = None
 
 
-def run(contest: Contest, rounds: int, seconds: float) -> list[dict[str, Any]]:
+def run(contest: Contest, rounds: int, seconds: float = math.inf) -> list[dict[str, Any]]:
     """Check that all entrants agree, then time them in turn, in reverse order every other round.
 
     Args:

@@ -17,7 +17,7 @@ from fewshot.methods.tasks import TaskBatching
 
 TASK = {"tasks": 32, "way": 5, "shot": 1, "query": 1, "channels": 1, "size": 28, "steps": 1, "rate": 0.4}
 
-LARGE_TASK = {"tasks": 4, "way": 5, "shot": 5, "query": 15, "channels": 3, "size": 84, "steps": 5, "rate": 0.01}
+LARGE_TASK = {"tasks": 2, "way": 5, "shot": 5, "query": 15, "channels": 3, "size": 84, "steps": 5, "rate": 0.01}
 TASK_KEYS = ("tasks", "way", "shot", "query", "channels", "size")
 PATHS = {"threads": "ours, threads", "loop": "ours, loop", "vmap": "ours, vmap"}
 
@@ -115,7 +115,7 @@ def theirs(order: int, way: str, task: Mapping[str, Any], dtype: str = "float32"
 def contests() -> dict[str, Contest]:
     """Meta-steps of Omniglot 5-way 1-shot, second and first order, and the memory of a large meta-step."""
     small = "32 tasks, 5-way 1-shot 1 query, 1x28x28, 1 inner step, Adam included"
-    large = "4 tasks, 5-way 5-shot 15 queries, 3x84x84, 5 inner steps, Adam included"
+    large = "2 tasks, 5-way 5-shot 15 queries, 3x84x84, 5 inner steps, Adam included"
     second = [
         *(_ours(name, {"order": 2, "batching": batching, "task": TASK}) for batching, name in PATHS.items()),
         Entrant("clone and adapt", theirs, {"order": 2, "way": "clone", "task": TASK}),

@@ -169,7 +169,7 @@ def one_core(encoder: str, photos: int) -> Work:
 
 def contests() -> dict[str, Contest]:
     """Photos from files to labels; and encoders, if timm is installed."""
-    shape = {"photos": 200, "width": WIDTH, "height": HEIGHT}
+    shape = {"photos": 128, "width": WIDTH, "height": HEIGHT}
     entrants = [
         Entrant("ours", ours, shape, keep_memory=True),
         Entrant("plain loop", plain_loop, shape),

@@ -214,7 +214,7 @@ def _guard(function: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         _exit_if_jobs_failed()  # they are the cause, for example if Optuna has no job to choose
-        message = _explain(error)
+        message = _explain(error) or _lost_jobs(error)
         if message is None:
             raise  # a bug: show its traceback
         _exit(message, 1)
@@ -261,6 +261,15 @@ def _explain(error: BaseException) -> str | None:
         return None
     line = "; ".join(_wrong_overrides()) or _plain(*libraries) or "an argument is not understood"
     return f"{for_terminal(line)} {help_}"
+
+
+def _lost_jobs(error: BaseException) -> str | None:
+    """Return one line if a sweep's launcher failed, as when a process was killed or a cluster is gone."""
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if Sweep.folder is None or not any(re.match(r"hydra_plugins\..*launcher", module) for module in modules):
+        return None
+    reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    return f"{for_terminal(reason).rstrip('.')}; resume the sweep with the same command and {Sweep.again}"
 
 
 def _other_paths() -> str:

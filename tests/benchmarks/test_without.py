@@ -15,7 +15,7 @@ SHAPE = {"size": 16, "channels": 1, "classes": 20, "images": 6, "way": 3, "shot"
 def test_steps_without_a_technique_compute_the_same(monkeypatch):
     monkeypatch.setattr(maml, "TASK", TASK)
     monkeypatch.setattr(training, "OMNIGLOT", SHAPE)
-    monkeypatch.setattr(training, "MINIIMAGENET", {**SHAPE, "channels": 3})
+    monkeypatch.setattr(without, "MINIIMAGENET", {**SHAPE, "channels": 3})
     contests = without.contests()
     assert [len(contest.entrants) for contest in contests.values()] == [5, 5, 7, 6]
     for contest in contests.values():
