@@ -261,6 +261,25 @@ def interrupt(sweep: list[str], job: Path, cache_dir: Path) -> None:
     assert not (job / "results.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "lost"),
+    [
+        ("hydra_plugins.hydra_ray_launcher._core", "LocalRayletDiedError", True),
+        ("hydra_plugins.hydra_ray_launcher._core", "ValueError", False),
+        ("fewshot.training", "LocalRayletDiedError", False),
+    ],
+)
+def test_only_a_launcher_that_loses_its_jobs_ends_in_a_line(monkeypatch, module, name, lost):
+    monkeypatch.setattr(Sweep, "folder", Path("sweep"))
+    monkeypatch.setattr(Sweep, "again", "hydra.sweep.dir=sweep resume=auto")
+    code = "def launch():\n    raise Error('the node is gone.\\nmore')"
+    exec(code, scope := {"__name__": module, "Error": type(name, (Exception,), {})})
+    with pytest.raises(Exception, match="the node is gone") as raised:
+        scope["launch"]()
+    said = f"{name}: the node is gone; resume the sweep with the same command and hydra.sweep.dir=sweep resume=auto"
+    assert command_line._lost_jobs(raised.value) == (said if lost else None)
+
+
 @pytest.mark.slow
 def test_a_sweep_with_a_killed_process_says_how_to_resume(cli, cache_dir, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="no joblib launcher: pip install -e '.[joblib]'")

@@ -79,7 +79,7 @@ def run(contest: Contest, rounds: int, seconds: float = math.inf) -> list[dict[s
 
     Args:
         contest: the contest.
-        rounds: how often each entrant runs.
+        rounds: how often each entrant runs, at most.
         seconds: after so many, no round begins; there is always one.
 
     Returns:
@@ -152,6 +152,7 @@ def show(
         flops: the processor's peak, per second.
         bandwidth: that of its memory, in bytes per second.
     """
+    rounds = len(results[0]["seconds"])
     on_gpu = ["GPU idle"] if any("idle" in result for result in results) else []
     rates = [f"{contest.items[1]}/s"] if contest.items else []
     numbers = (*rates, "median", "range", "times ours", "MiB", *on_gpu)
@@ -163,7 +164,8 @@ def show(
         idle = [f"{result['idle']:.0%}"] if on_gpu else []
         times = [_duration(result["median"]), spread, f"{result['ratio']:.2f}"]
         rows.append([result["name"], *rate, *times, memory, *idle])
-    say(make_table(contest.title, ["", *numbers], rows, numbers))
+    title = f"{contest.title}; {rounds} round{'s' if rounds != 1 else ''}"
+    say(make_table(title, ["", *numbers], rows, numbers))
     if flops and bandwidth and contest.counted is not None:
         result = results[contest.counted]
         say(
@@ -247,7 +249,7 @@ def _answer(pipe: Connection, work: Work, before: int) -> None:
                 start = time.perf_counter()
                 work()
                 pipe.send((request, time.perf_counter() - start))
-    except EOFError:
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the contest is over
     except Exception as error:
         _fail(pipe, error)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle, islice
@@ -337,7 +338,16 @@ def _png_loader(
             Image.fromarray(pixels.squeeze()).save(folder / f"{number}.png", compress_level=1)
     dataset = PngEpisodes(_episodes(shape, split), folder)
     sampler = [EpisodeNumber(0, number) for number in range(episodes)]
-    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin_memory)
+    # An entrant's process was spawned, and would spawn workers, which import PyTorch again whenever they start.
+    context = "fork" if sys.platform == "linux" else None
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+    )
 
 
 def _jpegs(images: int) -> Path:

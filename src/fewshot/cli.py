@@ -61,6 +61,8 @@ PLUGINS = {
 }
 UNCOMPOSED = (HydraException, OmegaConfBaseException, TypeError, ValueError)  # the last two for a group set to a value
 MOST_OPTIONS = 20  # of a group that a message lists one by one
+# Errors of joblib, Ray and submitit about a process or a machine that is gone.
+LOST = re.compile("Terminated|Died|Crashed|Broken|Lost|Unreachable|Uncompleted")
 HYDRAS_OWN = ("hydra", "hydra_debug")  # groups
 
 
@@ -266,7 +268,8 @@ def _explain(error: BaseException) -> str | None:
 def _lost_jobs(error: BaseException) -> str | None:
     """Return one line if a sweep's launcher failed, as when a process was killed or a cluster is gone."""
     modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if Sweep.folder is None or not any(re.match(r"hydra_plugins\..*launcher", module) for module in modules):
+    launching = any(re.match(r"hydra_plugins\..*launcher", module) for module in modules)
+    if Sweep.folder is None or not launching or not LOST.search(type(error).__name__):
         return None
     reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
     return f"{for_terminal(reason).rstrip('.')}; resume the sweep with the same command and {Sweep.again}"

@@ -65,7 +65,7 @@ def scale(images: Sequence[int], out: Path) -> list[Path]:
                 axes.plot(images, values, line, marker=marker, color=colour, label=key)
                 if len(keys) == 1:
                     for x, value in zip(images, values, strict=True):
-                        written = f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+                        written = f"{value:,.0f}" if value >= 99.5 else f"{value:.2g}"
                         axes.annotate(
                             *(written, (x, value), (0, 7)),
                             textcoords="offset points",
