@@ -30,6 +30,7 @@ from fewshot.files import write_atomically
 from fewshot.hardware import keep_freed_memory, machine
 from fewshot.text import make_table, say
 
+GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # the process at the other end of a pipe has ended
 # Does the work once, and returns numbers that all entrants must agree on.
 Work = Callable[[], NDArray[Any]]
 # Returned by build functions: the work, and optionally a function that must run in the main thread meanwhile.
@@ -249,7 +250,7 @@ def _answer(pipe: Connection, work: Work, before: int) -> None:
                 start = time.perf_counter()
                 work()
                 pipe.send((request, time.perf_counter() - start))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except GONE:
         os._exit(0)  # the contest is over
     except Exception as error:
         _fail(pipe, error)
@@ -274,7 +275,7 @@ def _ask(pipe: Connection, entrant: Entrant, request: str) -> Any:
         if request != "result":
             pipe.send(request)
         kind, answer = pipe.recv()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except GONE:
         kind, answer = "error", "its process ended; it may have run out of memory"
     if kind == "error":
         raise FewShotError(f"the benchmark's entrant {entrant.name!r} failed: {answer}")

@@ -267,8 +267,7 @@ def _explain(error: BaseException) -> str | None:
 
 def _lost_jobs(error: BaseException) -> str | None:
     """Return one line if a sweep's launcher failed, as when a process was killed or a cluster is gone."""
-    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
-    launching = any(re.match(r"hydra_plugins\..*launcher", module) for module in modules)
+    launching = any(re.match(r"hydra_plugins\..*launcher", module) for module in _modules(error))
     if Sweep.folder is None or not launching or not LOST.search(type(error).__name__):
         return None
     reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
@@ -441,8 +440,13 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def _raised_in_hydra(error: BaseException) -> bool:
     """Whether Hydra itself failed on the command line; not all of its errors have their own type."""
-    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = _modules(error)
     return bool(modules) and modules[-1].startswith(("hydra.core", "hydra._internal"))
+
+
+def _modules(error: BaseException) -> list[str]:
+    """Return the names of the modules that an error passed, the one that raised it last."""
+    return [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def _help(*, _root_: DictConfig) -> str:

@@ -1,7 +1,6 @@
 """Compare any runs, evaluations and sweeps: tables and figures, as a page to open and as Markdown to paste."""
 
 import base64
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from fewshot.results import (
     seed_of,
     split_of,
 )
-from fewshot.style import COLOURS, DPI, STYLE, TALLEST, WIDTH
+from fewshot.style import COLOURS, DPI, STYLE, WIDTH, fit_rows
 from fewshot.sweeps import differing
 from fewshot.text import cut, for_figure, for_html, for_markdown, make_table, say
 
@@ -315,10 +314,9 @@ def draw(tasks: Sequence[Task]) -> Figure:
     Of very many runs, not all are named.
     """
     sizes = [len(task.runs) for task in tasks]
-    height = 0.3 * sum(sizes)
-    step = math.ceil(height / TALLEST)
+    height, step = fit_rows(0.3 * sum(sizes))
     with mpl.rc_context(STYLE | {"font.size": 9}):
-        figure = Figure(figsize=(WIDTH, min(height, TALLEST) + 0.95 * len(tasks) + 0.2), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height + 0.95 * len(tasks) + 0.2), layout="constrained")
         blocks = figure.subplots(
             len(tasks), 4, squeeze=False, height_ratios=[size + 2 for size in sizes], width_ratios=(1.4, 1.4, 1, 1)
         )

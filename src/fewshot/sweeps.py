@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from math import ceil, isnan, nan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from fewshot.config import SWEPT, options, search_path
 from fewshot.files import write_atomically
 from fewshot.results import Result, find_results, is_evaluation, natural, own_validation
-from fewshot.style import COLOURS, STYLE, TALLEST
+from fewshot.style import COLOURS, STYLE, fit_rows
 from fewshot.text import for_csv, for_figure, make_table, say
 
 FAILURE = "failure.txt"  # in the directory of a failed job: why it failed
@@ -175,8 +175,8 @@ def draw(jobs: Sequence[Job], path: Path) -> Path:
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     with mpl.rc_context(STYLE):
-        height = 0.28 * len(jobs)
-        figure = Figure(figsize=(8, min(height, TALLEST) + 1.5), layout="constrained")
+        height, step = fit_rows(0.28 * len(jobs))
+        figure = Figure(figsize=(8, height + 1.5), layout="constrained")
         axes = figure.subplots()
         for split, marker, colour, filled, shift in (
             ("validation", "s", COLOURS[1], "none", -0.15),
@@ -195,7 +195,6 @@ def draw(jobs: Sequence[Job], path: Path) -> Path:
                 label=f"{split} classes",
             )
         names = [" ".join(f"{key}={value}" for key, value in job.swept.items()) or job.name for job in jobs]
-        step = ceil(height / TALLEST)
         axes.set_yticks(range(0, len(jobs), step), map(for_figure, names[::step]))
         axes.set(xlabel="accuracy, %, with its 95% interval", ylim=(len(jobs) - 0.4, -0.6))
         figure.legend(loc="outside upper center", ncols=2)
