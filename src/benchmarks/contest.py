@@ -1,10 +1,12 @@
 """Contests between programs that compute the same result, each in a separate process, taking turns."""
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -122,6 +124,9 @@ def run(contest: Contest, rounds: int, seconds: float = math.inf) -> list[dict[s
             counts = _ask(pipes[contest.counted], contest.entrants[contest.counted], "count")
     finally:
         for process in processes:
+            assert process.pid is not None
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(process.pid, signal.SIGKILL)  # with its DataLoader workers, which write to scratch
             process.kill()
             process.join()
         scratch.cleanup()
@@ -216,6 +221,7 @@ def bench(contests: Mapping[str, Contest], rounds: int, seconds: float, out: Pat
 
 def _serve(pipe: Connection, entrant: Entrant, scratch: str) -> None:
     """Run an entrant's process: build, work once for the result, then work on request."""
+    os.setpgrp()
     tempfile.tempdir = scratch
     try:
         if entrant.keep_memory:
@@ -228,8 +234,6 @@ def _serve(pipe: Connection, entrant: Entrant, scratch: str) -> None:
             stay()
         else:
             _answer(pipe, built, before)
-    except KeyboardInterrupt:
-        os._exit(0)  # the contest is over
     except Exception as error:
         _fail(pipe, error)
 

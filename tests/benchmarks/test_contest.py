@@ -2,7 +2,9 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +48,18 @@ def dies(turn):
     return work
 
 
+def parent():
+    child = subprocess.Popen(["sleep", "60"])
+    return lambda: np.array([child.pid, 2.0])
+
+
+def runs(process):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()  # ended, but nobody asked how
+    except FileNotFoundError:
+        return False
+
+
 def contest(*others, **settings):
     return Contest("sleeping", [Entrant("ours", sleeper, {"seconds": 0.01, "megabytes": 64}), *others], **settings)
 
@@ -72,6 +86,16 @@ def test_no_round_begins_after_so_many_seconds_but_there_is_one():
 def test_an_entrant_with_a_different_result_is_rejected():
     with pytest.raises(FewShotError, match="the results of 'wrong' and 'ours' differ by"):
         run(contest(Entrant("wrong", sleeper, {"seconds": 0, "result": 1.1})), 1)
+
+
+def test_an_entrant_leaves_no_process_of_its_own_behind(monkeypatch):
+    agreed = []
+    monkeypatch.setattr("benchmarks.contest._compare", lambda _, results: agreed.append(results[1][0]))
+    run(contest(Entrant("parent", parent)), 1)
+    deadline = time.monotonic() + 10
+    while runs(int(agreed[0])) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not runs(int(agreed[0]))
 
 
 def test_error_names_an_entrant_that_fails():
