@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from fewshot.encoders.block import Block
 from fewshot.errors import FewShotError
 
-CHANNEL_BY_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+CHANNEL_BY_CHANNEL = (nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
 RANDOM = re.compile(r"drop|stochastic|rrelu", re.IGNORECASE)  # names of layers of PyTorch, torchvision and timm
 How = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation and groups
 

@@ -20,17 +20,18 @@ class Block(nn.Sequential):
     Args:
         channels: of the input.
         filters: of the convolution.
+        signed: leave out the ReLU.
 
     Shape:
         ``[images, channels, height, width]`` to ``[images, filters, height // 2, width // 2]``.
     """
 
-    def __init__(self, channels: int, filters: int) -> None:
+    def __init__(self, channels: int, filters: int, signed: bool = False) -> None:
         super().__init__(
             nn.Conv2d(channels, filters, kernel_size=3, padding=1),
             nn.BatchNorm2d(filters),
             nn.MaxPool2d(WINDOW),
-            nn.ReLU(),
+            nn.Identity() if signed else nn.ReLU(),
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -43,6 +44,7 @@ class Block(nn.Sequential):
             and norm.training
             and isinstance(norm.momentum, float)
             and isinstance(pool, nn.MaxPool2d)
+            and type(activation) is nn.ReLU
             and maps.device.type == "cpu"
             and maps.dtype == norm.weight.dtype
             and not torch.compiler.is_compiling()

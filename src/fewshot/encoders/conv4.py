@@ -24,6 +24,8 @@ class Conv4(nn.Sequential):
         filters: number of filters of each convolution.
         pool: "none": the embedding is the last maps, flattened, as in the three papers; "max" or "mean": of each map,
             which gives ``filters`` features, as in FEAT (arXiv 1812.03664).
+        signed: leave out the last ReLU, so that features have both signs, which cosines use (Gidaris & Komodakis, 2018,
+            arXiv 1804.09458, section 3.2); None: False.
 
     Raises:
         FewShotError: the images are too small, a number is not positive, or the pooling is unknown.
@@ -34,7 +36,12 @@ class Conv4(nn.Sequential):
 
     @checked("encoder")
     def __init__(
-        self, channels: Count, size: int, filters: Count = 64, pool: Literal["none", "max", "mean"] = "none"
+        self,
+        channels: Count,
+        size: int,
+        filters: Count = 64,
+        pool: Literal["none", "max", "mean"] = "none",
+        signed: bool | None = None,
     ) -> None:
         if size < 16:
             raise FewShotError(f"encoder=conv4 needs dataset.size={size} of at least 16")
@@ -42,7 +49,7 @@ class Conv4(nn.Sequential):
             Block(channels, filters),
             Block(filters, filters),
             Block(filters, filters),
-            Block(filters, filters),
+            Block(filters, filters, signed=bool(signed)),
             *([] if pool == "none" else [POOLS[pool](1)]),
             nn.Flatten(),
         )
