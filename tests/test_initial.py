@@ -204,7 +204,9 @@ def test_a_broken_record_of_earlier_trainings_is_named(chain, configure, tmp_pat
 
 def test_user_supplied_encoders_need_no_changes(source, configure):
     """``encoder.init`` works for all encoders and is passed to none of them."""
-    config = configure(f"encoder.init={source}", "encoder._target_=test_initial.own", "~encoder.pool")
+    config = configure(
+        f"encoder.init={source}", "encoder._target_=test_initial.own", "~encoder.pool", "~encoder.signed"
+    )
     with pytest.raises(FewShotError, match="it is a Conv4, and must be a Linear"):
         train(config)
 

@@ -187,7 +187,7 @@ def test_tasks_side_by_side_keep_their_statistics_and_weights(twice, bias):
 
 
 def test_only_layers_that_never_mix_channels_allow_tasks_side_by_side():
-    allowed = [Conv4(1, 16, filters=2), Conv4(1, 16, filters=2, pool="mean")]
+    allowed = [Conv4(1, 16, filters=2), Conv4(1, 16, filters=2, pool="mean"), Conv4(1, 16, filters=2, signed=True)]
     grouped, frozen, half = nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 2, 3).requires_grad_(False), nn.Conv2d(2, 2, 3)
     half.bias.requires_grad_(False)
     refused = [ResNet12(1, 16), *map(nn.Sequential, (grouped, frozen, half, nn.Linear(2, 2)))]

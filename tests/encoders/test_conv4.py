@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from fewshot.encoders import feature_maps
+from fewshot.encoders.block import Block
 from fewshot.encoders.conv4 import Conv4
 from fewshot.errors import FewShotError
 
@@ -10,19 +11,23 @@ from fewshot.errors import FewShotError
 class Textbook(nn.Sequential):
     """The encoder as described in the papers: ReLU before pooling, channels first."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, signed: bool = False) -> None:
         blocks = []
         for inputs in (channels, 64, 64, 64):
             blocks.append(
                 nn.Sequential(nn.Conv2d(inputs, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2))
             )
+        if signed:
+            blocks[-1].pop(2)
         super().__init__(*blocks, nn.Flatten())
 
 
-@pytest.mark.parametrize(("channels", "size", "features"), [(1, 28, 64), (3, 84, 1600)])
-def test_output_and_gradients_match_the_papers(channels, size, features):
+@pytest.mark.parametrize(
+    ("channels", "size", "features", "signed"), [(1, 28, 64, False), (3, 84, 1600, False), (3, 32, 256, True)]
+)
+def test_output_and_gradients_match_the_papers(channels, size, features, signed):
     torch.manual_seed(0)
-    ours, textbook = Conv4(channels, size).double(), Textbook(channels).double()
+    ours, textbook = Conv4(channels, size, signed=signed).double(), Textbook(channels, signed).double()
     textbook.load_state_dict(ours.state_dict())
     images = torch.randn(6, channels, size, size, dtype=torch.float64)
     for training in (True, False):
@@ -36,6 +41,16 @@ def test_output_and_gradients_match_the_papers(channels, size, features):
         want = torch.autograd.grad((expected * weights).sum(), textbook.parameters())
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_a_block_applies_an_activation_that_replaced_its_relu():
+    torch.manual_seed(0)
+    replaced = Block(1, 4)
+    replaced[3] = nn.LeakyReLU(0.5)
+    images = torch.randn(3, 1, 8, 8)
+    expected = nn.Sequential(*replaced)(images)
+    assert (expected < 0).any()
+    torch.testing.assert_close(replaced(images), expected)
 
 
 def test_number_of_parameters():

@@ -25,7 +25,7 @@ class Conv4(nn.Sequential):
         pool: "none": the embedding is the last maps, flattened, as in the three papers; "max" or "mean": of each map,
             which gives ``filters`` features, as in FEAT (arXiv 1812.03664).
         signed: leave out the last ReLU, so that features have both signs, which cosines use (Gidaris & Komodakis, 2018,
-            arXiv 1804.09458, section 3.2); None: False.
+            arXiv 1804.09458, section 3.2).
 
     Raises:
         FewShotError: the images are too small, a number is not positive, or the pooling is unknown.
@@ -41,7 +41,7 @@ class Conv4(nn.Sequential):
         size: int,
         filters: Count = 64,
         pool: Literal["none", "max", "mean"] = "none",
-        signed: bool | None = None,
+        signed: bool = False,
     ) -> None:
         if size < 16:
             raise FewShotError(f"encoder=conv4 needs dataset.size={size} of at least 16")
@@ -49,7 +49,7 @@ class Conv4(nn.Sequential):
             Block(channels, filters),
             Block(filters, filters),
             Block(filters, filters),
-            Block(filters, filters, signed=bool(signed)),
+            Block(filters, filters, signed=signed),
             *([] if pool == "none" else [POOLS[pool](1)]),
             nn.Flatten(),
         )
