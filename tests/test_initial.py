@@ -50,6 +50,23 @@ def test_any_method_can_start_with_the_encoder_of_another_run(method, source, co
     assert parameters and all(torch.equal(trained[name], begun[name]) for name in parameters)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("encoder.signed=true", "layer 3.3 is ReLU, and here it is Identity"),
+        ("encoder.pool=mean", "layer 4 is Flatten, and here it is AdaptiveAvgPool2d"),
+        ("method=maml", None),
+    ],
+)
+def test_an_encoder_with_the_same_weights_and_other_layers_is_noticed(change, named, source, configure, capfd):
+    train(configure(change, *TINY, f"encoder.init={source}"))
+    warned = " ".join(capfd.readouterr().err.split())
+    if named is None:
+        assert "encoder.init" not in warned
+    else:
+        assert f"has an encoder whose {named}: with the same weights, it computes something else" in warned
+
+
 def test_the_results_name_the_checkpoint_by_its_digest_resumed_or_not(source, configure, tmp_path):
     init = f"encoder.init={source}"
     path = source / "checkpoints" / "best.ckpt"

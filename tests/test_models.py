@@ -67,6 +67,11 @@ def test_the_command_of_a_card_has_its_settings(name):
     assert initial is None or find(initial) is not None
 
 
+def test_a_command_names_a_key_that_its_experiment_sets_only_since():
+    card = require("miniimagenet/classifier").card
+    assert "encoder.signed=false" in card["command"].split(), "the run is older than the key"
+
+
 def test_the_weights_are_small_and_whole():
     files = {model.weights for model in all_models().values()}
     assert files == set(MODELS.rglob("weights.safetensors"))

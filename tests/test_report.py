@@ -236,8 +236,13 @@ def test_runs_that_differ_in_more_than_their_seed_have_separate_lines(other, nam
 def test_paths_and_hardware_make_no_difference():
     paths = {"dataset.source.data_dir": "there", "data_dir": "there", "cache_dir": "x", "run_dir": "y"}
     elsewhere = {"hardware.accelerator": "gpu", "log_every": 1, "pictures": False, "method.task_batching": "vmap"}
-    new = {"method.clip_norm": None}  # a key that older versions do not have
+    new = {"method.clip_norm": None, "encoder.signed": False}  # keys that older versions do not have
     assert len(by_settings([result(seed=0), result(seed=1, **paths), result(seed=2, **elsewhere, **new)])) == 1
+
+
+def test_a_line_names_what_it_switched_off():
+    lines = ran(result(seed=0, **{"optimizer.nesterov": True}), result(seed=0, **{"optimizer.nesterov": False}))
+    assert [line.settings for line in lines] == ["cpu", "cpu, optimizer.nesterov=false"]
 
 
 def test_an_evaluation_adds_a_line_only_to_other_cells(capsys):

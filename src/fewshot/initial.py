@@ -46,6 +46,8 @@ class InitialEncoder:
     def copy_to(self, encoder: nn.Module) -> None:
         """Copy the weights to an encoder, and the statistics of batch norm if both have them (MAML has none).
 
+        Warns if layers without weights differ, such as an activation: the encoder then computes something else.
+
         Raises:
             FewShotError: the two encoders differ in architecture; names the first difference.
         """
@@ -60,15 +62,34 @@ class InitialEncoder:
             if found.get(name) != expected.get(name):
                 there, here = (list(side[name]) if name in side else "missing" for side in (found, expected))
                 raise self._mismatch(f"{name} is {there}, and must be {here}")
+        self._compare_layers(encoder)
         with torch.no_grad():
             for name, tensor in (ours | {name: own_buffers[name] for name in common}).items():
                 tensor.copy_((theirs | buffers)[name])
+
+    def _compare_layers(self, encoder: nn.Module) -> None:
+        there, here = _without_weights(self.encoder), _without_weights(encoder)
+        for name in {**here, **there}:
+            if there.get(name) != here.get(name):
+                rank_zero_only(say)(
+                    f"warning: encoder.init={self.path} has an encoder whose layer {name} is "
+                    f"{there.get(name, 'missing')}, and here it is {here.get(name, 'missing')}: with the same weights, "
+                    "it computes something else; set the keys of encoder as in that run, unless this is what you want",
+                    error=True,
+                )
+                return
 
     def _mismatch(self, difference: str) -> FewShotError:
         return FewShotError(
             f"encoder.init={self.path} has an encoder with a different architecture: {difference}; choose the encoder, "
             "image size and channels that it was trained with"
         )
+
+
+def _without_weights(encoder: nn.Module) -> dict[str, str]:
+    """Return the type of each layer that has no weights and no statistics, by its name in the encoder."""
+    leaves = ((name, module) for name, module in encoder.named_modules() if not list(module.children()))
+    return {name: type(module).__name__ for name, module in leaves if not module.state_dict()}
 
 
 def read_encoder(config: DictConfig, bank: ImageBank) -> InitialEncoder:

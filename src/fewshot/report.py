@@ -531,7 +531,7 @@ def _differences(run: Result, first: Result) -> list[str]:
     for key in {**own, **other}:
         if own.get(key) == other.get(key) or key in SHOWN or key in named or (joined and key.startswith("data.")):
             continue
-        value = own.get(key, "unset")
+        value = own.get(key, "false" if other.get(key) is True else "unset")
         differences.append(f"{key}={value[:8] if 'sha256' in key and isinstance(value, str) else value}")
     return differences
 

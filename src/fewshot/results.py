@@ -234,7 +234,8 @@ def by_settings(results: Sequence[Result]) -> list[list[Result]]:
 def settings(result: Result) -> Settings:
     """Return everything that affects accuracy except the seed: data, precision, GPU, configuration and the test's task.
 
-    Keys without a value are left out, so that keys added by later versions make no difference by themselves.
+    Keys without a value are left out, and what is switched off, so that keys added by later versions make no difference
+    by themselves.
     """
     run = run_config(result)
     decisive = {
@@ -267,7 +268,7 @@ def settings(result: Result) -> Settings:
         for key in {**tested, **trained}
         if tested.get(key) != trained.get(key) and not _is_below(key, NOT_DECISIVE)
     }
-    return {key: value for key, value in decisive.items() if value is not None}
+    return {key: value for key, value in decisive.items() if value is not None and value is not False}
 
 
 def training_settings(result: Result) -> Settings:
