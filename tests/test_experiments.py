@@ -165,6 +165,12 @@ def test_an_experiment_of_the_users_own_keeps_its_name(tmp_path):
     assert (config.seed, config.way) == (9, 5)
 
 
+@pytest.mark.parametrize("name", ["classifier", "pretrained/protonet", "pretrained/matching", "pretrained/maml"])
+def test_a_classifier_and_what_starts_from_it_have_signed_features_and_take_other_encoders(name):
+    assert compose(f"experiment=miniimagenet/{name}").method.encoder.signed is True
+    check(compose(f"experiment=miniimagenet/{name}", "encoder=resnet12", "run_dir=x"))
+
+
 def test_an_unknown_budget_is_rejected():
     with pytest.raises(MissingConfigException, match=r"(?s)'budget/gpu'.*cpu.*paper"):
         compose_cell("omniglot/protonet_5way_1shot", "budget=gpu")

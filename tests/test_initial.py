@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from PIL import Image
 
 from fewshot.config import compose
 from fewshot.data.contents import Contents, known_to_any
+from fewshot.encoders.adaptable import make_adaptable
+from fewshot.encoders.resnet12 import ResNet12
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate
 from fewshot.export import export
-from fewshot.initial import read_encoder
+from fewshot.initial import InitialEncoder, read_encoder
 from fewshot.results import read_results, settings
 from fewshot.training import make_data, train
 
@@ -53,8 +56,8 @@ def test_any_method_can_start_with_the_encoder_of_another_run(method, source, co
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("encoder.signed=true", "layer 3.3 is ReLU, and here it is Identity"),
-        ("encoder.pool=mean", "layer 4 is Flatten, and here it is AdaptiveAvgPool2d"),
+        ("encoder.signed=true", "1 ReLU; here none"),
+        ("encoder.pool=mean", "none; here 1 AdaptiveAvgPool2d"),
         ("method=maml", None),
     ],
 )
@@ -64,7 +67,16 @@ def test_an_encoder_with_the_same_weights_and_other_layers_is_noticed(change, na
     if named is None:
         assert "encoder.init" not in warned
     else:
-        assert f"has an encoder whose {named}: with the same weights, it computes something else" in warned
+        assert f"has other layers without weights ({named}): with the same weights, it computes something" in warned
+
+
+@pytest.mark.parametrize("method", ["protonet", "maml"])
+def test_dropout_makes_no_other_encoder(method, capfd):
+    with_dropout, without = ResNet12(1, 16, drop=0.1), ResNet12(1, 16)
+    if method == "maml":
+        make_adaptable(without, twice=True)
+    InitialEncoder(with_dropout, Path("there"), "", []).copy_to(without)
+    assert "warning" not in capfd.readouterr().err
 
 
 def test_the_results_name_the_checkpoint_by_its_digest_resumed_or_not(source, configure, tmp_path):

@@ -22,7 +22,7 @@ from fewshot.methods.maml import MAML
 from fewshot.methods.protonet import PrototypicalNetwork
 from fewshot.prediction import predict
 from fewshot.report import _differences, changes
-from fewshot.results import by_settings, read_results, settings
+from fewshot.results import by_settings, own_validation, read_results, settings
 from fewshot.teaching import teach
 from fewshot.trained import load_trained
 from fewshot.training import train
@@ -125,6 +125,12 @@ def test_the_report_gives_it_a_line_that_says_so(run, tmp_path, cache_dir):
     assert "mirror=true" in changes(mirrored)
     plain, other = (next(result for result in found if result["config"].get("mirror") is on) for on in (None, True))
     assert _differences(other, plain) == []  # the column of the settings has it as mirror=true
+
+
+def test_a_test_without_it_of_a_run_with_it_has_a_line_of_its_own(run, tmp_path, cache_dir):
+    without = result_of(run("mirror=true"), tmp_path / "without", cache_dir, "mirror=false")
+    assert len(by_settings(read_results([str(run("mirror=true")), str(tmp_path / "without")]))) == 2
+    assert own_validation(without) is None  # the weights were chosen with it
 
 
 def test_predictions_are_the_same_for_mirror_images(run, photos, tmp_path):

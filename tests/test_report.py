@@ -241,8 +241,10 @@ def test_paths_and_hardware_make_no_difference():
 
 
 def test_a_line_names_what_it_switched_off():
-    lines = ran(result(seed=0, **{"optimizer.nesterov": True}), result(seed=0, **{"optimizer.nesterov": False}))
-    assert [line.settings for line in lines] == ["cpu", "cpu, optimizer.nesterov=false"]
+    on, off, without = ({"optimizer.nesterov": True}, {"optimizer.nesterov": False}, {})
+    for first, second, named in ((on, off, "false"), (off, on, "true"), (on, without, "unset")):
+        lines = ran(result(seed=0, **first), result(seed=0, **second))
+        assert [line.settings for line in lines] == ["cpu", f"cpu, optimizer.nesterov={named}"]
 
 
 def test_an_evaluation_adds_a_line_only_to_other_cells(capsys):

@@ -161,6 +161,18 @@ def test_a_run_can_be_resumed_after_its_directory_was_moved(run, tmp_path):
     assert found.kept == expected.kept
 
 
+def test_a_run_of_a_version_without_a_key_that_is_off_can_be_resumed(run, tmp_path):
+    finish(run("whole"))
+    train(compose(*run("older", "train.episodes=8")))
+    for path in (tmp_path / "older" / "checkpoints").iterdir():
+        checkpoint = torch.load(path, weights_only=True)
+        for encoder in (checkpoint["hyper_parameters"]["encoder"], checkpoint["hyper_parameters"]["method"]["encoder"]):
+            assert encoder.pop("signed") is False
+        torch.save(checkpoint, path)
+    train(compose(*run("older", "resume=auto")))
+    assert outcome(tmp_path / "older").kept == outcome(tmp_path / "whole").kept
+
+
 def test_a_complete_run_is_reported_again_and_not_run_again(run, tmp_path, capsys):
     train(compose(*run("run")))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.*")}

@@ -125,7 +125,7 @@ def run(contest: Contest, rounds: int, seconds: float = math.inf) -> list[dict[s
     finally:
         for process in processes:
             assert process.pid is not None
-            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has no group yet, or has ended
                 os.killpg(process.pid, signal.SIGKILL)  # with its DataLoader workers, which write to scratch
             process.kill()
             process.join()
@@ -221,7 +221,7 @@ def bench(contests: Mapping[str, Contest], rounds: int, seconds: float, out: Pat
 
 def _serve(pipe: Connection, entrant: Entrant, scratch: str) -> None:
     """Run an entrant's process: build, work once for the result, then work on request."""
-    os.setpgrp()
+    os.setpgrp()  # so that its DataLoader workers can be ended with it
     tempfile.tempdir = scratch
     try:
         if entrant.keep_memory:
@@ -255,7 +255,7 @@ def _answer(pipe: Connection, work: Work, before: int) -> None:
                 work()
                 pipe.send((request, time.perf_counter() - start))
     except GONE:
-        os._exit(0)  # the contest is over
+        os.killpg(0, signal.SIGKILL)  # the contest is over
     except Exception as error:
         _fail(pipe, error)
 

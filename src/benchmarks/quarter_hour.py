@@ -65,7 +65,8 @@ class Stage:
         self.name, self.started = name, time.monotonic()
         self.log = out / f"{name.replace('/', '_')}.txt"
         with self.log.open("a", encoding="utf-8") as log:
-            # A new session: a signal reaches its worker processes, too, and Ctrl-C only this program.
+            # A new session: a signal reaches its worker processes, too, and Ctrl-C only this program. (The programs of
+            # the benchmark are in groups of their own, and end when they find the benchmark gone.)
             self.process = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )

@@ -139,9 +139,9 @@ def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any], init
         said.append(f"encoder.init={next((name for name in lines if parts[-3:] == tuple(name.split('/'))), 'RUN_DIR')}")
     today = dict(flat(OmegaConf.to_container(compose(*said, *task))))
     then = dict(flat(config))
-    if experiment:  # it may set keys that did not exist then; they were as they are without an experiment
+    if experiment:  # a key that it sets today and that the run did not have was as it is without the experiment
         chosen = [f"{key}={choices[key]}" for key in CHOICES if choices.get(key)]
-        without = dict(flat(OmegaConf.to_container(compose(*chosen))))
+        without = dict(flat(OmegaConf.to_container(compose(*chosen, *task))))
         then = {**{key: value for key, value in without.items() if key in today}, **then}
     differing = {key: value for key, value in then.items() if today.get(key) != value}
     if differing.get("hardware.precision") == "32-true" and today.get("hardware.precision") == "auto":

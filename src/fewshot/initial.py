@@ -1,6 +1,7 @@
 """``encoder.init``: start with the encoder weights of another run, of any method."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from fewshot.checkpoints import shapes
 from fewshot.data.bank import ImageBank
 from fewshot.data.contents import contents_of, known_to_any
 from fewshot.directories import checkpoint_at, results_file
+from fewshot.encoders.adaptable import RANDOM
 from fewshot.errors import FewShotError, shortened
 from fewshot.paths import run_directory
 from fewshot.runs import data_directories, trained_before, trained_on
@@ -46,7 +48,7 @@ class InitialEncoder:
     def copy_to(self, encoder: nn.Module) -> None:
         """Copy the weights to an encoder, and the statistics of batch norm if both have them (MAML has none).
 
-        Warns if layers without weights differ, such as an activation: the encoder then computes something else.
+        Warns if the two have other layers without weights, such as an activation: then they compute something else.
 
         Raises:
             FewShotError: the two encoders differ in architecture; names the first difference.
@@ -69,15 +71,15 @@ class InitialEncoder:
 
     def _compare_layers(self, encoder: nn.Module) -> None:
         there, here = _without_weights(self.encoder), _without_weights(encoder)
-        for name in {**here, **there}:
-            if there.get(name) != here.get(name):
-                rank_zero_only(say)(
-                    f"warning: encoder.init={self.path} has an encoder whose layer {name} is "
-                    f"{there.get(name, 'missing')}, and here it is {here.get(name, 'missing')}: with the same weights, "
-                    "it computes something else; set the keys of encoder as in that run, unless this is what you want",
-                    error=True,
-                )
-                return
+        if there != here:
+            counts = (", ".join(f"{n} {kind}" for kind, n in more.items()) for more in (there - here, here - there))
+            rank_zero_only(say)(
+                "warning: encoder.init={} has other layers without weights ({}; here {}): with the same weights, it "
+                "computes something else; set the keys of encoder as in that run, unless this is what you want".format(
+                    self.path, *(text or "none" for text in counts)
+                ),
+                error=True,
+            )
 
     def _mismatch(self, difference: str) -> FewShotError:
         return FewShotError(
@@ -86,10 +88,11 @@ class InitialEncoder:
         )
 
 
-def _without_weights(encoder: nn.Module) -> dict[str, str]:
-    """Return the type of each layer that has no weights and no statistics, by its name in the encoder."""
-    leaves = ((name, module) for name, module in encoder.named_modules() if not list(module.children()))
-    return {name: type(module).__name__ for name, module in leaves if not module.state_dict()}
+def _without_weights(encoder: nn.Module) -> Counter[str]:
+    """Return the types of the layers without weights and statistics, but those that do nothing in a test."""
+    leaves = (module for module in encoder.modules() if not list(module.children()) and not module.state_dict())
+    kinds = (type(module).__name__ for module in leaves if not isinstance(module, nn.Identity))
+    return Counter(kind for kind in kinds if not RANDOM.search(kind))
 
 
 def read_encoder(config: DictConfig, bank: ImageBank) -> InitialEncoder:

@@ -29,6 +29,7 @@ from fewshot.models import CARD
 from fewshot.results import (
     Result,
     by_settings,
+    flat,
     is_evaluation,
     own_validation,
     read_runs,
@@ -527,11 +528,13 @@ def _differences(run: Result, first: Result) -> list[str]:
     if "hardware.precision" in named:
         named.add("precision")
     joined = own.get("train.also_on") != other.get("train.also_on")  # explains the numbers of classes and images
-    differences = []
+    differences, configured = [], dict(flat(run_config(run)))
     for key in {**own, **other}:
         if own.get(key) == other.get(key) or key in SHOWN or key in named or (joined and key.startswith("data.")):
             continue
-        value = own.get(key, "false" if other.get(key) is True else "unset")
+        value = own.get(key, configured.get(key, "unset"))
+        if isinstance(value, bool):
+            value = str(value).lower()
         differences.append(f"{key}={value[:8] if 'sha256' in key and isinstance(value, str) else value}")
     return differences
 

@@ -234,8 +234,7 @@ def by_settings(results: Sequence[Result]) -> list[list[Result]]:
 def settings(result: Result) -> Settings:
     """Return everything that affects accuracy except the seed: data, precision, GPU, configuration and the test's task.
 
-    Keys without a value are left out, and what is switched off, so that keys added by later versions make no difference
-    by themselves.
+    Keys without a value or with False are left out: keys added by later versions make no difference by themselves.
     """
     run = run_config(result)
     decisive = {
@@ -252,7 +251,7 @@ def settings(result: Result) -> Settings:
     test = {key: result.get(key) for key in ("way", "shot", "query", "concentration")} | {
         key: result["config"].get(key) for key in ("eval_seed", "mirror")
     }
-    decisive |= {f"test.{key}": value for key, value in test.items() if value != run.get(key)}
+    decisive |= {f"test.{key}": value for key, value in test.items() if not same(value, run.get(key))}
     if result.get("meta_batch") != decisive.get(
         "train.meta_batch"
     ):  # with more processes than that, each takes one episode
@@ -266,14 +265,20 @@ def settings(result: Result) -> Settings:
     decisive |= {
         f"test.{key}": tested.get(key)
         for key in {**tested, **trained}
-        if tested.get(key) != trained.get(key) and not _is_below(key, NOT_DECISIVE)
+        if not same(tested.get(key), trained.get(key)) and not _is_below(key, NOT_DECISIVE)
     }
-    return {key: value for key, value in decisive.items() if value is not None and value is not False}
+    return {key: value for key, value in decisive.items() if value is not None}
 
 
 def training_settings(result: Result) -> Settings:
     """Return what affects accuracy in the configuration of the training, except the seed."""
-    return {key: value for key, value in flat(run_config(result)) if not _is_below(key, NOT_DECISIVE)}
+    config = flat(run_config(result))
+    return {key: value for key, value in config if not same(value, None) and not _is_below(key, NOT_DECISIVE)}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values of a key mean the same: False is what a version without the key did."""
+    return bool(one == other) or all(value is None or value is False for value in (one, other))
 
 
 def run_config(result: Result) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from fewshot.directories import best_checkpoint, checkpoint_at, has_run, last_ch
 from fewshot.errors import FewShotError, reason
 from fewshot.files import read_json, read_text, write_atomically
 from fewshot.paths import run_directory
-from fewshot.results import is_evaluation, wrong
+from fewshot.results import is_evaluation, same, wrong
 from fewshot.text import say
 from fewshot.trust import CHOSEN_ON_RESUME, directory_keys, plain
 
@@ -440,5 +440,5 @@ def _differences(ours: DictConfig, theirs: DictConfig, keys: Iterable[str]) -> I
         our_value, their_value = OmegaConf.select(ours, key), OmegaConf.select(theirs, key)
         if isinstance(our_value, DictConfig) and isinstance(their_value, DictConfig):
             yield from _differences(ours, theirs, (f"{key}.{name!s}" for name in {**our_value, **their_value}))
-        elif our_value != their_value and not (our_value in NOTHING and their_value in NOTHING):
+        elif not same(our_value, their_value) and not (our_value in NOTHING and their_value in NOTHING):
             yield key, f"{key}={our_value} (there {their_value})"

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from benchmarks import maml, training, without
-from benchmarks.without import CHANNELS_LAST, DERIVATIVES, NORM_LAST, POOL_FIRST, remove
-from fewshot.encoders.adaptable import make_adaptable
+from benchmarks.without import CHANNELS_LAST, DERIVATIVES, NORM_LAST, POOL_FIRST, TOGETHER, remove
+from fewshot.encoders.adaptable import make_adaptable, solves_together
 from fewshot.encoders.block import Block
 from fewshot.encoders.conv4 import Conv4
 
@@ -37,3 +37,11 @@ def test_a_technique_is_gone(technique):
     assert encoder.feature_maps(images).is_contiguous(memory_format=torch.channels_last) or technique == CHANNELS_LAST
     if technique == CHANNELS_LAST:
         assert encoder[0](images).is_contiguous()
+
+
+def test_tasks_are_not_solved_side_by_side_without_that():
+    encoder = Conv4(1, 16, filters=4)
+    make_adaptable(encoder, twice=True)
+    assert solves_together(encoder)
+    remove(TOGETHER, encoder)
+    assert not solves_together(encoder)

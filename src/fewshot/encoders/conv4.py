@@ -24,8 +24,7 @@ class Conv4(nn.Sequential):
         filters: number of filters of each convolution.
         pool: "none": the embedding is the last maps, flattened, as in the three papers; "max" or "mean": of each map,
             which gives ``filters`` features, as in FEAT (arXiv 1812.03664).
-        signed: leave out the last ReLU, so that features have both signs, which cosines use (Gidaris & Komodakis, 2018,
-            arXiv 1804.09458, section 3.2).
+        signed: leave out the last ReLU, so that cosines can be negative (Gidaris & Komodakis, 2018, arXiv 1804.09458).
 
     Raises:
         FewShotError: the images are too small, a number is not positive, or the pooling is unknown.
