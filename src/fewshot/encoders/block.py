@@ -13,9 +13,9 @@ CHUNK = 2**21  # bytes of maps whose gradient is computed at a time: they stay i
 class Block(nn.Sequential):
     """3x3 convolution, batch norm, 2x2 max pooling and ReLU.
 
-    In training on the CPU, the maps are pooled before they are normalised, unless there is no ReLU. Batch norm is an increasing function of each
-    value, or a decreasing one in channels with a negative weight, where the least value is taken, so that this computes
-    the same on a quarter of the values, and normalised maps of full size are never stored.
+    In training on the CPU, the maps are pooled before they are normalised, unless there is no ReLU. Batch norm is an
+    increasing function of each value, or a decreasing one in channels with a negative weight, where the least value is
+    taken, so that this computes the same on a quarter of the values, and normalised maps of full size are never stored.
 
     Args:
         channels: of the input.
