@@ -64,7 +64,7 @@ def test_the_command_of_a_card_has_its_settings(name):
         assert OmegaConf.select(config, key) == value, key
     trained = dict(load_checkpoint(require(name).weights)["hyper_parameters"]["method"]["encoder"])
     encoder = OmegaConf.to_container(config.method.encoder, resolve=True)
-    assert encoder == {"signed": False, **trained}  # some are older than the key
+    assert encoder == {"pool": "none", "signed": False, **trained}  # some are older than these keys
     assert (config.choices.dataset, config.choices.method) == (card["dataset"], card["method"])
     initial = config.encoder.init
     assert initial is None or find(initial) is not None
