@@ -241,8 +241,8 @@ def test_paths_and_hardware_make_no_difference():
 
 
 def test_a_line_names_what_it_switched_off():
-    on, off, without = ({"optimizer.nesterov": True}, {"optimizer.nesterov": False}, {})
-    for first, second, named in ((on, off, "false"), (off, on, "true"), (on, without, "unset")):
+    on, off, null = ({"optimizer.nesterov": value} for value in (True, False, None))
+    for first, second, named in ((on, off, "false"), (off, on, "true"), (on, {}, "unset"), (on, null, "unset")):
         lines = ran(result(seed=0, **first), result(seed=0, **second))
         assert [line.settings for line in lines] == ["cpu", f"cpu, optimizer.nesterov={named}"]
 

@@ -138,12 +138,7 @@ def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any], init
         parts = Path(initial.partition("/checkpoints")[0].removesuffix(f"/{WEIGHTS}")).parts
         said.append(f"encoder.init={next((name for name in lines if parts[-3:] == tuple(name.split('/'))), 'RUN_DIR')}")
     today = dict(flat(OmegaConf.to_container(compose(*said, *task))))
-    then = dict(flat(config))
-    if experiment:  # a key that it sets today and that the run did not have was as it is without the experiment
-        chosen = [f"{key}={choices[key]}" for key in CHOICES if choices.get(key)]
-        without = dict(flat(OmegaConf.to_container(compose(*chosen, *task))))
-        then = {**{key: value for key, value in without.items() if key in today}, **then}
-    differing = {key: value for key, value in then.items() if today.get(key) != value}
+    differing = {key: value for key, value in flat(config) if today.get(key) != value}
     if differing.get("hardware.precision") == "32-true" and today.get("hardware.precision") == "auto":
         del differing["hardware.precision"]  # what auto is, on a processor
     plain = {key: value for key, value in differing.items() if _is_said(key, value)}

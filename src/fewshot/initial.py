@@ -72,12 +72,14 @@ class InitialEncoder:
     def _compare_layers(self, encoder: nn.Module) -> None:
         there, here = _without_weights(self.encoder), _without_weights(encoder)
         if there != here:
-            counts = (", ".join(f"{n} {kind}" for kind, n in more.items()) for more in (there - here, here - there))
+            more, fewer = (
+                ", ".join(f"{number} {kind}" for kind, number in extra.items()) or "none"
+                for extra in (there - here, here - there)
+            )
             rank_zero_only(say)(
-                "warning: encoder.init={} has other layers without weights ({}; here {}): with the same weights, it "
-                "computes something else; set the keys of encoder as in that run, unless this is what you want".format(
-                    self.path, *(text or "none" for text in counts)
-                ),
+                f"warning: encoder.init={self.path} has other layers without weights ({more}; here {fewer}): with the "
+                "same weights, it computes something else; set the keys of encoder as in that run, unless this is what "
+                "you want",
                 error=True,
             )
 

@@ -532,7 +532,7 @@ def _differences(run: Result, first: Result) -> list[str]:
     for key in {**own, **other}:
         if own.get(key) == other.get(key) or key in SHOWN or key in named or (joined and key.startswith("data.")):
             continue
-        value = own.get(key, configured.get(key, "unset"))
+        value = own.get(key, False if configured.get(key) is False else "unset")
         if isinstance(value, bool):
             value = str(value).lower()
         differences.append(f"{key}={value[:8] if 'sha256' in key and isinstance(value, str) else value}")
