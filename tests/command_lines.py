@@ -81,7 +81,7 @@ COMPOSED: dict[tuple[str, ...], str | None] = {
     ("experiment=nothing",): r"Choose one of matching_distance/\.\.\., .*omniglot/\.\.\.",
     (
         "encoder=resnet",
-    ): r"Choose one of best, conv4, fast, lite0, pretrained, resnet12, timm \(did you mean resnet12\?\)",
+    ): r"Choose one of best, conv4, conv4_signed, fast, lite0, pretrained, resnet12, timm \(did you mean resnet12\?\)",
     (
         "dataset=cifar",
     ): r"Choose one of cifar_fs, cub, fc100, folder, glyphs, miniimagenet, omniglot, tieredimagenet, torchvision",
