@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewshot.data.episodes import Episode
+from fewshot.data.episodes import EmbeddedEpisode, Episode
 from fewshot.distances import ScaledCosine, cosine, l2
 from fewshot.errors import FewShotError
 from fewshot.methods.matching import FullContextMatchingNetwork, MatchingNetwork, sum_by_class
@@ -102,6 +102,20 @@ def test_full_context_embeddings_follow_the_equations(steps):
             hidden, memory = sigmoid_cell(method.query_lstm, torch.cat([start, readout]), hidden, memory)
             hidden = hidden + start
         torch.testing.assert_close(query[number], hidden)
+
+
+def test_tasks_solved_together_are_solved_as_each_alone():
+    torch.manual_seed(2)
+    together = EmbeddedEpisode(
+        torch.randn(2, 6, 4, dtype=torch.float64),
+        torch.tensor([[0, 1, 2, 0, 1, 2], [2, 2, 1, 1, 0, 0]]),
+        torch.randn(2, 5, 4, dtype=torch.float64),
+        torch.zeros(2, 5, dtype=torch.long),
+        3,
+    )
+    for method in (plain(), full_context()):
+        each = torch.stack([method.compare(task) for task in together.tasks()])
+        torch.testing.assert_close(method.compare_tasks(together), each)
 
 
 def test_queries_are_classified_independently():

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from fewshot.data.episodes import EmbeddedEpisode
 from fewshot.distances import Distance
@@ -55,44 +56,60 @@ class FullContextMatchingNetwork(MatchingNetwork):
             )
         features = features_of(encoder)
         self.unrolling_steps = unrolling_steps
-        self.support_lstm = nn.LSTM(features, features, bidirectional=True)
+        self.support_lstm = nn.LSTM(features, features, bidirectional=True, batch_first=True)
         # The hidden state [h, r] of equation 3 is twice as wide as h. r is part of the input instead, which is
         # equivalent: the gates are linear in both.
         self.query_lstm = nn.LSTMCell(2 * features, features)
 
     def compare(self, embedded: EmbeddedEpisode) -> torch.Tensor:
         """See ``MatchingNetwork``; uses the contextual embeddings g of the support and f of the queries."""
+        return super().compare(self._in_context(embedded))
+
+    def compare_tasks(self, embedded: EmbeddedEpisode) -> torch.Tensor:
+        """See ``MetricMethod``; the LSTMs read their weights once a step for all tasks, not for each."""
+        return torch.stack([*map(super().compare, self._in_context(embedded).tasks())])
+
+    def _in_context(self, embedded: EmbeddedEpisode) -> EmbeddedEpisode:
         support = self.embed_support(embedded.support)
-        return super().compare(embedded._replace(support=support, query=self.embed_query(embedded.query, support)))
+        return embedded._replace(support=support, query=self.embed_query(embedded.query, support))
 
     def embed_support(self, support: torch.Tensor) -> torch.Tensor:
         """Compute the embedding g: a bidirectional LSTM over the support set, with a skip connection (appendix A.2).
 
         Args:
-            support: g', ``[support samples, features]``.
+            support: g', ``[support samples, features]``, or ``[tasks, support samples, features]``.
 
         Returns:
-            ``[support samples, features]``.
+            The same shape.
         """
-        forwards, backwards = self.support_lstm(support)[0].chunk(2, dim=1)
+        forwards, backwards = self.support_lstm(support)[0].chunk(2, dim=-1)
         return support + forwards + backwards
 
     def embed_query(self, query: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
         """Compute the embedding f: an LSTM that attends to the support set at each step (appendix A.1).
 
         Args:
-            query: f', ``[queries, features]``.
-            support: g, ``[support samples, features]``.
+            query: f', ``[queries, features]``, or ``[tasks, queries, features]``.
+            support: g, ``[support samples, features]``, or ``[tasks, support samples, features]``.
 
         Returns:
-            ``[queries, features]``.
+            The shape of ``query``.
         """
-        hidden, cell = torch.zeros_like(query), torch.zeros_like(query)
-        for _ in range(self.unrolling_steps):
-            attention = (hidden @ support.T).softmax(dim=1)  # equation 6
-            readout = attention @ support  # equation 5
-            hidden, cell = self.query_lstm(torch.cat([query, readout], dim=1), (hidden, cell))  # equation 3
-            hidden = hidden + query  # equation 4
+        # The cell's gates are linear in query, readout and hidden, and a readout is a mean of support embeddings: so
+        # the products with query and support, most of the work, are the same at every step.
+        cell = self.query_lstm
+        weight_query, weight_support = cell.weight_ih.chunk(2, dim=1)
+        query_gates = linear(query, weight_query, cell.bias_ih + cell.bias_hh)
+        support_gates = linear(support, weight_support)
+        hidden, state = torch.zeros_like(query), torch.zeros_like(query)
+        for step in range(self.unrolling_steps):
+            attention = (hidden @ support.mT).softmax(dim=-1)  # equation 6
+            gates = query_gates + attention @ support_gates  # with the readout of equation 5
+            if step:  # hidden is zero at first
+                gates = gates + linear(hidden, cell.weight_hh)
+            write, keep, new, show = gates.chunk(4, dim=-1)  # in PyTorch's order
+            state = keep.sigmoid() * state + write.sigmoid() * new.tanh()
+            hidden = show.sigmoid() * state.tanh() + query  # equations 3 and 4
         return hidden
 
 
