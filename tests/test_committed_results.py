@@ -75,15 +75,30 @@ def test_the_table_of_the_classifier_shows_the_committed_results():
             "reproduction/miniimagenet/classifier_signed_5shot/0",
         ),
         "SimpleShot, third classifier": ("simpleshot/third_1shot", "simpleshot/third_5shot"),
-        "nearest class mean by cosine, third classifier, with `mirror=true`": (
-            "reproduction/miniimagenet/classifier_signed_mirrored/0",
-            "reproduction/miniimagenet/classifier_signed_mirrored_5shot/0",
+        "nearest class mean by cosine, fourth classifier": (
+            "reproduction/miniimagenet/classifier_longer/0",
+            "reproduction/miniimagenet/classifier_longer_5shot/0",
         ),
-        "prototypical networks after the third classifier, three seeds": tuple(
-            f"reproduction/miniimagenet/signed_protonet_5way_{shot}shot" for shot in (1, 5)
+        "SimpleShot, fourth classifier": ("simpleshot/fourth_1shot", "simpleshot/fourth_5shot"),
+        "nearest class mean by cosine, fourth classifier, with `mirror=true`": (
+            "reproduction/miniimagenet/classifier_longer_mirrored/0",
+            "reproduction/miniimagenet/classifier_longer_mirrored_5shot/0",
         ),
-        "the same with `mirror=true`": tuple(
-            f"reproduction/miniimagenet/signed_mirrored_protonet_5way_{shot}shot" for shot in (1, 5)
+        "SimpleShot, fourth classifier, with `mirror=true`": (
+            "simpleshot/fourth_mirrored_1shot",
+            "simpleshot/fourth_mirrored_5shot",
+        ),
+        "prototypical networks, 300 episodes after the fourth classifier, three seeds": tuple(
+            f"reproduction/miniimagenet/longer_protonet_5way_{shot}shot" for shot in (1, 5)
+        ),
+        "these prototypical networks with `mirror=true`": tuple(
+            f"reproduction/miniimagenet/longer_mirrored_protonet_5way_{shot}shot" for shot in (1, 5)
+        ),
+        "matching networks by scaled cosine, 300 episodes after the fourth classifier, three seeds": tuple(
+            f"reproduction/miniimagenet/longer_matching_5way_{shot}shot" for shot in (1, 5)
+        ),
+        "these matching networks with `mirror=true`": tuple(
+            f"reproduction/miniimagenet/longer_mirrored_matching_5way_{shot}shot" for shot in (1, 5)
         ),
     }
     for name, places in rows.items():
