@@ -53,58 +53,42 @@ def test_the_table_of_splits_shows_the_committed_results():
 def test_the_table_of_the_classifier_shows_the_committed_results():
     guide = GUIDE.read_text(encoding="utf-8")
     rows = {
-        "nearest class mean by cosine": (
-            "reproduction/miniimagenet/classifier/0",
-            "reproduction/miniimagenet/classifier_5shot/0",
+        "nearest class mean by cosine": "reproduction/miniimagenet/classifier{tail}",
+        "SimpleShot (centred and normalised)": "simpleshot/{shot}shot",
+        "nearest class mean by cosine, second classifier": "reproduction/miniimagenet/classifier_cosine{tail}",
+        "SimpleShot, second classifier": "simpleshot/second_{shot}shot",
+        "prototypical network, 3,200 episodes of 20 classes after the second classifier": (
+            "reproduction/miniimagenet/finetuned_protonet_5way_{shot}shot"
         ),
-        "SimpleShot (centred and normalised)": ("simpleshot/1shot", "simpleshot/5shot"),
-        "nearest class mean by cosine, second classifier": (
-            "reproduction/miniimagenet/classifier_cosine/0",
-            "reproduction/miniimagenet/classifier_cosine_5shot/0",
-        ),
-        "SimpleShot, second classifier": ("simpleshot/second_1shot", "simpleshot/second_5shot"),
-        "prototypical network, 3,200 episodes of 20 classes after the second classifier": tuple(
-            f"reproduction/miniimagenet/finetuned_protonet_5way_{shot}shot/0" for shot in (1, 5)
-        ),
-        "SimpleShot on its encoder": ("simpleshot/finetuned_1shot", "simpleshot/finetuned_5shot"),
-        "the prototypical network with `mirror=true`": tuple(
-            f"reproduction/miniimagenet/mirrored_protonet_5way_{shot}shot/0" for shot in (1, 5)
-        ),
-        "nearest class mean by cosine, third classifier": (
-            "reproduction/miniimagenet/classifier_signed/0",
-            "reproduction/miniimagenet/classifier_signed_5shot/0",
-        ),
-        "SimpleShot, third classifier": ("simpleshot/third_1shot", "simpleshot/third_5shot"),
-        "nearest class mean by cosine, fourth classifier": (
-            "reproduction/miniimagenet/classifier_longer/0",
-            "reproduction/miniimagenet/classifier_longer_5shot/0",
-        ),
-        "SimpleShot, fourth classifier": ("simpleshot/fourth_1shot", "simpleshot/fourth_5shot"),
+        "SimpleShot on its encoder": "simpleshot/finetuned_{shot}shot",
+        "the prototypical network with `mirror=true`": "reproduction/miniimagenet/mirrored_protonet_5way_{shot}shot",
+        "nearest class mean by cosine, third classifier": "reproduction/miniimagenet/classifier_signed{tail}",
+        "SimpleShot, third classifier": "simpleshot/third_{shot}shot",
+        "nearest class mean by cosine, fourth classifier": "reproduction/miniimagenet/classifier_longer{tail}",
+        "SimpleShot, fourth classifier": "simpleshot/fourth_{shot}shot",
         "nearest class mean by cosine, fourth classifier, with `mirror=true`": (
-            "reproduction/miniimagenet/classifier_longer_mirrored/0",
-            "reproduction/miniimagenet/classifier_longer_mirrored_5shot/0",
+            "reproduction/miniimagenet/classifier_longer_mirrored{tail}"
         ),
-        "SimpleShot, fourth classifier, with `mirror=true`": (
-            "simpleshot/fourth_mirrored_1shot",
-            "simpleshot/fourth_mirrored_5shot",
+        "SimpleShot, fourth classifier, with `mirror=true`": "simpleshot/fourth_mirrored_{shot}shot",
+        "prototypical networks, 300 episodes after the fourth classifier, three seeds": (
+            "reproduction/miniimagenet/longer_protonet_5way_{shot}shot"
         ),
-        "prototypical networks, 300 episodes after the fourth classifier, three seeds": tuple(
-            f"reproduction/miniimagenet/longer_protonet_5way_{shot}shot" for shot in (1, 5)
+        "these prototypical networks with `mirror=true`": (
+            "reproduction/miniimagenet/longer_mirrored_protonet_5way_{shot}shot"
         ),
-        "these prototypical networks with `mirror=true`": tuple(
-            f"reproduction/miniimagenet/longer_mirrored_protonet_5way_{shot}shot" for shot in (1, 5)
+        "matching networks by scaled cosine, 300 episodes after the fourth classifier, three seeds": (
+            "reproduction/miniimagenet/longer_matching_5way_{shot}shot"
         ),
-        "matching networks by scaled cosine, 300 episodes after the fourth classifier, three seeds": tuple(
-            f"reproduction/miniimagenet/longer_matching_5way_{shot}shot" for shot in (1, 5)
-        ),
-        "these matching networks with `mirror=true`": tuple(
-            f"reproduction/miniimagenet/longer_mirrored_matching_5way_{shot}shot" for shot in (1, 5)
+        "these matching networks with `mirror=true`": (
+            "reproduction/miniimagenet/longer_mirrored_matching_5way_{shot}shot"
         ),
     }
-    for name, places in rows.items():
+    for name, place in rows.items():
         cells = []
-        for place, shot in zip(places, (1, 5), strict=True):
-            results = [json.loads(path.read_text()) for path in sorted((RESULTS / place).rglob("results.json"))]
+        for shot, tail in ((1, ""), (5, "_5shot")):
+            folder = RESULTS / place.format(shot=shot, tail=tail)
+            results = [json.loads(path.read_text()) for path in sorted(folder.rglob("results.json"))]
+            assert len(results) == (3 if "networks" in name else 1)
             for result in results:
                 assert (result["way"], result["shot"], result["episodes"], wrong(result)) == (5, shot, 10_000, None)
             accuracy, ci95 = np.mean([result["accuracy"] for result in results]), max(r["ci95"] for r in results)
