@@ -103,7 +103,7 @@ def test_the_report_lists_every_cell_with_its_reference_accuracies():
                 accuracies = row[source].accuracy
                 assert len(accuracies) == len(table.cells)
                 assert all(accuracy is None or 20 < accuracy < 100 for accuracy in accuracies)
-    rows = ("classifier", "protonet_pretrained", "matching_pretrained")
+    rows = ("classifier", "protonet_pretrained", "matching_pretrained", "maml_pretrained")
     ours = [f"miniimagenet/{row}_5way_{shot}shot" for row in rows for shot in (1, 5)]
     assert sorted(listed) == sorted(CELLS + ours)
 

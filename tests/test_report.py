@@ -191,7 +191,7 @@ def test_a_cell_has_a_line_for_each_setting_and_one_if_it_did_not_run(capsys):
         ("Other runs on glyphs", "none l2 conv4"),
         ("Other runs on omniglot", "protonet l2 resnet12"),
     ]
-    assert len(lines) == 24 + 24 + 1 + 2  # both tables, a second setting, the runs that belong to no cell
+    assert len(lines) == 24 + 26 + 1 + 2  # both tables, a second setting, the runs that belong to no cell
     messages = capsys.readouterr().err.splitlines()
     assert [line.partition(",")[2] for line in messages] == [
         f" tested 5-way 1-shot, seed {seed}, same settings" for seed in (0, 1)
@@ -349,7 +349,7 @@ def test_the_report_compares_results_and_leaves_cells_without_runs_empty(tmp_pat
     assert "Machine 1: abacus, 2 threads." in text.read_text()
     with table.open() as file:
         values = list(csv.DictReader(file))
-    assert len(values) == 24 + 24
+    assert len(values) == 24 + 26
     assert (values[0]["ours"], values[0]["lowest"], values[0]["seeds"]) == ("98.5", "98.0", "0 3")
     assert (values[0]["split"], values[0]["article_split"], values[0]["encoder_parameters"]) == (
         "vinyals",
