@@ -307,7 +307,7 @@ def test_a_line_names_the_command_that_measures_it_again():
     own = result("omniglot/maml_1st_20way_5shot", seed=3)
     trained = "train experiment=omniglot/maml_1st way=20 shot=5 budget=cpu seed=3"
     assert commands(own) == [trained]
-    assert commands(evaluation(own, 5, 1)) == [f"{trained}, then evaluate way=5 shot=1"]
+    assert commands(evaluation(own, 5, 1)) == [f"{trained}, then evaluate checkpoint=RUN_DIR way=5 shot=1"]
     assert commands({**own, "overrides": ["seed=3", "train.episodes=9"]}) == [
         trained.replace("seed", "train.episodes=9 seed")
     ]

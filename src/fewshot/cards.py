@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fewshot.checkpoints import load_checkpoint
 from fewshot.config import OF_ONE_TASK, as_overrides, compose
@@ -137,9 +137,12 @@ def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any], init
     if initial:
         parts = Path(initial.partition("/checkpoints")[0].removesuffix(f"/{WEIGHTS}")).parts
         said.append(f"encoder.init={next((name for name in lines if parts[-3:] == tuple(name.split('/'))), 'RUN_DIR')}")
-    today = dict(flat(OmegaConf.to_container(compose(*said, *task))))
-    differing = {key: value for key, value in flat(config) if today.get(key) != value}
-    if differing.get("hardware.precision") == "32-true" and today.get("hardware.precision") == "auto":
+    today = compose(*said, *task)
+    differing = _differing(config, today)
+    episodes = {key: value for key, value in differing.items() if key == "train.episodes"}
+    if episodes:  # a schedule may follow them
+        differing = episodes | _differing(config, compose(*said, *task, *as_overrides(episodes)))
+    if differing.get("hardware.precision") == "32-true" and today.hardware.precision == "auto":
         del differing["hardware.precision"]  # what auto is, on a processor
     plain = {key: value for key, value in differing.items() if _is_said(key, value)}
     task += [
@@ -147,6 +150,11 @@ def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any], init
         for key, value in plain.items()
     ]
     return [*said, *task]
+
+
+def _differing(config: Mapping[str, Any], today: DictConfig) -> dict[str, Any]:
+    values = dict(flat(OmegaConf.to_container(today)))
+    return {key: value for key, value in flat(config) if values.get(key) != value}
 
 
 def _is_said(key: str, value: Any) -> bool:

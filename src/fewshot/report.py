@@ -46,7 +46,7 @@ OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
 # Overrides that do not affect accuracy or are shown in other columns; all others are listed after the budget.
 HARMLESS = re.compile(
     r"[+~]*(experiment(/\w+)?|budget|seed|hardware|resume|trust|pictures|logger|name|(checkpoint|log)_every"
-    r"|(run|data|cache)_dir|hydra\..*|dataset|dataset\.source\.split|method|distance|encoder|way|shot|test\.episodes)="
+    r"|(run|data|cache)_dir|hydra\..*|dataset|dataset\.source\.split|method|distance|way|shot|test\.episodes)="
 )
 OF_A_TEST = ("concentration", "mirror")  # overrides of an evaluation that change its accuracy
 # Settings shown in other columns.
@@ -195,7 +195,7 @@ class Line:
     @property
     def settings(self) -> str:
         """Budget of the experiment, overrides, and other differences from the cell's first line with the same split."""
-        named = [*changes(self.runs[0]), *self.differs]
+        named = [*changes(_described(self.runs)), *self.differs]
         if self.precision not in ("", "32-true") and not any("precision" in setting for setting in named):
             named.append(f"precision={self.precision}")
         return ", ".join(filter(None, [self.runs[0].get("budget"), *named]))
@@ -224,10 +224,13 @@ class Line:
             f"shot={run['shot']}",
         ]
         said += ["budget=cpu"] if budget == "cpu" else []
-        said += [change for change in changes(self.runs[0]) if not is_evaluation(self.runs[0])]
+        tested = is_evaluation(self.runs[0])
+        of_test = [change for change in changes(self.runs[0]) if tested and change.partition("=")[0] in OF_A_TEST]
+        said += [change for change in changes(self.runs[0]) if change not in of_test]
         said += [f"seed={seed}" for seed in self.seeds[:1]]
-        tested = f", then evaluate way={self.way} shot={self.shot}" if is_evaluation(self.runs[0]) else ""
-        return f"train {' '.join(said)}{tested}"
+        training = f"train {' '.join(said)}"
+        test = ["checkpoint=RUN_DIR", f"way={self.way}", f"shot={self.shot}", *of_test]
+        return f"{training}, then evaluate {' '.join(test)}" if tested else training
 
     def compares(self, key: str) -> bool:
         """Whether our accuracy was measured on the split of a reference, so that the two are comparable."""
@@ -333,6 +336,8 @@ def changes(run: Result) -> list[str]:
     said = [str(override) for override in run["overrides"]]
     if "train_overrides" in run:  # an evaluation's own come after them
         said = [*run["train_overrides"], *(override for override in said if override.partition("=")[0] in OF_A_TEST)]
+    if not run.get("experiment"):  # the encoder is that of the cell, or in the title
+        said = [override for override in said if not override.startswith("encoder=")]
     return [override for override in said if not HARMLESS.match(override)]
 
 
@@ -372,7 +377,7 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
         "on this one afterwards, and the time is that up to the chosen weights. *Settings*: the budget, `paper` (as "
         "published) or `cpu` (under an hour on two cores), and differences from the experiment or from the first line "
         "of the cell. *Command*: after `fewshot`, what measures the line again: from its weights, without training, "
-        "where they are kept.",
+        "where they are kept (those of one seed).",
         "",
         *(f"*{name.capitalize()}*: {sources[key]}.\n" for key, name in REFERENCES.items()),
         *_verdicts(lines),
@@ -504,7 +509,7 @@ def _lines(cell: Line, groups: Sequence[list[Result]], unnamed: Mapping[str, Any
     """Make the lines of a cell, sorted so that the settings closest to the experiment's come first."""
 
     def distance(group: list[Result]) -> tuple[bool, int, bool]:
-        run = group[0]
+        run = _described(group)
         return bool(run_config(run)["train"].get("also_on")), len(changes(run)), is_evaluation(run)
 
     ordered = sorted(groups, key=distance)
@@ -513,9 +518,14 @@ def _lines(cell: Line, groups: Sequence[list[Result]], unnamed: Mapping[str, Any
         name = unnamed["name"] if unnamed is not None and group[0]["data"]["classes"] == unnamed["classes"] else None
         line = replace(cell, runs=group, number=number, total=len(ordered), unnamed_split=name)
         first = next((other for other in lines if other.split == line.split), None)
-        differs = [] if first is None else _differences(group[0], first.runs[0])
+        differs = [] if first is None else _differences(_described(group), _described(first.runs))
         lines.append(replace(line, trial=first is not None, differs=differs))
     return lines
+
+
+def _described(runs: Sequence[Result]) -> Result:
+    """Return the run whose overrides stand for all: one with a card, which has those from today's defaults."""
+    return next((run for run in runs if run.get("model")), runs[0])
 
 
 def _differences(run: Result, first: Result) -> list[str]:
