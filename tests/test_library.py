@@ -100,7 +100,8 @@ def test_the_classifier_agrees_with_predict(run, examples, name, batch, tmp_path
     assert classifier.classes_.tolist() == ["bright", "dark"]
     predictor = make_predictor(fewshot.compose(f"checkpoint={run(name)}", "hardware=cpu", name="predict"))
     pixels = list(classifier.support_)
-    logits = predictor.learn({"bright": pixels[2:], "dark": pixels[:2]})(pixels)
+    assert classifier.labels_.tolist() == [0, 0, 1, 1]
+    logits = predictor.learn({"bright": pixels[:2], "dark": pixels[2:]})([*pixels[2:], *pixels[:2]])
     np.testing.assert_allclose(classifier.decision_function(images), logits[:, 1] - logits[:, 0], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(classifier.predict_proba(images).sum(axis=1), 1, rtol=1e-5)
     assert classifier.score(images, labels) == np.mean(classifier.predict(images) == labels)
@@ -110,6 +111,18 @@ def test_the_classifier_agrees_with_predict(run, examples, name, batch, tmp_path
     np.testing.assert_allclose(
         classifier.decision_function([tmp_path / "dark.png"]), classifier.decision_function(images[:1]), rtol=1e-5
     )
+
+
+def test_each_example_has_its_label_whatever_their_order():
+    grey = [30, 200, 10, 220, 20]
+    images = [np.full((8, 8), value, np.uint8) for value in grey]
+    labels = ["dark" if value < 100 else "bright" for value in grey]
+    encoder = nn.Flatten()
+    classifier = fewshot.FewShotClassifier(encoder, size=8, channels=1, normalise="plain", hardware="cpu")
+    classifier.fit(images, labels)
+    assert classifier.classes_[classifier.labels_].tolist() == ["bright"] * 2 + ["dark"] * 3
+    assert [int(example.max()) for example in classifier.support_] == [200, 220, 30, 10, 20]
+    assert classifier.predict(list(classifier.support_)).tolist() == ["bright"] * 2 + ["dark"] * 3
 
 
 def test_a_saved_classifier_gives_the_same_answers_and_contains_no_paths(run, examples, tmp_path):

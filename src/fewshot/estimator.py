@@ -56,8 +56,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Attributes:
         classes_: the sorted labels, ``[way]``, in the order of ``predict_proba``.
-        support_: the examples of ``fit`` as the model sees them, uint8 ``[examples, size, size, channels]``; a loaded
-            classifier has none.
+        support_: the examples of ``fit`` as the model sees them, uint8 ``[examples, size, size, channels]``, in the
+            order of ``labels_``; a loaded classifier has none.
         labels_: the class of each example, int64 ``[examples]``, as an index into ``classes_``, class by class.
     """
 
@@ -123,7 +123,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                     "distinguished",
                     stacklevel=2,
                 )
-        examples = predictor.represent([support[number] for number in grouped])
+        support = [support[number] for number in grouped]
+        examples = predictor.represent(support)
         learned = predictor.learn_examples(tuple(classes.tolist()), examples, torch.from_numpy(numbers[grouped]))
         self.support_ = np.array(support)
         return self._keep(predictor, learned)
