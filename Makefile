@@ -4,7 +4,7 @@ PYTHON ?= $(or $(shell for version in 3.13 3.12 3.11; do python$$version -c 'imp
 VENV ?= .venv
 
 .PHONY: train test test-all test-gpu lint bench gpu reproduce tables report dashboard notebooks demo docs
-train: $(VENV)/installed  ## train and test a prototypical network on the embedded data set
+train: $(VENV)/installed  ## train and test a prototypical network on the built-in data set
 	$(VENV)/bin/python src/train.py
 
 # One test process per core with one thread each: more threads than cores slow each other down.

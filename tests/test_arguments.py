@@ -51,8 +51,8 @@ def test_what_cannot_be_composed_is_explained(monkeypatch, arguments):
 def test_a_path_that_cannot_be_used_is_explained_with_the_keys_of_the_command(monkeypatch, name, keys):
     monkeypatch.setattr(command_line, "_command", name)
     line = command_line._explain(FileNotFoundError(2, "No such file or directory", "x"))
-    instead = "" if keys is None else f", or name other paths with {keys}"
-    assert line == f"x: No such file or directory; make it usable{instead}"
+    instead = "" if keys is None else f", or choose other paths with {keys}"
+    assert line == f"x: No such file or directory; fix that{instead}"
 
 
 @pytest.mark.parametrize(

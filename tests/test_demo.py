@@ -162,7 +162,7 @@ def test_the_page_says_how_good_the_answers_will_be_and_whether_the_query_is_lik
     assert "add a second example of a class to see how good the answers will be" in lines
     visit = shown(page, letters, way=3, shot=3)
     view = page.view(visit, own(page))
-    assert any(line.startswith("accuracy on 9 left-out examples: ") for line in view["lines"])
+    assert any(line.startswith("accuracy on 9 held-out examples: ") for line in view["lines"])
     assert any("familiarity" in line for line in view["answer"]["lines"])
     unlike = [line for line in view["answer"]["lines"] if line.startswith("perhaps none of these")]
     assert view["answer"]["unknown"] == bool(unlike)
@@ -267,9 +267,9 @@ def test_limits_hold(demo, letters):
     visit = Visit()
     notes = add(page, visit, "many", *letters[0])
     assert len(visit.support["many"]) == 3
-    assert notes == [f"{n}.png is left out: 3 images in a class are the most allowed" for n in (3, 4)]
+    assert notes == [f"{n}.png is left out: at most 3 images per class are allowed" for n in (3, 4)]
     assert add(page, visit, "two", letters[1][0]) == []
-    assert add(page, visit, "three", letters[2][0]) == ["three is left out: 2 classes are the most allowed"]
+    assert add(page, visit, "three", letters[2][0]) == ["three is left out: at most 2 classes are allowed"]
     assert list(visit.support) == ["many", "two"]
     assert add(page, Visit(), " ", letters[0][0]) == ["enter a name for the class, then add its images"]
     visit = Visit()
@@ -721,7 +721,7 @@ def test_in_a_browser_drawings_photos_and_keys_work_at_both_sizes(browser, serve
         tab.until(lambda: len(tab.all(".class")) == 2, "the removal")
     tab.press(".class .more", "\ue007")
     tab.upload(letters[0][2:4], "examples")
-    tab.until(lambda: "1.png is left out: 3 images" in " ".join(tab.texts("#notes span")), "the limit")
+    tab.until(lambda: "1.png is left out: at most 3 images" in " ".join(tab.texts("#notes span")), "the limit")
     tab.press(".pictures button", "\ue007")
     tab.until(lambda: len(tab.all(".class img")) == 3, "the removal of one")
     tab.press('.remove[aria-label="Remove drawn"]', "\ue007")

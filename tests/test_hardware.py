@@ -156,14 +156,14 @@ def test_a_missing_gpu_is_reported_with_what_is_there(no_gpu, monkeypatch, messa
         check_hardware({**CARD, "accelerator": accelerator})
     line = str(refused.value)
     assert line.startswith(f"hardware.accelerator={accelerator}: ") and expected in line
-    assert "What is there: a CPU (Some Processor, " in line and line.endswith("choose hardware=cpu")
+    assert "This machine has a CPU (Some Processor, " in line and line.endswith("choose hardware=cpu")
     assert "\n" not in line
 
 
 @pytest.mark.parametrize("group", ["gpu", "ddp", "mps"])
 def test_a_run_without_its_accelerator_stops_at_once(no_gpu, tmp_path, group):
     no_gpu("Found no NVIDIA driver on your system.")
-    with pytest.raises(FewShotError, match="What is there: a CPU"):
+    with pytest.raises(FewShotError, match="This machine has a CPU"):
         train(compose(f"hardware={group}", f"run_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"))
     assert not (tmp_path / "cache").exists() and not list(tmp_path.glob("*.json"))
 

@@ -56,7 +56,7 @@ def test_the_examples_that_queries_have_more_are_counted(shots, more):
     assert most == (1 if more == "one more example" else int(more.split()[2]))
     learned = Learned(("a", "b"), examples, labels, torch.stack, examples.mm, lambda *_: lambda rows: rows[:, :2])
     (line, *_) = learned.describe([""] * len(labels))
-    assert line.endswith(f"queries may do a little better, with {more} of each class")
+    assert line.endswith(f"with {more} per class, queries may be classified slightly better")
 
 
 def test_an_example_is_answered_by_a_classifier_without_it():

@@ -67,7 +67,7 @@ def test_an_encoder_with_the_same_weights_and_other_layers_is_noticed(change, na
     if named is None:
         assert "encoder.init" not in warned
     else:
-        assert f"has other layers without weights ({named}): with the same weights, it computes something" in warned
+        assert f"has different layers without weights ({named}), so the same weights compute something" in warned
 
 
 @pytest.mark.parametrize("method", ["protonet", "maml"])

@@ -244,7 +244,7 @@ def test_changed_or_missing_data_and_unknown_lines_are_named(cache_dir, tmp_path
 
 @pytest.fixture
 def tiny(run, tmp_path, monkeypatch):
-    """A folder of models with one: a short training on the embedded data set."""
+    """A folder of models with one: a short training on the built-in data set."""
     folder = tmp_path / "models" / "glyphs" / "tiny" / "0"
     folder.mkdir(parents=True)
     for name in ("results.json", "episodes.csv"):

@@ -195,9 +195,9 @@ def test_a_directory_holds_one_run_and_one_at_a_time(run, tmp_path):
     here = tmp_path / "run"
     with pytest.raises(FewShotError, match=f"{here} already contains a run: resume it with resume={here}"):
         train(compose(*run("run")))
-    with pytest.raises(FewShotError, match=r"run with different settings: seed=1 \(there 0\); "):
+    with pytest.raises(FewShotError, match=r"run with different settings: seed=1 \(the run has 0\); "):
         train(compose(*run("run", "resume=auto", "seed=1")))
-    with pytest.raises(FewShotError, match=r"distance=cosine \(there l2\)"):
+    with pytest.raises(FewShotError, match=r"distance=cosine \(the run has l2\)"):
         train(compose(*run("run", "resume=auto", "distance=cosine")))
     with pytest.raises(
         FewShotError, match=r"train\.episodes=21 is less than the 22 that the run .* has trained on already"
@@ -255,7 +255,7 @@ def test_resume_by_directory_takes_the_configuration_from_there(cli, tmp_path):
     for overrides, message in (
         ([f"resume={tmp_path / 'none'}"], f"there is no {tmp_path}/none to resume; name the directory"),
         ([f"resume={here}", "distance=cosine"], "distance=cosine: a resumed run keeps its distance"),
-        ([f"resume={here}", "seed=6"], "run with different settings: seed=6 (there 5)"),
+        ([f"resume={here}", "seed=6"], "run with different settings: seed=6 (the run has 5)"),
     ):
         done = cli(*overrides)
         assert done.returncode == 1

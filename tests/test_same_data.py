@@ -134,7 +134,7 @@ def test_renamed_classes_are_recognized_by_their_images(root, cache_dir):
 )
 def test_settings_of_the_data_must_be_those_of_the_run(root, cache_dir, changed):
     key, _, value = changed.partition("=")
-    with pytest.raises(FewShotError, match=rf"run with different settings: .*{re.escape(key)}={value} \(there "):
+    with pytest.raises(FewShotError, match=rf"run with different settings: .*{re.escape(key)}={value} \(the run has "):
         train(compose(*settings(root, cache_dir, "resume=auto", changed)))
 
 

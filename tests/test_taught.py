@@ -75,7 +75,7 @@ def test_a_taught_file_answers_as_the_photos_do(photos, taught, tmp_path, capsys
         np.testing.assert_allclose(*values, atol=2e-3)
     message = capsys.readouterr().out
     assert (
-        "accuracy on left-out examples when it was taught:" in message
+        "accuracy on held-out examples when it was taught:" in message
         and " of 12 queries are unlike every class; about 5% of" in message
     )
     assert str(photos).encode() not in taught.read_bytes()
@@ -208,7 +208,7 @@ def test_a_newcomer_gets_from_photos_to_an_onnx_file_that_needs_onnxruntime_alon
     (tmp_path / "examples").symlink_to(photos / "support")
     (tmp_path / "pictures").symlink_to(photos / "query")
     network = [*encoder(photos), "cache_dir=kept", "support=examples"]
-    assert " left-out examples: " in use("predict", *network, "query=pictures", "unknown=true", "out=out")
+    assert " held-out examples: " in use("predict", *network, "query=pictures", "unknown=true", "out=out")
     assert "mine.fewshot: 3 classes, 9 examples" in use("teach", *network, "out=mine.fewshot")
     use("export", "model=mine.fewshot", "out=mine.onnx")
     # The program that the guide shows, where neither fewshot nor torch can be imported.

@@ -240,7 +240,7 @@ def _check_containers(checkpoint: dict[str, Any]) -> None:
             break
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
         waiting += [(one, depth + 1) for one in inner]
-    raise ValueError("its containers are nested too deeply, or too many")
+    raise ValueError("its containers are nested too deeply, or there are too many")
 
 
 def _check_record(checkpoint: Mapping[str, Any]) -> None:

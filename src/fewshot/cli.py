@@ -57,7 +57,11 @@ ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your con
 RESOLVING = "FewShotError raised while resolving interpolation: "
 # The extra that installs each Hydra plugin.
 PLUGINS = {
-    **{"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray"},
+    "joblib": "joblib",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
+    "ray": "ray",
+    "ray_aws": "ray",
 }
 UNCOMPOSED = (HydraException, OmegaConfBaseException, TypeError, ValueError)  # the last two for a group set to a value
 MOST_OPTIONS = 20  # of a group that a message lists one by one
@@ -253,7 +257,7 @@ def _explain(error: BaseException) -> str | None:
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's; importing it takes seconds
             return f"{' '.join(str(cause).split())} {help_}"
         if isinstance(cause, OSError) and cause.filename is not None:
-            return f"{cause.filename}: {cause.strerror}; make it usable{_other_paths()}"
+            return f"{cause.filename}: {cause.strerror}; fix that{_other_paths()}"
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             kept = "what was saved before is kept: free some space, then resume with resume=RUN_DIR"
             return f"{cause.strerror}; {kept if _program() == 'train' else f'free some space{_other_paths()}'}"
@@ -280,7 +284,9 @@ def _other_paths() -> str:
     name = file.stem if file.is_file() else "train"  # a primary configuration of the user's own
     keys = ["hydra.run.dir=PATH (results)"] if name == "train" else []
     keys += [f"{key}=PATH" for key in ("out", "cache_dir", "data_dir") if key in OmegaConf.load(CONF / f"{name}.yaml")]
-    return f", or name other paths with {' and '.join(filter(None, [', '.join(keys[:-1]), keys[-1]]))}" if keys else ""
+    return (
+        f", or choose other paths with {' and '.join(filter(None, [', '.join(keys[:-1]), keys[-1]]))}" if keys else ""
+    )
 
 
 def _plain(*errors: BaseException) -> str:
@@ -298,7 +304,7 @@ def _wrong_overrides() -> Iterator[str]:
         return  # other names may be defined there
     instead = list(option_values(sys.argv[1:], "--config-path", "-cp"))
     if instead and not any(source_at(place).is_config(_program()) for place in (*instead, *places)):
-        yield f"--config-path takes the place of fewshot's own files; add yours to them with --config-dir {instead[0]}"
+        yield f"--config-path replaces fewshot's own configuration files; add yours with --config-dir {instead[0]}"
         return
     if not any(source.is_config(name) for source in search_path(*places)):
         return  # not one of our programs

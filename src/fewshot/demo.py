@@ -233,10 +233,10 @@ class Demo:
         if not name:
             raise FewShotError("enter a name for the class, then add its images")
         if name not in visit.classes and len(visit.classes) >= self.config.max_classes:
-            raise FewShotError(f"{name} is left out: {len(visit.classes)} classes are the most allowed")
+            raise FewShotError(f"{name} is left out: at most {self.config.max_classes} classes are allowed")
         images = visit.support.get(name, [])
         if len(images) == self.config.max_images:
-            raise FewShotError(f"{file.name} is left out: {len(images)} images in a class are the most allowed")
+            raise FewShotError(f"{file.name} is left out: at most {len(images)} images per class are allowed")
         example = self._read(visit, file)
         same = visit.with_file(example)
         if name in same:
@@ -500,7 +500,7 @@ def _own(config: DictConfig) -> Network:
     name = name if find(name) else Path(name).name
     data = OmegaConf.select(made[1], "choices.dataset")
     size = f"{made[0].size} × {made[0].size} pixels"
-    about = f"{name} {f'was trained on {data}, and' * bool(data)} sees images of {size}."
+    about = f"{name}{f' was trained on {data}, and' * bool(data)} sees images of {size}."
     return Network(name, f"yours: {name}", about, _form(made[0]), made[0].knows, lambda: made)
 
 

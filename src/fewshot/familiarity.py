@@ -11,7 +11,7 @@ from fewshot.held_out import hold_out
 from fewshot.methods.auto import class_means
 
 FALSE_ALARM = 0.05  # share of the images of a class that the page and ONNX files call perhaps none of these
-LEAST = 4  # examples left out, from which on their scores decide the threshold
+LEAST = 4  # fewest held-out examples whose scores set the threshold
 # Mean and standard deviation of the scores of classes with one example, see ``src/benchmarks/photos.py --study``.
 ONE_SHOT = (0.70, 0.18)
 

@@ -88,11 +88,11 @@ def check_hardware(hardware: Mapping[str, Any]) -> None:
     accelerator, found = hardware["accelerator"], device_type(hardware)
     if accelerator in {"gpu", "cuda"} and found == "cpu":
         raise FewShotError(
-            f"hardware.accelerator={accelerator}: {why_no_gpu()}. What is there: {_cpu()}; choose hardware=cpu"
+            f"hardware.accelerator={accelerator}: {why_no_gpu()}. This machine has {_cpu()}; choose hardware=cpu"
         )
     if accelerator == "mps" and found == "cpu":
         raise FewShotError(
-            f"hardware.accelerator=mps: there is no Apple silicon, or no PyTorch for it. What is there: {_cpu()}; "
+            f"hardware.accelerator=mps: there is no Apple silicon, or no PyTorch for it. This machine has {_cpu()}; "
             "choose hardware=cpu or hardware=auto"
         )
     if accelerator == "auto" and found == "cpu" and "driver" in (why := why_no_gpu()) and NO_DRIVER not in why:

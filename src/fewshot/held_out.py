@@ -8,7 +8,7 @@ import torch
 from fewshot.methods.base import Classifier
 
 FITS = 20  # classifiers learned from parts of the examples
-SUSPICIOUS = 0.8  # probability of a different class from which on an example is named
+SUSPICIOUS = 0.8  # an example is named if a different class has at least this probability
 NAMED = 5  # pairs of classes, and examples, that are named
 
 Learn = Callable[[torch.Tensor, torch.Tensor, int], Classifier]  # see ``MetricMethod.learn``

@@ -48,7 +48,8 @@ class InitialEncoder:
     def copy_to(self, encoder: nn.Module) -> None:
         """Copy the weights to an encoder, and the statistics of batch norm if both have them (MAML has none).
 
-        Warns if the two have other layers without weights, such as an activation: then they compute something else.
+        Warns if their layers without weights, such as activations, differ: the same weights then compute something
+        different.
 
         Raises:
             FewShotError: the two encoders differ in architecture; names the first difference.
@@ -77,9 +78,9 @@ class InitialEncoder:
                 for extra in (there - here, here - there)
             )
             rank_zero_only(say)(
-                f"warning: encoder.init={self.path} has other layers without weights ({more}; here {fewer}): with the "
-                "same weights, it computes something else; set the keys of encoder as in that run, unless this is what "
-                "you want",
+                f"warning: encoder.init={self.path} has different layers without weights ({more}; here {fewer}), so "
+                "the same weights compute something different; set the keys of encoder as in that run, unless this is "
+                "what you want",
                 error=True,
             )
 

@@ -92,8 +92,8 @@ class Learned:
         most = self.held_out.together
         more = "one more example" if most == 1 else f"up to {most:,} more examples"
         yield (
-            f"accuracy on {self.held_out.examples:,} left-out examples: {accuracy:.1%} (95% interval {low:.0%} to "
-            f"{high:.0%}); queries may do a little better, with {more} of each class"
+            f"accuracy on {self.held_out.examples:,} held-out examples: {accuracy:.1%} (95% interval {low:.0%} to "
+            f"{high:.0%}); with {more} per class, queries may be classified slightly better"
         )
         pairs = [
             f"{self.classes[one]} and {self.classes[other]} ({share:.0%})"

@@ -177,10 +177,10 @@ def find_support(place: str | None, least: int = 2) -> dict[str, list[ImageFile]
 
     Args:
         place: a folder with one folder per class.
-        least: number of classes.
+        least: the smallest number of classes allowed.
 
     Raises:
-        FewShotError: there is no such folder, a class is empty, or there are fewer than two.
+        FewShotError: there is no such folder, a class is empty, or there are fewer than ``least`` classes.
     """
     if place is None or not Path(place).expanduser().is_dir():
         why = "there is no support set" if place is None else f"there is no folder {place}"
@@ -200,8 +200,9 @@ def find_support(place: str | None, least: int = 2) -> dict[str, list[ImageFile]
         raise FewShotError(f"class {empty[0].name} has no image in {empty[0]}; add one, or remove the folder")
     if len(classes) < least:
         raise FewShotError(
-            f"{place} has {len(classes)} folder{'s' * (len(classes) != 1)} with files, and at least two classes are "
-            "needed: put the images of each class into a folder with its name"
+            f"{place} has {len(classes)} folder{'s' * (len(classes) != 1)} with files, and at least "
+            f"{'one class is' if least == 1 else 'two classes are'} needed: put the images of each class "
+            "into a folder with its name"
         )
     inner = sorted({file.rpartition("/")[0] for file in files if file.count("/") > 1})
     if inner and not any(file.count("/") == 1 for file in files):
@@ -314,7 +315,7 @@ def _start(config: DictConfig, left_out: list[str]) -> _Start:
             f"{len(taught.learned.labels):,} examples of {len(taught.learned.classes)} classes, from {config.model}"
         ]
         if isinstance(figures, dict) and isinstance(figures.get("accuracy"), float):
-            lines.append(f"accuracy on left-out examples when it was taught: {figures['accuracy']:.1%}")
+            lines.append(f"accuracy on held-out examples when it was taught: {figures['accuracy']:.1%}")
         return _Start(taught.predictor, taught.learned, lines, taught.summary)
     examples = find_support(config.support)
     predictor = make_predictor(config)
@@ -401,7 +402,7 @@ def _warn_of_twins(
             pair = f"{files[other].name} of the class {second} looks the same as {files[one].name}"
             (together if first == second else apart).append(pair + ("" if first == second else f" of {first}"))
     _warn_of_copies(list(dict.fromkeys(apart)), "so they cannot be distinguished")
-    too_high = "so it adds nothing, and the accuracy on left-out examples is too high"
+    too_high = "so it adds nothing, and the accuracy on held-out examples is too high"
     _warn_of_copies(list(dict.fromkeys(together)), too_high)
 
 

@@ -139,7 +139,7 @@ def _other_start(config: DictConfig, checkpoint: Mapping[str, Any]) -> Iterator[
         with suppress(OSError), file.open("rb") as opened:
             same = hashlib.file_digest(opened, "sha256").hexdigest() == known.get("sha256")
     if not same:
-        yield f"encoder.init={place} (there {there})"
+        yield f"encoder.init={place} (the run has {there})"
 
 
 def cannot_resume(path: Path, error: Exception) -> FewShotError:
@@ -441,4 +441,4 @@ def _differences(ours: DictConfig, theirs: DictConfig, keys: Iterable[str]) -> I
         if isinstance(our_value, DictConfig) and isinstance(their_value, DictConfig):
             yield from _differences(ours, theirs, (f"{key}.{name!s}" for name in {**our_value, **their_value}))
         elif not same(our_value, their_value) and not (our_value in NOTHING and their_value in NOTHING):
-            yield key, f"{key}={our_value} (there {their_value})"
+            yield key, f"{key}={our_value} (the run has {their_value})"

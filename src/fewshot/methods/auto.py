@@ -72,7 +72,7 @@ class Auto(MetricMethod):
     mean of the class means, and divided by their norm again (Wang et al., 2019, arXiv 1911.04623).
 
     Args:
-        encoder: trained before, or pretrained; one vector per image.
+        encoder: already trained, or pretrained; one vector per image.
     """
 
     trains_on = "nothing"
@@ -136,9 +136,9 @@ def _choose(support: torch.Tensor, labels: torch.Tensor, way: int) -> Linear:
     held_out = replace(held_out, logits=held_out.logits / temperature)
     ratio = expected_temperature(chosen, shots, way) / expected_temperature(chosen, max(1.0, shots - 1), way)
     why = (
-        "on left-out examples, no other is better by more than two standard errors"
+        "on held-out examples, no other classifier is better by more than two standard errors"
         if chosen == DEFAULT
-        else "on left-out examples, it is better than the default by more than two standard errors"
+        else "on held-out examples, it is better than the default by more than two standard errors"
     )
     fitted = fit(chosen, support, labels, way)
     return replace(fitted, temperature=temperature * ratio, why=why, held_out=held_out)

@@ -26,7 +26,8 @@ from fewshot.errors import FewShotError
 from fewshot.metrics import EpisodeAccuracy, Estimate, credit
 from fewshot.optimization import MakeOptimizer, MakeSchedule
 
-Classifier = Callable[[torch.Tensor], torch.Tensor]  # [images, channels, height, width] to logits [images, way]
+# images, or embeddings in ``MetricMethod.learn``, [images, ...] to logits [images, way]
+Classifier = Callable[[torch.Tensor], torch.Tensor]
 
 
 class FewShotMethod(pl.LightningModule, ABC):

@@ -12,7 +12,7 @@ from fewshot.methods.training_free import TrainingFree, in_span, prototypes, squ
 
 SINKHORN_STEPS = 100  # at most, for each movement of the centres: the next one continues from there
 TOLERANCE = 1e-4  # of the sum over the classes of a query, which is 1
-FARTHEST = -300.0  # logarithm of the kernel, of which float64 has no smaller square
+FARTHEST = -300.0  # smallest logarithm of the kernel: the square of exp(-300) is still a normal float64
 
 
 class PTMAP(TrainingFree):

@@ -24,8 +24,8 @@ class TIM(TrainingFree):
         solver: "adm": the paper's alternating direction method; "gradient": Adam.
         temperature: tau of the paper, a factor of the squared distances, positive.
         support_weight: lambda, of the support's cross-entropy, positive.
-        conditional_weight: alpha, of the entropy of each answer, positive.
-        marginal_weight: of the entropy of all answers together, with ``solver=gradient``; positive.
+        conditional_weight: alpha, of the entropy of each prediction, positive.
+        marginal_weight: of the entropy of the mean prediction, with ``solver=gradient``; positive.
         steps: at least 1.
         learning_rate: of Adam, positive.
 

@@ -23,8 +23,9 @@ class TrainingFree(MetricMethod):
     Embeddings are transformed first, as in SimpleShot (Wang et al., 2019, arXiv 1911.04623, section 3.1).
 
     Args:
-        encoder: trained before, or pretrained.
-        features: "none"; "l2n": divided by their norm; "cl2n": a mean is subtracted first.
+        encoder: already trained, or pretrained.
+        features: normalisation of the embeddings; "none"; "l2n": divided by their norm; "cl2n": centred on a mean, then
+            divided by their norm.
         centre: the mean of "cl2n": over all images of the training classes ("train"), or over the support set, each
             class with the same weight ("support").
 
