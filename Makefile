@@ -30,7 +30,7 @@ test-gpu: $(VENV)/installed-dev  ## run the tests for GPUs; without a GPU, the s
 gpu: $(VENV)/installed-dev  ## use a GPU for 15 minutes: test suite, benchmark, then trainings; call again to resume
 	$(VENV)/bin/python src/benchmarks/quarter_hour.py
 
-reproduce: $(VENV)/installed  ## measure the lines of the tables again from their committed weights, without training
+reproduce: $(VENV)/installed  ## re-measure the rows of the tables from their committed weights, without training
 	$(VENV)/bin/python src/reproduce.py all
 
 # Resumes when called again after an interruption; a failed cell does not stop the others.

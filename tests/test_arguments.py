@@ -78,6 +78,12 @@ def test_a_value_of_another_type_is_refused(name, typed, message):
         COMMANDS[name](compose(typed, name=name))
 
 
+def test_the_new_name_of_a_key_is_given(monkeypatch):
+    monkeypatch.setattr(command_line, "_command", "reproduce")
+    monkeypatch.setattr(sys, "argv", ["fewshot", "lines=[glyphs/protonet]"])
+    assert list(command_line._wrong_overrides()) == ["lines is now rows, of fewshot reproduce"]
+
+
 def test_suggestions_know_the_primary_configuration_of_the_user(monkeypatch, tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ncallbacks: {colour: red}\n")
     typed = ["train.py", "--config-dir", str(tmp_path), "--config-name", "mine", "callbacks.color=blue", "wya=5"]

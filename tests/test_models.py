@@ -24,7 +24,7 @@ from fewshot.errors import FewShotError
 from fewshot.export import export
 from fewshot.metrics import Estimate
 from fewshot.models import MODELS, all_models, find, require, short_names
-from fewshot.reproduce import reproduce, two_sided
+from fewshot.reproduce import p_value, reproduce
 from fewshot.results import read_episodes
 from fewshot.trained import load_trained
 
@@ -230,14 +230,14 @@ def test_changed_or_missing_data_and_unknown_lines_are_named(cache_dir, tmp_path
         return Contents(splits, "0" * 64)
 
     monkeypatch.setattr("fewshot.reproduce.contents_of", other)
-    with pytest.raises(FewShotError, match=r"1 of 1 lines .*\n.*the data differ .* different images: \S+") as caught:
-        reproduce(settings(cache_dir, f"lines=[{LINE}]"))
+    with pytest.raises(FewShotError, match=r"1 of 1 rows .*\n.*the data differ .* different images: \S+") as caught:
+        reproduce(settings(cache_dir, f"rows=[{LINE}]"))
     assert len(str(caught.value).splitlines()) == 2
     with pytest.raises(FewShotError, match=r"\nminiimagenet/protonet: miniImageNet is not in .*\nPut there: "):
-        reproduce(settings(cache_dir, "lines=[miniimagenet/protonet]", f"data_dir={tmp_path}"))
+        reproduce(settings(cache_dir, "rows=[miniimagenet/protonet]", f"data_dir={tmp_path}"))
     with pytest.raises(FewShotError, match="did you mean glyphs/protonet"):
-        reproduce(settings(cache_dir, "lines=[glyphs/protnet]"))
-    for wrong in ("episodes=1", "train=maybe", "lines=[]", "lines=null"):
+        reproduce(settings(cache_dir, "rows=[glyphs/protnet]"))
+    for wrong in ("episodes=1", "train=maybe", "rows=[]", "rows=null"):
         with pytest.raises(FewShotError, match=f"^{re.escape(wrong).replace('null', 'None')} must be "):
             reproduce(settings(cache_dir, wrong))
 
@@ -260,7 +260,7 @@ def test_the_command_of_a_card_trains_the_same_again(cache_dir, tmp_path, capsys
     command = require("glyphs/tiny").card["command"]
     changed = {"train.episodes=50", "train.way=5", "query=3", "encoder.filters=8", "val.episodes=2", "test.episodes=8"}
     assert changed <= set(command.split())
-    overrides = ("lines=[glyphs/tiny]", f"out={tmp_path / 'out'}", "train=true")
+    overrides = ("rows=[glyphs/tiny]", f"out={tmp_path / 'out'}", "train=true")
     reproduce(settings(cache_dir, *overrides))
     shown = capsys.readouterr().out
     assert "glyphs/tiny/0: fewshot train" in shown and "expect 0.0" in shown
@@ -275,15 +275,15 @@ def test_a_line_that_differs_fails(tiny, cache_dir):
     (tiny / "card.json").write_text(json.dumps(card))
     all_models.cache_clear()
     with pytest.raises(FewShotError, match=r"glyphs/tiny differs: \d+(\.\d)? fewer of \d+ queries"):
-        reproduce(settings(cache_dir, "lines=[glyphs/tiny]"))
+        reproduce(settings(cache_dir, "rows=[glyphs/tiny]"))
 
 
-def test_the_two_sided_test():
-    assert two_sided(Estimate(0.0, 0.01, 100, 0)) == 1
-    assert two_sided(Estimate(0.0196, 0.0196, 100, 0)) == pytest.approx(0.05, abs=1e-3)
-    assert two_sided(Estimate(-0.0196, 0.0196, 100, 0)) == pytest.approx(0.05, abs=1e-3)
-    assert two_sided(Estimate(0.1, 0.0196, 100, 0)) < 1e-9
-    assert two_sided(Estimate(0.1, 0.0, 100, 0)) == 0
+def test_the_p_value():
+    assert p_value(Estimate(0.0, 0.01, 100, 0)) == 1
+    assert p_value(Estimate(0.0196, 0.0196, 100, 0)) == pytest.approx(0.05, abs=1e-3)
+    assert p_value(Estimate(-0.0196, 0.0196, 100, 0)) == pytest.approx(0.05, abs=1e-3)
+    assert p_value(Estimate(0.1, 0.0196, 100, 0)) < 1e-9
+    assert p_value(Estimate(0.1, 0.0, 100, 0)) == 0
 
 
 def test_weights_without_results_or_a_licence_are_errors(tiny):

@@ -27,36 +27,36 @@ REPEATED = ("method.encoder.", "method.distance.")
 
 
 def write_cards(licences: Mapping[str, str], below: Path = MODELS) -> list[Path]:
-    """Write the card of each line of the tables that has weights, and remove those of lines that no longer have any.
+    """Write the card of each row of the tables that has weights, and remove those of rows that no longer have any.
 
     Args:
         licences: of the data, by the name of the data set.
-        below: the directory of the lines, ``DATASET/CELL/SEED``.
+        below: the directory of the rows, ``DATASET/CELL/SEED``.
 
     Returns:
         The files written.
 
     Raises:
-        FewShotError: the results next to weights are missing or broken, a licence is missing, or there are no lines.
+        FewShotError: the results next to weights are missing or broken, a licence is missing, or there are no rows.
     """
     found = find_results([below])
-    lines = {path.parent.relative_to(below.resolve()).as_posix(): result for path, result in found.items()}
+    rows = {path.parent.relative_to(below.resolve()).as_posix(): result for path, result in found.items()}
     owners = sorted(path.parent.relative_to(below).as_posix() for path in below.rglob(WEIGHTS))
     for owner in owners:
-        if owner not in lines:
+        if owner not in rows:
             raise FewShotError(f"{below / owner / WEIGHTS} has no valid results.json next to it; copy that of its run")
     written = []
-    for name, result in lines.items():
-        same = [other for other in owners if _is_same_training(lines[other], result)]
+    for name, result in rows.items():
+        same = [other for other in owners if _is_same_training(rows[other], result)]
         if same:
-            card = make_card(name, result, name if name in same else same[0], lines, licences, below)
+            card = make_card(name, result, name if name in same else same[0], rows, licences, below)
             write_json(below / name / CARD, card)
             written.append(below / name / CARD)
         else:
             (below / name / CARD).unlink(missing_ok=True)
     if not written:
         raise FewShotError(
-            f"no line below {below} has weights; write them with fewshot export checkpoint=RUN_DIR "
+            f"no row below {below} has weights; write them with fewshot export checkpoint=RUN_DIR "
             "out=weights.safetensors"
         )
     all_models.cache_clear()
@@ -64,15 +64,15 @@ def write_cards(licences: Mapping[str, str], below: Path = MODELS) -> list[Path]
 
 
 def make_card(
-    name: str, result: Result, owner: str, lines: Mapping[str, Result], licences: Mapping[str, str], below: Path
+    name: str, result: Result, owner: str, rows: Mapping[str, Result], licences: Mapping[str, str], below: Path
 ) -> dict[str, Any]:
-    """Make the card of a line of the tables.
+    """Make the card of a row of the tables.
 
     Args:
-        name: of the line, ``DATASET/CELL/SEED``.
+        name: of the row, ``DATASET/CELL/SEED``.
         result: its results.
-        owner: the line next to whose results the weights are.
-        lines: the results of all lines, by name.
+        owner: the row next to whose results the weights are.
+        rows: the results of all rows, by name.
         licences: see ``write_cards``.
         below: see ``write_cards``.
 
@@ -97,14 +97,14 @@ def make_card(
         "dataset": dataset,
         "data": result["data"],
         "licence": licences[dataset],
-        "command": training_command(run, lines, (result.get("encoder_init") or {}).get("checkpoint")),
+        "command": training_command(run, rows, (result.get("encoder_init") or {}).get("checkpoint")),
         "settings": {key: run.get(key) for key in ("train", "val", "optimizer", "schedule", "transform")},
         "seed": seed_of(result),
-        "seeds": sorted(seed_of(lines[other]) for other in lines if other.rpartition("/")[0] == cell),
+        "seeds": sorted(seed_of(rows[other]) for other in rows if other.rpartition("/")[0] == cell),
         "commit": result.get("commit"),
         "versions": result.get("versions"),
         "machine": result.get("machine"),
-        "hours": round(lines[owner]["train_seconds"] / 3600, 2),
+        "hours": round(rows[owner]["train_seconds"] / 3600, 2),
         "validation": None if best is None else {key: best.get(key) for key in ("accuracy", "ci95", "episodes")},
         "test": {key: result[key] for key in ("way", "shot", "query", "accuracy", "ci95", "episodes")}
         | {key: value for key, value in config_of_test.items() if value is not None},
@@ -114,18 +114,18 @@ def make_card(
     }
 
 
-def training_command(config: Mapping[str, Any], lines: Mapping[str, Any], initial: str | None = None) -> str:
+def training_command(config: Mapping[str, Any], rows: Mapping[str, Any], initial: str | None = None) -> str:
     """Return a command that trains with a configuration, from the defaults of today.
 
     Args:
         config: of the run.
-        lines: names of lines: the encoder may have started from one of them.
+        rows: names of rows: the encoder may have started from one of them.
         initial: the file that the encoder started from.
     """
-    return shlex.join(["fewshot", "train", *training_overrides(config, lines, initial)])
+    return shlex.join(["fewshot", "train", *training_overrides(config, rows, initial)])
 
 
-def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any], initial: str | None = None) -> list[str]:
+def training_overrides(config: Mapping[str, Any], rows: Mapping[str, Any], initial: str | None = None) -> list[str]:
     """Return the overrides of ``training_command``."""
     choices = config["choices"]
     task = [f"{key}={config[key]}" for key in ("way", "shot", "seed")]
@@ -136,7 +136,7 @@ def training_overrides(config: Mapping[str, Any], lines: Mapping[str, Any], init
     said += [f"{key}={choices[key]}" for key in CHOICES if choices.get(key) not in (None, composed.choices.get(key))]
     if initial:
         parts = Path(initial.partition("/checkpoints")[0].removesuffix(f"/{WEIGHTS}")).parts
-        said.append(f"encoder.init={next((name for name in lines if parts[-3:] == tuple(name.split('/'))), 'RUN_DIR')}")
+        said.append(f"encoder.init={next((name for name in rows if parts[-3:] == tuple(name.split('/'))), 'RUN_DIR')}")
     today = compose(*said, *task)
     differing = _differing(config, today)
     episodes = {key: value for key, value in differing.items() if key == "train.episodes"}

@@ -50,7 +50,7 @@ from fewshot.sweeps import FAILURE, Sweep, failures
 from fewshot.text import for_terminal, open_streams, say
 
 # Commands whose first arguments may omit this key.
-LEADING = {"report": "runs", "compare": "runs", "models": "names", "reproduce": "lines"}
+LEADING = {"report": "runs", "compare": "runs", "models": "names", "reproduce": "rows"}
 TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"  # requested by the user
 # What Hydra and OmegaConf add to messages for authors of configuration files.
 ASIDES = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path", "provider=")

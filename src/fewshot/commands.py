@@ -101,7 +101,7 @@ def models(config: DictConfig) -> None:
 
 
 def reproduce(config: DictConfig) -> None:
-    """Measure lines of the tables again, from their shipped weights."""
+    """Re-measure rows of the tables from their shipped weights."""
     from fewshot.reproduce import reproduce
 
     reproduce(config)

@@ -139,6 +139,7 @@ RENAMED = {
     "method.learning_rate": "optimizer.lr",
     "method.halve_every": "schedule.step_size, of schedule=halving, in training steps",
     "method.on_nan": "train.on_nan",
+    "lines": "rows, of fewshot reproduce",
 }
 # Until version 0.2, each task had an experiment of its own: omniglot/protonet_20way_1shot.
 OF_ONE_TASK = re.compile(r"((?:\w+/)?\w+)_(\d+)way_(\d+)shot")

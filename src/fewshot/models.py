@@ -1,4 +1,4 @@
-"""The models that come with the package: weights of lines of the tables, each with a card, named like checkpoints.
+"""The models that come with the package: weights of rows of the tables, each with a card, named like checkpoints.
 
 A model is a folder ``DATASET/CELL/SEED`` below ``MODELS`` with a ``card.json``, which ``fewshot models cards=true``
 writes (see ``fewshot.cards``). The command line imports this file, so it imports neither PyTorch nor Lightning.
@@ -42,7 +42,7 @@ class Model:
 
     @property
     def weights(self) -> Path:
-        """The file of the weights, which may be that of another line: of the same training, tested on another task."""
+        """The file of the weights, which may be shared with a row from the same training, tested on another task."""
         return self.folder.parents[2] / self.card["weights"] / WEIGHTS
 
     @property
@@ -144,7 +144,7 @@ def bare_cells() -> list[str]:
 
 
 def is_model(place: str) -> bool:
-    """Whether a checkpoint is named by a model: a path of that name comes first, and that is said."""
+    """Whether a name is that of a model; an existing path of that name takes precedence, with a message."""
     if find(place) is None:
         return False
     if Path(absolute(place)).exists():

@@ -1,4 +1,4 @@
-"""Measure lines of the tables again: the shipped weights on the very test episodes, or a training from scratch."""
+"""Re-measure rows of the tables: the shipped weights on the same test episodes, or a training from scratch."""
 
 import math
 import shlex
@@ -26,21 +26,21 @@ from fewshot.text import say
 from fewshot.trained import load_trained
 from fewshot.training import train
 
-TYPES: dict[str, Any] = {"lines": str | Several, "episodes": Annotated[int, Ge(2)] | None, "train": bool}
+TYPES: dict[str, Any] = {"rows": str | Several, "episodes": Annotated[int, Ge(2)] | None, "train": bool}
 TYPES |= dict.fromkeys(("data_dir", "cache_dir", "out"), Place)
 EQUAL, WITHIN, DIFFERS = "equal", "within", "differs"
-SIGNIFICANT = 0.05  # two-sided probability below which two trainings differ
+SIGNIFICANT = 0.05  # p-value below which two trainings differ
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A line of the tables, measured again.
+    """A row of the tables, measured again.
 
     Attributes:
         before: its accuracy on these episodes as the table has it, or that of its weights if they were trained again.
         now: the accuracy measured now.
         verdict: ``EQUAL``, ``WITHIN`` or ``DIFFERS``, and why.
-        seconds: that it took.
+        seconds: how long it took.
     """
 
     before: float
@@ -50,22 +50,22 @@ class Reproduction:
 
 
 def reproduce(config: DictConfig) -> None:
-    """Measure lines again, and print each as it ends.
+    """Re-measure rows, and print each as it ends.
 
     Args:
         config: the composed ``conf/reproduce.yaml``.
 
     Raises:
-        FewShotError: a line is unknown, has no weights, could not be measured, or differs.
+        FewShotError: a row is unknown, has no weights, could not be measured, or differs.
     """
     refuse(misfits(config, TYPES))
-    chosen = [config.lines] if isinstance(config.lines, str) else list(config.lines)
+    chosen = [config.rows] if isinstance(config.rows, str) else list(config.rows)
     models = {str(name): require(str(name)) for name in (names() if chosen == ["all"] else chosen)}
     check_hardware(config.hardware)
     keep_freed_memory()
     failed: dict[str, str] = {}
     width = max(map(len, models))
-    say(f"{'line':<{width}}  table, %    now, %  seconds  verdict")
+    say(f"{'row':<{width}}  table, %    now, %  seconds  verdict")
     for name, model in models.items():
         try:
             with report_out_of_memory("choose hardware=cpu"):
@@ -86,14 +86,14 @@ def reproduce(config: DictConfig) -> None:
         say(f"no weights, so not measured: {', '.join(bare)}")
     if failed:
         lines = "\n".join(f"{name}{why}" for name, why in failed.items()).split("\n")
-        raise FewShotError(f"{len(failed)} of {len(models)} lines were not reproduced", *lines)
+        raise FewShotError(f"{len(failed)} of {len(models)} rows were not reproduced", *lines)
 
 
 def measure(model: Model, config: DictConfig) -> Reproduction:
-    """Test the weights of a line on its own test episodes, or the first of them.
+    """Test the weights of a row on its own test episodes, or the first of them.
 
     Args:
-        model: the line.
+        model: the row.
         config: see ``reproduce``.
 
     Raises:
@@ -119,10 +119,10 @@ def measure(model: Model, config: DictConfig) -> Reproduction:
 
 
 def train_again(model: Model, config: DictConfig) -> Reproduction:
-    """Train a line from scratch with its own command, and compare with its weights on the same test episodes.
+    """Train a row from scratch with its own command, and compare with its weights on the same test episodes.
 
     Args:
-        model: the line.
+        model: the row.
         config: see ``reproduce``; the run is below ``out``, and is resumed if it is there.
 
     Raises:
@@ -138,16 +138,16 @@ def train_again(model: Model, config: DictConfig) -> Reproduction:
     train(compose(*shlex.split(card["command"])[2:], *as_overrides(settings)))
     theirs, ours = (_test(model, place, config) for place in (str(model.weights), str(folder)))
     difference = paired_difference(ours.right, theirs.right, _queries(model))
-    probability = two_sided(difference)
+    p = p_value(difference)
     same = np.array_equal(ours.right, theirs.right)
-    verdict = EQUAL if same else WITHIN if probability >= SIGNIFICANT else DIFFERS
+    verdict = EQUAL if same else WITHIN if p >= SIGNIFICANT else DIFFERS
     if not same:
-        verdict = f"{verdict}: {100 * difference.accuracy:+.2f} ± {100 * difference.ci95:.2f}, p = {probability:.3f}"
+        verdict = f"{verdict}: {100 * difference.accuracy:+.2f} ± {100 * difference.ci95:.2f}, p = {p:.3f}"
     return Reproduction(theirs.estimate.accuracy, ours.estimate, verdict, time.monotonic() - start)
 
 
-def two_sided(difference: Estimate) -> float:
-    """Return the probability of a difference at least this large, of either sign, if there is none: a normal test.
+def p_value(difference: Estimate) -> float:
+    """Return the two-sided p-value of a difference, by a normal test.
 
     The test is over episodes: it does not know how much trainings with other seeds differ.
     """
@@ -158,7 +158,7 @@ def two_sided(difference: Estimate) -> float:
 
 
 def _test(model: Model, place: str, config: DictConfig) -> Evaluation:
-    """Test a checkpoint on the episodes of a line."""
+    """Test a checkpoint on the episodes of a row."""
     trained = load_trained(place, places=data_directories(config))
     test = model.card["test"]
     settings = {key: test.get(key) for key in TASK}
@@ -180,7 +180,7 @@ def _test(model: Model, place: str, config: DictConfig) -> Evaluation:
 
 
 def _recorded(model: Model, episodes: int) -> float:
-    """Return the accuracy that a line had in its first test episodes."""
+    """Return the accuracy that a row had in its first test episodes."""
     test = model.card["test"]
     right: NDArray[np.float64] | None = read_episodes(model.folder / CARD, test)
     if right is None or episodes == test["episodes"]:
