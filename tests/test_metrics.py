@@ -8,7 +8,7 @@ from conftest import make_bank
 from fewshot.data.episodes import EpisodeDataset, EpisodeNumber
 from fewshot.errors import FewShotError
 from fewshot.evaluation import Evaluation
-from fewshot.metrics import EpisodeAccuracy, credit, largest, meetings_of
+from fewshot.metrics import EpisodeAccuracy, confusion_counts, credit, largest
 
 
 def episode(right: int, queries: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,17 +68,17 @@ def test_perfect_accuracy_has_zero_width_and_one_episode_has_no_interval():
     assert metric.compute() == (1.0, 0.0, 2, 0)
 
 
-def test_meetings_count_each_query_with_every_class_of_its_episode():
+def test_confusion_counts_have_each_query_with_every_class_of_its_episode():
     bank = make_bank({"train": [4] * 2, "test": [4] * 5})
     dataset, number = EpisodeDataset(bank, "test", way=3, shot=1, query=2, seed=0), EpisodeNumber(0, 3)
     classes = [position // 4 - 2 for position in dataset[number].query[::2].tolist()]
-    met, taken = meetings_of(dataset, {number: np.eye(3, dtype=bool)[[0, 1, 1, 1, 2, 0]]})
+    together, predicted = confusion_counts(dataset, {number: np.eye(3, dtype=bool)[[0, 1, 1, 1, 2, 0]]})
     expected = np.zeros((5, 5), dtype=int)
     expected[np.ix_(classes, classes)] = 2
-    assert met.tolist() == expected.tolist()
+    assert together.tolist() == expected.tolist()
     a, b, c = classes
-    assert (taken[a, a], taken[a, b], taken[b, b], taken[c, c], taken[c, a]) == (1, 1, 2, 1, 1)
-    assert taken.sum() == 6
+    assert (predicted[a, a], predicted[a, b], predicted[b, b], predicted[c, c], predicted[c, a]) == (1, 1, 2, 1, 1)
+    assert predicted.sum() == 6
 
 
 def test_equal_logits_share_the_credit_so_that_constant_embeddings_give_chance():
@@ -119,7 +119,7 @@ def test_the_estimate_and_its_interval_are_exact_with_ties_of_every_size():
         None,
         0.0,
     )
-    assert evaluation.right == pytest.approx(credits[:1].sum(1))
+    assert evaluation.correct == pytest.approx(credits[:1].sum(1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -134,5 +134,5 @@ def test_non_finite_logits_are_an_error(value):
 def test_classes_with_equal_logits_share_an_answer():
     bank = make_bank({"train": [4] * 2, "test": [4] * 3})
     dataset, number = EpisodeDataset(bank, "test", way=3, shot=1, query=1, seed=0), EpisodeNumber(0, 0)
-    _, taken = meetings_of(dataset, {number: np.ones((3, 3), dtype=bool)})
-    assert taken == pytest.approx(np.full((3, 3), 1 / 3))
+    _, predicted = confusion_counts(dataset, {number: np.ones((3, 3), dtype=bool)})
+    assert predicted == pytest.approx(np.full((3, 3), 1 / 3))

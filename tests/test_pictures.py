@@ -25,11 +25,11 @@ def test_an_episode_is_drawn_with_its_wrong_answers(way, channels):
 
 def test_few_classes_are_drawn_as_a_matrix_and_many_by_their_accuracy():
     for count, panels in ((5, 2), (40, 2)):
-        met = np.full((count, count), 4)
-        met[-1] = met[:, -1] = 0  # a class that was in no episode
-        taken = np.where(np.eye(count, dtype=bool), 3, 0) * (met > 0)
-        taken[0, 0], taken[0, 1] = 1, 3
-        figure = draw_classes(met, taken, [f"$class {number}" for number in range(count)])
+        together = np.full((count, count), 4)
+        together[-1] = together[:, -1] = 0  # a class that was in no episode
+        predicted = np.where(np.eye(count, dtype=bool), 3, 0) * (together > 0)
+        predicted[0, 0], predicted[0, 1] = 1, 3
+        figure = draw_classes(together, predicted, [f"$class {number}" for number in range(count)])
         assert len(figure.axes) == panels
         assert not layout_faults(figure)
         if count == 5:
@@ -42,8 +42,8 @@ def test_few_classes_are_drawn_as_a_matrix_and_many_by_their_accuracy():
 
 
 def test_confusions_are_relative_to_queries_whose_episode_contained_both_classes():
-    met, taken = np.array([[2, 0, 2], [0, 2, 2], [2, 2, 4]]), np.array([[1, 0, 1], [0, 0, 2], [0, 0, 4]])
-    axes, _ = draw_confusion(met, taken, ["a", "b", "c"], np.array([2, 0, 1])).axes
+    together, predicted = np.array([[2, 0, 2], [0, 2, 2], [2, 2, 4]]), np.array([[1, 0, 1], [0, 0, 2], [0, 0, 4]])
+    axes, _ = draw_confusion(together, predicted, ["a", "b", "c"], np.array([2, 0, 1])).axes
     expected = np.ma.masked_invalid([[1, 0, 0], [0.5, 0.5, np.nan], [1, np.nan, 0]])
     np.testing.assert_array_equal(axes.images[0].get_array().filled(-1), expected.filled(-1))
     assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "a", "b"]

@@ -23,7 +23,7 @@ from fewshot.directories import last_checkpoint
 from fewshot.errors import FewShotError, Interrupted
 from fewshot.hardware import asynchronous
 from fewshot.methods.base import FewShotMethod, require_finite
-from fewshot.metrics import count_right, largest
+from fewshot.metrics import count_correct, largest
 from fewshot.text import say
 from fewshot.trust import plain
 
@@ -156,30 +156,30 @@ class Record(pl.Callback):
         self._random = all_random.get(rank)  # None if the run had fewer processes
 
 
-class Answers(pl.Callback):
-    """Collects the answers of a method in a test; they stay on the device until they are read."""
+class Predictions(pl.Callback):
+    """Collects the predictions of a method in a test; they stay on the device until they are read."""
 
     def __init__(self) -> None:
         self._numbers: list[EpisodeNumber] = []
         self._largest: list[torch.Tensor] = []
 
     @property
-    def answers(self) -> dict[EpisodeNumber, NDArray[np.bool_]]:
+    def predictions(self) -> dict[EpisodeNumber, NDArray[np.bool_]]:
         """The classes with the largest logit of each query, bool ``[queries, way]``, per episode of this process."""
-        answers = torch.cat(self._largest).cpu().numpy()
-        return dict(zip(self._numbers, answers, strict=True))
+        predictions = torch.cat(self._largest).cpu().numpy()
+        return dict(zip(self._numbers, predictions, strict=True))
 
-    def right(self, trainer: pl.Trainer) -> NDArray[np.float64]:
-        """Count the right answers in each test episode, over all processes; all of them must call this.
+    def correct(self, trainer: pl.Trainer) -> NDArray[np.float64]:
+        """Count the correct predictions in each test episode, over all processes; all of them must call this.
 
         Returns:
             float64 ``[episodes]``, with fractions for ties as in ``fewshot.metrics.credit``.
         """
-        data, answers = data_of(trainer), self.answers
-        right = np.zeros(data.episodes["test"], dtype=np.float32)  # MPS has no float64
-        right[[number.number for number in answers]] = count_right(data.datasets["test"], answers)
+        data, predictions = data_of(trainer), self.predictions
+        correct = np.zeros(data.episodes["test"], dtype=np.float32)  # MPS has no float64
+        correct[[number.number for number in predictions]] = count_correct(data.datasets["test"], predictions)
         device = trainer.strategy.root_device
-        total = trainer.strategy.reduce(torch.from_numpy(right).to(device), reduce_op="sum")
+        total = trainer.strategy.reduce(torch.from_numpy(correct).to(device), reduce_op="sum")
         return np.asarray(total.cpu().numpy(), dtype=np.float64)
 
     def on_test_start(self, trainer: pl.Trainer, method: pl.LightningModule) -> None:  # noqa: ARG002, D102

@@ -84,7 +84,7 @@ class Run:
         number: its position in the table, from 1.
         folder: its directory, relative to the one that all have in common.
         result: its results.
-        right: its right answers in each test episode; None if they are unknown.
+        correct: its number of correct predictions in each test episode; None if it is unknown.
         name: its method, and what else differs between the runs of the task.
         line: the same between all runs, the same on every task.
         settings: its overrides that differ between the runs of the task, unless a column shows them.
@@ -95,7 +95,7 @@ class Run:
     line: str
     folder: str
     result: Result
-    right: NDArray[np.float64] | None
+    correct: NDArray[np.float64] | None
     settings: str
 
     def cells(self, difference: Estimate | None, reference: bool) -> list[str]:
@@ -482,13 +482,13 @@ def _compare(data: str, short: str, runs: Sequence[Run], reference: Run) -> Task
         if why is not None:
             reasons.setdefault(why, []).append(run.number)
         elif run is not reference:
-            assert run.right is not None
-            assert reference.right is not None
-            both = min(len(run.right), len(reference.right))
-            if len(run.right) != len(reference.right):
+            assert run.correct is not None
+            assert reference.correct is not None
+            both = min(len(run.correct), len(reference.correct))
+            if len(run.correct) != len(reference.correct):
                 shared.setdefault(both, []).append(run.number)
             queries = run.result["way"] * run.result["query"]
-            difference = paired_difference(run.right[:both], reference.right[:both], queries)
+            difference = paired_difference(run.correct[:both], reference.correct[:both], queries)
         differences.append(difference)
     notes = [
         f"Run {', '.join(map(str, numbers))}: no difference from run {reference.number}, because {why}."
@@ -509,7 +509,7 @@ def _not_paired(run: Run, reference: Run) -> str | None:
     if run.episodes != reference.episodes:
         return "the test episodes differ (images, query, concentration or eval_seed)"
     for other, name in ((run, "the run"), (reference, "the reference")):
-        if other.right is None:
+        if other.correct is None:
             return f"{name} has no valid {EPISODES}; fewshot evaluate checkpoint=RUN_DIR writes one"
     return None
 

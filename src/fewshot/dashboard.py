@@ -19,11 +19,11 @@ from pytorch_lightning.utilities import rank_zero_only
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-from fewshot.callbacks import Answers
+from fewshot.callbacks import Predictions
 from fewshot.data.datamodule import EpisodeDataModule
 from fewshot.loggers import in_group, run_ids
 from fewshot.methods.base import FewShotMethod, MetricMethod
-from fewshot.metrics import meetings_of
+from fewshot.metrics import confusion_counts
 from fewshot.pictures import draw_classes, draw_episode
 from fewshot.results import Result, best_validation
 from fewshot.text import for_terminal, say
@@ -41,7 +41,7 @@ VALIDATION, TEST = "2 val accuracy, %", "3 test accuracy, %"
 COLUMNS = (VALIDATION, TEST, "method", "way", "shot")  # shown by default in the table of hyperparameters
 
 
-class Dashboard(Answers):
+class Dashboard(Predictions):
     """Logs the configuration and learning rate of a run, and a few pictures of its test.
 
     Args:
@@ -79,18 +79,17 @@ class Dashboard(Answers):
         if not self.pictures or not any(map(_takes_pictures, trainer.loggers)):
             return
         data: EpisodeDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        answers = self.answers
-        meetings = (
-            torch.from_numpy(meetings_of(data.datasets["test"], answers)).float().to(trainer.strategy.root_device)
-        )
-        met, taken = trainer.strategy.reduce(meetings, reduce_op="sum").cpu().numpy()
+        predictions = self.predictions
+        counts = torch.from_numpy(confusion_counts(data.datasets["test"], predictions)).float()
+        counts = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
+        together, predicted = counts.cpu().numpy()
         if not trainer.is_global_zero:
             return
-        number = min(answers)
+        number = min(predictions)
         episode = data.datasets["test"][number]
         pictures = {
-            "test/episode": draw_episode(data.bank, episode, answers[number].argmax(1), *DRAWN),
-            "test/classes": draw_classes(met, taken, data.bank.class_names("test")),
+            "test/episode": draw_episode(data.bank, episode, predictions[number].argmax(1), *DRAWN),
+            "test/classes": draw_classes(together, predicted, data.bank.class_names("test")),
         }
         for logger in filter(_takes_pictures, trainer.loggers):
             for tag, figure in pictures.items():

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from fewshot.callbacks import Answers, TestTime
+from fewshot.callbacks import Predictions, TestTime
 from fewshot.checks import Count, Place, Positive, misfits, refuse
 from fewshot.config import FOR_TRAINING, TrainConfig, as_overrides, check
 from fewshot.data.bank import SPLITS, ImageBank, ImageClass
@@ -26,7 +26,7 @@ from fewshot.errors import FewShotError, shortened
 from fewshot.files import output_directory, read_json
 from fewshot.hardware import check_hardware, keep_freed_memory, machine, precision_like, report_out_of_memory
 from fewshot.methods.base import MetricMethod, set_mirror
-from fewshot.metrics import Estimate, count_right, meetings_of, paired_difference
+from fewshot.metrics import Estimate, confusion_counts, count_correct, paired_difference
 from fewshot.paths import run_directory
 from fewshot.pictures import draw_confusion
 from fewshot.results import write_episodes
@@ -101,22 +101,22 @@ class Evaluation:
 
     Attributes:
         data: the data module that served them as test episodes.
-        answers: for each episode, the classes with the largest logit of each query, bool ``[queries, way]``.
+        predictions: for each episode, the classes with the largest logit of each query, bool ``[queries, way]``.
         estimate: the accuracy.
         trainer: the trainer that ran the test.
         seconds: how long the method took in total, without embedding the images, see ``TestTime``.
     """
 
     data: OneSplit
-    answers: dict[EpisodeNumber, NDArray[np.bool_]]
+    predictions: dict[EpisodeNumber, NDArray[np.bool_]]
     estimate: Estimate
     trainer: pl.Trainer
     seconds: float
 
     @property
-    def right(self) -> NDArray[np.float64]:
-        """Correct answers per episode, float64 ``[episodes]``; ties as in ``fewshot.metrics.credit``."""
-        return count_right(self.data.datasets["test"], self.answers)
+    def correct(self) -> NDArray[np.float64]:
+        """Number of correct predictions per episode, float64 ``[episodes]``; ties as in ``fewshot.metrics.credit``."""
+        return count_correct(self.data.datasets["test"], self.predictions)
 
 
 def evaluate(config: DictConfig) -> float:
@@ -170,14 +170,14 @@ def evaluate(config: DictConfig) -> float:
 
     out = output_directory(config.out, "evaluate")
     dataset, names = own.data.datasets["test"], own.data.bank.class_names(config.split)
-    met, taken = meetings_of(dataset, own.answers)
+    together, predicted = confusion_counts(dataset, own.predictions)
     results = _results(trained[0], tasks[0], config, own)
-    seen = np.flatnonzero(met.diagonal())
-    accuracies = taken.diagonal()[seen] / met.diagonal()[seen]
+    seen = np.flatnonzero(together.diagonal())
+    accuracies = predicted.diagonal()[seen] / together.diagonal()[seen]
     results["command"] = settings
     results["classes"] = {names[number]: accuracy for number, accuracy in zip(seen, accuracies.tolist(), strict=True)}
     for rival, theirs in zip(trained[1:], others, strict=True):
-        difference = paired_difference(own.right, theirs.right, len(dataset.query_labels))
+        difference = paired_difference(own.correct, theirs.correct, len(dataset.query_labels))
         results |= {
             "against": {"checkpoint": rival.name, "method": rival.config.choices.method, **theirs.estimate._asdict()},
             "difference": {"mean": difference.accuracy, "ci95": difference.ci95, "episodes": difference.episodes},
@@ -185,11 +185,11 @@ def evaluate(config: DictConfig) -> float:
     # The report takes the accuracy in a results.json for that on test classes.
     written = out / ("results.json" if config.split == "test" else f"results_{config.split}.json")
     if config.split == "test":
-        write_episodes(written, own.right)
+        write_episodes(written, own.correct)
     write_json(written, results)
     worst = seen[np.argsort(accuracies, kind="stable")]
     picture = out / "confusion.png"
-    draw_confusion(met, taken, names, worst[: config.pictured]).savefig(picture, dpi=120)
+    draw_confusion(together, predicted, names, worst[: config.pictured]).savefig(picture, dpi=120)
     _print(results, [names[number] for number in worst[:PRINTED]], trained[0].method.assumes_balance)
     say(written, picture)
     return own.estimate.accuracy
@@ -223,7 +223,7 @@ def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None =
     """
     data = open_split(config, "test") if data is None else data
     set_mirror(trained.method, config.mirror)
-    kept, time = Answers(), TestTime()
+    kept, time = Predictions(), TestTime()
     trainer = make_trainer(config, kept, time)
     check_precision(config, trainer)
     if trainer.world_size > 1:
@@ -245,7 +245,7 @@ def evaluate_split(trained: Trained, config: DictConfig, data: OneSplit | None =
         }
         trained.method.embedding_cache = EmbeddingCache(Path(config.cache_dir).expanduser() / "embeddings", described)
     trainer.test(trained.method, data, verbose=False)
-    return Evaluation(data, kept.answers, trained.method.estimates["test"], trainer, time.seconds)
+    return Evaluation(data, kept.predictions, trained.method.estimates["test"], trainer, time.seconds)
 
 
 def _first(config: DictConfig) -> Trained:

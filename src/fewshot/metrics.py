@@ -123,58 +123,62 @@ class EpisodeAccuracy(Metric):
         return Estimate(float(total / queries), 1.96 * variance**0.5 / n**0.5 / per_episode, n, int(self.tied))
 
 
-def paired_difference(right: NDArray[np.float64], others: NDArray[np.float64], queries: int) -> Estimate:
+def paired_difference(correct: NDArray[np.float64], others: NDArray[np.float64], queries: int) -> Estimate:
     """Estimate the mean difference of two methods' accuracies on the same episodes, with its 95% confidence interval.
 
     Episodes differ in difficulty far more than good methods differ from each other. Pairing cancels the difficulty, so
     the interval is narrower than the intervals of the two accuracies suggest.
 
     Args:
-        right: number of right answers of one method in each episode, float64 ``[episodes]``.
+        correct: number of correct predictions of one method in each episode, float64 ``[episodes]``.
         others: the same for the other method.
         queries: number of queries per episode.
     """
-    difference = (right - others) / queries
+    difference = (correct - others) / queries
     spread = float(difference.std(ddof=1)) if len(difference) > 1 else float("nan")
     return Estimate(float(difference.mean()), 1.96 * spread / len(difference) ** 0.5, len(difference))
 
 
-def count_right(dataset: EpisodeDataset, answers: Mapping[EpisodeNumber, NDArray[np.bool_]]) -> NDArray[np.float64]:
-    """Count the right answers in each episode, with fractions for ties as in ``credit``.
+def count_correct(
+    dataset: EpisodeDataset, predictions: Mapping[EpisodeNumber, NDArray[np.bool_]]
+) -> NDArray[np.float64]:
+    """Count the correct predictions in each episode, with fractions for ties as in ``credit``.
 
     Args:
         dataset: the episodes of a split.
-        answers: for each episode the answer to each query, bool ``[queries, way]``.
+        predictions: for each episode the classes with the largest logit of each query, bool ``[queries, way]``.
 
     Returns:
-        float64 ``[episodes]``, in the order of ``answers``.
+        float64 ``[episodes]``, in the order of ``predictions``.
     """
-    given = np.stack(list(answers.values()))
+    given = np.stack(list(predictions.values()))
     if dataset.concentration is None:  # every episode has the same labels
         labels = np.broadcast_to(dataset.query_labels.numpy(), given.shape[:2])
     else:
-        labels = np.stack([dataset[number].query_labels.numpy() for number in answers])
-    right = np.take_along_axis(given, labels[..., None], axis=2)[..., 0]
-    return np.asarray((right / given.sum(2)).sum(1), dtype=np.float64)
+        labels = np.stack([dataset[number].query_labels.numpy() for number in predictions])
+    correct = np.take_along_axis(given, labels[..., None], axis=2)[..., 0]
+    return np.asarray((correct / given.sum(2)).sum(1), dtype=np.float64)
 
 
-def meetings_of(dataset: EpisodeDataset, answers: Mapping[EpisodeNumber, NDArray[np.bool_]]) -> NDArray[np.float64]:
+def confusion_counts(
+    dataset: EpisodeDataset, predictions: Mapping[EpisodeNumber, NDArray[np.bool_]]
+) -> NDArray[np.float64]:
     """Count how often two classes were in the same episode, and how often one was mistaken for the other.
 
     Args:
         dataset: the episodes of a split.
-        answers: for each episode the answer to each query, bool ``[queries, way]``; tied classes share one answer.
+        predictions: see ``count_correct``; tied classes share one prediction.
 
     Returns:
         float64 ``[2, classes, classes]``, indexed by the class of a query and any class: the number of queries whose
-        episode contained both, and the number of those answered with the latter.
+        episode contained both, and the number of those predicted as the latter.
     """
     count = len(dataset.first)
-    meetings = np.zeros((2, count, count))
-    for number, answer in answers.items():
+    counts = np.zeros((2, count, count))
+    for number, predicted in predictions.items():
         episode = dataset[number]
         classes = classes_of(episode, dataset.first)
         truth = classes[episode.query_labels.numpy()]
-        np.add.at(meetings[0], (truth[:, None], classes[None]), 1)
-        np.add.at(meetings[1], (truth[:, None], classes[None]), answer / answer.sum(1, keepdims=True))
-    return meetings
+        np.add.at(counts[0], (truth[:, None], classes[None]), 1)
+        np.add.at(counts[1], (truth[:, None], classes[None]), predicted / predicted.sum(1, keepdims=True))
+    return counts

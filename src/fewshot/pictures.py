@@ -82,18 +82,18 @@ def draw_episode(
     return figure
 
 
-def draw_classes(met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequence[str]) -> Figure:
+def draw_classes(together: NDArray[np.int64], predicted: NDArray[np.int64], names: Sequence[str]) -> Figure:
     """Draw how well test classes were recognised: a confusion matrix, or the hardest classes if there are many.
 
     Args:
-        met: see ``meetings_of``.
-        taken: see ``meetings_of``.
+        together: see ``confusion_counts``.
+        predicted: see ``confusion_counts``.
         names: of all test classes.
     """
-    seen = np.flatnonzero(met.diagonal())
+    seen = np.flatnonzero(together.diagonal())
     if len(seen) <= MATRIX:
-        return draw_confusion(met, taken, names, seen)
-    accuracies = 100 * taken.diagonal() / met.diagonal().clip(1)
+        return draw_confusion(together, predicted, names, seen)
+    accuracies = 100 * predicted.diagonal() / together.diagonal().clip(1)
     order = seen[np.argsort(accuracies[seen], kind="stable")]
     rows = order[:HARDEST].tolist()
     with mpl.rc_context(STYLE):
@@ -101,7 +101,7 @@ def draw_classes(met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequen
         hardest, all_ = figure.subplots(2, 1, height_ratios=(0.22 * len(rows) + 0.6, 1.6))
         hardest.barh(range(len(rows)), accuracies[rows], color=COLOURS[5])
         for row, number in enumerate(rows):
-            others = np.where(np.arange(len(names)) == number, -1, taken[number])
+            others = np.where(np.arange(len(names)) == number, -1, predicted[number])
             rival = names[int(others.argmax())] if others.max() > 0 else ""
             hardest.text(2, row, for_figure(cut(rival, NAME)), va="center", fontsize=8)
         hardest.set_yticks(range(len(rows)), [for_figure(cut(names[number], NAME)) for number in rows], fontsize=8)
@@ -114,19 +114,21 @@ def draw_classes(met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequen
 
 
 def draw_confusion(
-    met: NDArray[np.int64], taken: NDArray[np.int64], names: Sequence[str], classes: NDArray[np.int64]
+    together: NDArray[np.int64], predicted: NDArray[np.int64], names: Sequence[str], classes: NDArray[np.int64]
 ) -> Figure:
     """Draw how often queries of one class were answered with another, relative to episodes that contained both.
 
     Pairs of classes that were never in the same episode are left blank.
 
     Args:
-        met: see ``meetings_of``.
-        taken: see ``meetings_of``.
+        together: see ``confusion_counts``.
+        predicted: see ``confusion_counts``.
         names: of all classes.
         classes: indices of the classes to draw, in order.
     """
-    shares = np.divide(taken, met, out=np.full(met.shape, np.nan), where=met > 0)[np.ix_(classes, classes)]
+    shares = np.divide(predicted, together, out=np.full(together.shape, np.nan), where=together > 0)[
+        np.ix_(classes, classes)
+    ]
     labels = [for_figure(cut(names[number], NAME)) for number in classes]
     side = max(0.24 * len(classes) + 2.4, 4.2)  # room for the label of the colours
     with mpl.rc_context(STYLE):

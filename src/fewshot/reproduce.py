@@ -102,16 +102,18 @@ def measure(model: Model, config: DictConfig) -> Reproduction:
     start = time.monotonic()
     model.check()
     tested = _test(model, str(model.weights), config)
-    before = _recorded(model, len(tested.right))
+    before = _recorded(model, len(tested.correct))
     now = tested.estimate
     difference = now.accuracy - before
     same = math.isclose(difference, 0, abs_tol=1e-9)
     verdict = EQUAL if same else WITHIN if abs(difference) <= now.ci95 else DIFFERS
     if not same:
-        queries = len(tested.right) * _queries(model)
+        queries = len(tested.correct) * _queries(model)
         changed = f"{abs(difference) * queries:,.1f}".removesuffix(".0")  # with ties
         more = "more" if difference > 0 else "fewer"
-        verdict = f"{verdict}: {changed} {more} of {queries:,} queries are right, the interval is ±{100 * now.ci95:.4f}"
+        verdict = (
+            f"{verdict}: {changed} {more} of {queries:,} queries are right, the interval is ±{100 * now.ci95:.4f}"
+        )
         computed, table = str(tested.trainer.precision), model.card["precision"]
         if computed != table:
             verdict += f"; computed in {computed}, the table in {table}"
@@ -137,9 +139,9 @@ def train_again(model: Model, config: DictConfig) -> Reproduction:
     settings = {"run_dir": str(folder), "resume": "auto", "hardware": hardware, **data_directories(config)}
     train(compose(*shlex.split(card["command"])[2:], *as_overrides(settings)))
     theirs, ours = (_test(model, place, config) for place in (str(model.weights), str(folder)))
-    difference = paired_difference(ours.right, theirs.right, _queries(model))
+    difference = paired_difference(ours.correct, theirs.correct, _queries(model))
     p = p_value(difference)
-    same = np.array_equal(ours.right, theirs.right)
+    same = np.array_equal(ours.correct, theirs.correct)
     verdict = EQUAL if same else WITHIN if p >= SIGNIFICANT else DIFFERS
     if not same:
         verdict = f"{verdict}: {100 * difference.accuracy:+.2f} ± {100 * difference.ci95:.2f}, p = {p:.3f}"
@@ -182,10 +184,10 @@ def _test(model: Model, place: str, config: DictConfig) -> Evaluation:
 def _recorded(model: Model, episodes: int) -> float:
     """Return the accuracy that a row had in its first test episodes."""
     test = model.card["test"]
-    right: NDArray[np.float64] | None = read_episodes(model.folder / CARD, test)
-    if right is None or episodes == test["episodes"]:
+    correct: NDArray[np.float64] | None = read_episodes(model.folder / CARD, test)
+    if correct is None or episodes == test["episodes"]:
         return float(test["accuracy"])
-    return float(right[:episodes].mean() / _queries(model))
+    return float(correct[:episodes].mean() / _queries(model))
 
 
 def _queries(model: Model) -> int:

@@ -166,19 +166,19 @@ def natural(path: Path) -> list[tuple[str, int]]:
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
 
 
-def write_episodes(path: Path, right: "NDArray[np.float64]") -> None:
-    """Write the number of right answers in each test episode, one line per episode, next to a ``results.json``.
+def write_episodes(path: Path, correct: "NDArray[np.float64]") -> None:
+    """Write the number of correct predictions in each test episode, one line per episode, next to a ``results.json``.
 
     Args:
         path: the path of the results.
-        right: right answers per episode, float64 ``[episodes]``; fractions where classes tied.
+        correct: number of correct predictions per episode, float64 ``[episodes]``; fractions where classes tied.
     """
-    lines = [EPISODES_HEADER, *(f"{number:.9g}" for number in right)]
+    lines = [EPISODES_HEADER, *(f"{number:.9g}" for number in correct)]
     write_atomically(path.with_name(EPISODES), "\n".join([*lines, ""]).encode())
 
 
 def read_episodes(path: Path, result: Result) -> "NDArray[np.float64] | None":
-    """Read the number of right answers in each test episode, float64 ``[episodes]``.
+    """Read the number of correct predictions in each test episode, float64 ``[episodes]``.
 
     Args:
         path: the path of the results.
@@ -193,18 +193,18 @@ def read_episodes(path: Path, result: Result) -> "NDArray[np.float64] | None":
     file = path.with_name(EPISODES)
     try:
         header, *lines = read_text(file).splitlines()
-        right = np.array([float(line) for line in lines])
+        correct = np.array([float(line) for line in lines])
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         _skip(file, f"it is broken: {reason(error)}")
         return None
     queries = result["way"] * (result.get("query") or 0)
-    whole = header == EPISODES_HEADER and len(right) == result["episodes"] and queries > 0
-    if not whole or not abs(right.mean() / queries - result["accuracy"]) < 1e-6:  # also if it is not a number
+    whole = header == EPISODES_HEADER and len(correct) == result["episodes"] and queries > 0
+    if not whole or not abs(correct.mean() / queries - result["accuracy"]) < 1e-6:  # also if it is not a number
         _skip(file, "it does not belong to the results next to it")
         return None
-    return right
+    return correct
 
 
 def by_settings(results: Sequence[Result]) -> list[list[Result]]:

@@ -231,7 +231,7 @@ def _train_and_log(
         seconds, validations, skipped = record.seconds, record.validations, finite.skipped
         precisions, encoder_init, trained = record.precisions, record.encoder_init, data.trained
         trainer.test(method, data, ckpt_path=best_checkpoint(run_dir), weights_only=True, verbose=False)
-        right = dashboard.right(trainer)
+        correct = dashboard.correct(trainer)
 
     validation = max((estimate["accuracy"] for estimate in validations), default=None)
     results = outcome(config, method, data.bank, trainer) | {
@@ -248,7 +248,7 @@ def _train_and_log(
         "validations": validations,
     }
     log_result(trainer.loggers, results, trainer.global_step)
-    _report(results, right, run_dir)
+    _report(results, correct, run_dir)
     return validation
 
 
@@ -494,9 +494,9 @@ def _list_classes(bank: ImageBank, run_dir: Path) -> None:
 
 
 @rank_zero_only
-def _report(results: dict[str, Any], right: NDArray[np.float64], run_dir: Path) -> None:
+def _report(results: dict[str, Any], correct: NDArray[np.float64], run_dir: Path) -> None:
     """Write ``results.json`` and what it summarises, and print the table."""
-    write_episodes(results_file(run_dir), right)
+    write_episodes(results_file(run_dir), correct)
     write_json(results_file(run_dir), results)
     show_results(results, run_dir)
 

@@ -68,7 +68,7 @@ def intervals(run: str | None, episodes: int, out: Path) -> list[Path]:
     trained.config.test.episodes, trained.config.run_dir = episodes, str(out)
     evaluation = evaluate_split(trained, trained.config)
     queries = len(evaluation.data.datasets["test"].query_labels)
-    accuracies = 100 * evaluation.right / queries
+    accuracies = 100 * evaluation.correct / queries
     counts = np.arange(2, episodes + 1)
     sums, squares = np.cumsum(accuracies)[1:], np.cumsum(accuracies**2)[1:]
     means_, spreads = sums / counts, np.sqrt(np.maximum(squares - sums**2 / counts, 0) / (counts - 1))
