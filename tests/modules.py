@@ -62,7 +62,7 @@ def main() -> None:
     """Print the levels."""
     modules = imports(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
     count = sum(map(len, modules.values()))
-    sys.stdout.write(f"{len(modules)} modules, {count} imports of each other\n\n")
+    sys.stdout.write(f"{len(modules)} modules with {count} imports between them\n\n")
     for names in levels(modules):
         sys.stdout.write(f"{', '.join(name.removeprefix('fewshot.') for name in names)}\n")
 
