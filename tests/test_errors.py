@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from fewshot.errors import FewShotError
-from fewshot.text import LONGEST, for_terminal
+from fewshot.text import MAX_CHARACTERS, for_terminal
 
 
 @pytest.mark.parametrize(
@@ -28,4 +28,4 @@ def test_each_argument_is_a_line():
 
 def test_a_line_that_is_too_long_keeps_its_start_and_end():
     message = str(FewShotError("start" + "x" * 10**6 + "end"))
-    assert message.startswith("start") and message.endswith("end") and len(message) < LONGEST + 10
+    assert message.startswith("start") and message.endswith("end") and len(message) < MAX_CHARACTERS + 10

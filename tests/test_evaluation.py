@@ -205,7 +205,7 @@ def test_a_checkpoint_is_tested_on_another_data_set(run, evaluate, letters, tmp_
     assert tested["data"]["classes"]["test"] == 3 and not tested["left_out_classes"]
     with pytest.raises(FewShotError, match="none of the 1 results"):
         read_results([str(tmp_path / "out")])
-    assert "an evaluation on other data than those of the training, glyphs" in capsys.readouterr().err
+    assert "an evaluation on data other than the training's, glyphs" in capsys.readouterr().err
     # Another split of its own data set: classes that it was trained on are left out.
     again = evaluate(run("protonet", "dataset.source.samples=9", "seed=3"), "dataset=glyphs", "episodes=3")
     assert not again["left_out_classes"] and again["trained_on"] == "glyphs"

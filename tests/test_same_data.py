@@ -14,7 +14,7 @@ from PIL import Image
 
 from fewshot.config import compose
 from fewshot.data.bank import SPLITS
-from fewshot.data.contents import MOST_CHARACTERS, Contents, read_contents, read_names
+from fewshot.data.contents import MAX_CHARACTERS, Contents, read_contents, read_names
 from fewshot.errors import FewShotError
 from fewshot.evaluation import evaluate
 from fewshot.metrics import EpisodeAccuracy
@@ -251,7 +251,7 @@ def test_a_record_of_the_data_is_short_and_equals_that_of_earlier_versions():
         packed(b"[]")[:-8],
         packed(b"\xff{}"),
         packed(b'{"splits": {}}'),
-        packed(b" " * (MOST_CHARACTERS + 1)),
+        packed(b" " * (MAX_CHARACTERS + 1)),
     ],
 )
 def test_a_record_of_the_data_is_plain_text_or_rejected(text):

@@ -17,7 +17,7 @@ from fewshot.errors import FewShotError
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 # What Hydra knows only once it runs a job, for --cfg all --resolve.
 UNKNOWN = ("hydra.job.num=0", "hydra.job.id=0", "hydra.runtime.output_dir=${hydra:run.dir}")
-HOME = re.compile(r"(?<=[=,\[])~(?=[/,\]]|$)")  # Hydra has no such character
+HOME = re.compile(r"(?<=[=,\[])~(?=[/,\]]|$)")  # Hydra cannot parse ~ in a value
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:

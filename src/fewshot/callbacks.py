@@ -201,8 +201,8 @@ class Predictions(pl.Callback):
 class TestTime(pl.Callback):
     """Measures how long a method takes to solve test episodes, without the time to draw them.
 
-    Methods that compare embeddings embed the images before the first episode, which does not count; MAML's time has
-    that of its network.
+    Methods that compare embeddings embed the images before the first episode, which does not count; MAML's time
+    includes its network's.
 
     On a CPU it is the processor time of all threads, which does not depend on what else the machine is doing; on an
     accelerator, the time that passes.
@@ -237,7 +237,7 @@ class FiniteGradients(pl.Callback):
         skipped: how many steps were skipped.
     """
 
-    MOST_SKIPPED = 0.1  # of a run's steps
+    MAX_SKIPPED = 0.1  # of a run's steps
 
     def __init__(self, on_nan: str = "stop") -> None:
         self.on_nan = on_nan
@@ -291,12 +291,12 @@ class FiniteGradients(pl.Callback):
         self.skipped = state["skipped"]
 
     def _limit(self, data: EpisodeDataModule, method: pl.LightningModule) -> None:
-        """Raise an error once the run has skipped more than ``MOST_SKIPPED`` of all its steps."""
+        """Raise an error once the run has skipped more than ``MAX_SKIPPED`` of all its steps."""
         steps = -(-data.train_episodes // data.meta_batch)
-        if self.skipped > self.MOST_SKIPPED * steps:
+        if self.skipped > self.MAX_SKIPPED * steps:
             raise FewShotError(
                 f"{self.skipped:,} of the run's {steps:,} training steps were skipped because their gradients were not "
-                f"finite, and train.on_nan=skip allows {self.MOST_SKIPPED:.0%}; lower {_rates(method)} in a new "
+                f"finite, and train.on_nan=skip allows {self.MAX_SKIPPED:.0%}; lower {_rates(method)} in a new "
                 "run, or look for invalid images"
             )
 
@@ -308,7 +308,7 @@ class FiniteGradients(pl.Callback):
         kept = last_checkpoint(Path(trainer.default_root_dir)).exists()
         raise FewShotError(
             f"{_not_finite(norm, episodes, data_of(trainer))}."
-            + (" The last checkpoint is older than that." if kept else "")
+            + (" The last checkpoint predates it." if kept else "")
             + f" Lower {_rates(trainer.lightning_module)} in a new run, or skip such steps with "
             + (f"resume={trainer.default_root_dir} " if kept else "")
             + "train.on_nan=skip"

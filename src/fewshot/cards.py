@@ -19,10 +19,10 @@ from fewshot.results import Result, best_validation, find_results, flat, run_con
 from fewshot.runs import write_json
 
 CHOICES = ("dataset", "method", "distance", "encoder", "optimizer", "schedule", "transform", "budget")
-# What the command need not say: chosen above, repeated elsewhere, or of no effect on the accuracy.
-UNSAID = {"choices", "name", "run_dir", "data_dir", "cache_dir", "resume", "trust", "logger", "pictures", "callbacks"}
-UNSAID |= {"overrides", "checkpoint_every", "log_every"}
-UNSAID |= {"train.steps", "method.classes", "dataset.source.data_dir", "encoder.init"}
+# What the command omits: chosen above, repeated elsewhere, or of no effect on the accuracy.
+OMITTED = {"choices", "name", "run_dir", "data_dir", "cache_dir", "resume", "trust", "logger", "pictures", "callbacks"}
+OMITTED |= {"overrides", "checkpoint_every", "log_every"}
+OMITTED |= {"train.steps", "method.classes", "dataset.source.data_dir", "encoder.init"}
 REPEATED = ("method.encoder.", "method.distance.")
 
 
@@ -131,25 +131,29 @@ def training_overrides(config: Mapping[str, Any], rows: Mapping[str, Any], initi
     task = [f"{key}={config[key]}" for key in ("way", "shot", "seed")]
     experiment = choices.get("experiment")
     of_one_task = OF_ONE_TASK.fullmatch(experiment or "")
-    said = [f"experiment={of_one_task[1] if of_one_task else experiment}"] if experiment else []
-    composed = compose(*said, *task)
-    said += [f"{key}={choices[key]}" for key in CHOICES if choices.get(key) not in (None, composed.choices.get(key))]
+    overrides = [f"experiment={of_one_task[1] if of_one_task else experiment}"] if experiment else []
+    composed = compose(*overrides, *task)
+    overrides += [
+        f"{key}={choices[key]}" for key in CHOICES if choices.get(key) not in (None, composed.choices.get(key))
+    ]
     if initial:
         parts = Path(initial.partition("/checkpoints")[0].removesuffix(f"/{WEIGHTS}")).parts
-        said.append(f"encoder.init={next((name for name in rows if parts[-3:] == tuple(name.split('/'))), 'RUN_DIR')}")
-    today = compose(*said, *task)
+        overrides.append(
+            f"encoder.init={next((name for name in rows if parts[-3:] == tuple(name.split('/'))), 'RUN_DIR')}"
+        )
+    today = compose(*overrides, *task)
     differing = _differing(config, today)
     episodes = {key: value for key, value in differing.items() if key == "train.episodes"}
     if episodes:  # a schedule may follow them
-        differing = episodes | _differing(config, compose(*said, *task, *as_overrides(episodes)))
+        differing = episodes | _differing(config, compose(*overrides, *task, *as_overrides(episodes)))
     if differing.get("hardware.precision") == "32-true" and today.hardware.precision == "auto":
         del differing["hardware.precision"]  # what auto is, on a processor
-    plain = {key: value for key, value in differing.items() if _is_said(key, value)}
+    plain = {key: value for key, value in differing.items() if _is_needed(key, value)}
     task += [
         f"{key}={value}" if isinstance(value, str) and re.fullmatch(r"[\w-]+", value) else as_overrides({key: value})[0]
         for key, value in plain.items()
     ]
-    return [*said, *task]
+    return [*overrides, *task]
 
 
 def _differing(config: Mapping[str, Any], today: DictConfig) -> dict[str, Any]:
@@ -157,9 +161,9 @@ def _differing(config: Mapping[str, Any], today: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in flat(config) if values.get(key) != value}
 
 
-def _is_said(key: str, value: Any) -> bool:
+def _is_needed(key: str, value: Any) -> bool:
     first = key.partition(".")[0]
-    if value is None or UNSAID & {first, key} or key.startswith(REPEATED):
+    if value is None or OMITTED & {first, key} or key.startswith(REPEATED):
         return False
     return key not in ("way", "shot", "seed") and (first != "hardware" or key == "hardware.precision")
 

@@ -26,11 +26,11 @@ from fewshot.trust import read_config
 SHARED = ".safetensors"  # ending of files for others, see ``save_weights``
 FORMAT = 1  # version of their content
 WEIGHTS = "weights."  # prefix of the method's tensors in them
-LARGEST = 10**7  # limit for the length of the metadata in them, characters
+MAX_METADATA = 10**7  # limit for the length of the metadata in them, characters
 NOWHERE = {"data_dir": "", "cache_dir": ""}  # directories are private
-MOST_VALUES = 1_000_000  # containers and values of a checkpoint; ours have some thousands
-DEEPEST = 64  # containers within containers
-MORE_MADE = 100  # parameters that a network may make and then remove, like those of a last layer
+MAX_VALUES = 1_000_000  # containers and values of a checkpoint; ours have some thousands
+MAX_DEPTH = 64  # containers within containers
+MAX_REMOVED = 100  # parameters that a network may make and then remove, like those of a last layer
 # Types of weights: complex, quantized or 8-bit numbers cannot be checked to be finite.
 NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 NUMBERS |= {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -140,7 +140,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
         check_file(path)
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("fewshot", "")
-            if len(text) > LARGEST:
+            if len(text) > MAX_METADATA:
                 raise ValueError("its metadata are too long")
             content = json.loads(text)
             if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] < 1:
@@ -150,7 +150,8 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
                     f"{path} has format {content['format']}, and this version reads {FORMAT}: install a newer version"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        # Files of earlier versions have no digest. It notices damage, and nobody's intent: they would write a new one.
+        # Files of earlier versions have no digest. It detects damage, not tampering: an attacker would write a new
+        # digest.
         saved = content.pop("sha256", None)
         if saved is not None and saved != _digest_of(tensors, content):
             raise ValueError("it has changed since it was saved, and its digest is different")
@@ -188,7 +189,7 @@ def check_weights(method: Mapping[Any, Any], state: Mapping[str, torch.Tensor]) 
     Raises:
         ValueError: they differ.
     """
-    made, most = 0, 2 * len(state) + MORE_MADE
+    made, most = 0, 2 * len(state) + MAX_REMOVED
 
     def count(*_: object) -> None:
         nonlocal made
@@ -232,11 +233,11 @@ def _checked(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def _check_containers(checkpoint: dict[str, Any]) -> None:
     """Reject containers that contain each other so often that copying them would never end."""
     waiting: list[tuple[Any, int]] = [(checkpoint, 0)]
-    for _ in range(MOST_VALUES):
+    for _ in range(MAX_VALUES):
         if not waiting:
             return
         value, depth = waiting.pop()
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             break
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
         waiting += [(one, depth + 1) for one in inner]

@@ -64,7 +64,7 @@ PLUGINS = {
     "ray_aws": "ray",
 }
 UNCOMPOSED = (HydraException, OmegaConfBaseException, TypeError, ValueError)  # the last two for a group set to a value
-MOST_OPTIONS = 20  # of a group that a message lists one by one
+MAX_OPTIONS = 20  # of a group that a message lists one by one
 # Errors of joblib, Ray and submitit about a process or a machine that is gone.
 LOST = re.compile("Terminated|Died|Crashed|Broken|Lost|Unreachable|Uncompleted")
 HYDRAS_OWN = ("hydra", "hydra_debug")  # groups
@@ -417,7 +417,7 @@ def _program() -> str:
 def _listed(available: Sequence[str], option: str) -> str:
     """Return the options of a group for a message; if there are many, folders stand for what is in them."""
     folder = option.rpartition("/")[0]
-    if len(available) > MOST_OPTIONS:
+    if len(available) > MAX_OPTIONS:
         shown = [
             name if "/" not in name or name.startswith(f"{folder}/") else f"{name.split('/')[0]}/..."
             for name in available

@@ -86,7 +86,7 @@ class Run:
         result: its results.
         correct: its number of correct predictions in each test episode; None if it is unknown.
         name: its method, and what else differs between the runs of the task.
-        line: the same between all runs, the same on every task.
+        line: like ``name``, but across all tasks, so that a method has one label.
         settings: its overrides that differ between the runs of the task, unless a column shows them.
     """
 

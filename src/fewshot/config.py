@@ -419,6 +419,10 @@ def compose(*overrides: str, name: str = "train", places: Sequence[str] = ()) ->
         overrides: as on the command line: "dataset=omniglot", "way=20". ``run_dir`` is null unless given.
         name: the file in ``conf``.
         places: additions to the search path, see ``search_path``.
+
+    Raises:
+        FewShotError: a value depends on a missing key.
+        HydraException: an override is wrong.
     """
     config = compose_unresolved(*current_names(overrides, *places), name=name, places=places)
     hydra_config = HydraConfig.instance()

@@ -54,7 +54,7 @@ PAGE = Path(__file__).with_name("page")
 TYPES: dict[str, Any] = {"host": str, "port": Port, "crop": Literal[CROPS], "checkpoint": Place | None}
 TYPES["mirror"] = bool | None
 TYPES |= dict.fromkeys(("max_megabytes", "max_model", "max_images", "max_classes"), Count)
-LONGEST = 40  # characters of a class's name
+MAX_NAME = 40  # characters of a class's name
 THUMBNAIL, LARGE = 96, 280  # pixels, the most that an example and the query have on a side in the page
 VISITORS = 20  # the most recently active ones, whose images are kept
 IDLE = 3600  # seconds without activity after which a visitor's images are removed
@@ -229,7 +229,7 @@ class Demo:
         Raises:
             FewShotError: it cannot be read, or exceeds a limit.
         """
-        name = for_terminal(" ".join(name.split())[:LONGEST])
+        name = for_terminal(" ".join(name.split())[:MAX_NAME])
         if not name:
             raise FewShotError("enter a name for the class, then add its images")
         if name not in visit.classes and len(visit.classes) >= self.config.max_classes:

@@ -25,7 +25,7 @@ from fewshot.hardware import send
 
 EMBEDDED_TOGETHER = 256  # images
 KEPT = 4 * 2**30  # bytes of embeddings that a cache keeps at most, those used last
-KEPT_EACH = 20_000  # images of which a cache keeps the embeddings of one network, those used last
+KEPT_EACH = 20_000  # most images per network whose embeddings are kept, the most recently used
 DIGEST = hashlib.sha256().digest_size
 INSTALLED = [
     *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")),
@@ -130,8 +130,8 @@ class EmbeddingCache:
     ) -> torch.Tensor:
         """Return embeddings of any images on the CPU, of which only those that are not in the cache are computed.
 
-        An image is found by its pixels as the network sees them, so nothing that happens to a photo before can be
-        forgotten in the key. The file may be untrusted: it is data, and what does not fit is computed again.
+        An image is found by its pixels as the network sees them, so the key cannot miss a preprocessing step. The file
+        may be untrusted: it is data, and what does not fit is computed again.
 
         Args:
             module: see ``__call__``; it embeds each image independently of the others.
@@ -162,8 +162,8 @@ class EmbeddingCache:
         return torch.stack([used[key] for key in keys])
 
     def _path(self, module: nn.Module, positions: torch.Tensor | None = None) -> Path | None:
-        """Return the file for a module; None if its code is in no file, as in a notebook: a change went unnoticed."""
-        try:  # somebody may be working on an encoder
+        """Return the file for a module; None if its code is in no file: a change to it would go unnoticed."""
+        try:  # a source file may be moved or saved while it is read
             kinds = {kind for one in module.modules() for kind in type(one).__mro__ if kind.__module__ != "builtins"}
             made: list[Any] = [normalise, *kinds]
             sources = {str(Path(inspect.getsourcefile(one) or "").resolve()) for one in made}

@@ -218,14 +218,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Load the network again.
 
         Raises:
-            FewShotError: it is not there, or has other weights than when the classifier was fitted.
+            FewShotError: it is not there, or its weights differ from those it was fitted with.
         """
         taught = state.pop("_taught", None)
         super().__setstate__(state)
         if taught is not None:
             predictor = self._make_predictor()
             if digest(predictor.method.encoder.state_dict()) != taught[0]:
-                raise FewShotError(f"{self.model} has other weights than when the classifier was fitted; fit it again")
+                raise FewShotError(f"{self.model}: its weights differ from those it was fitted with; fit it again")
             classes, examples, labels = taught[1]
             self._keep(predictor, predictor.learn_examples(classes, examples, labels, taught[2]))
 

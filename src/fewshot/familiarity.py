@@ -11,7 +11,7 @@ from fewshot.held_out import hold_out
 from fewshot.methods.auto import class_means
 
 FALSE_ALARM = 0.05  # share of the images of a class that the page and ONNX files call perhaps none of these
-LEAST = 4  # fewest held-out examples whose scores set the threshold
+MIN_HELD_OUT = 4  # fewest held-out examples whose scores set the threshold
 # Mean and standard deviation of the scores of classes with one example, see ``src/benchmarks/photos.py --study``.
 ONE_SHOT = (0.70, 0.18)
 
@@ -76,7 +76,7 @@ def learn_familiarity(support: torch.Tensor, labels: torch.Tensor, way: int) -> 
     """
     learned = _means(support, labels, way)
     found = hold_out(lambda *examples: _means(*examples).cosines, support, labels.cpu(), way)
-    if found is None or found.examples < LEAST:
+    if found is None or found.examples < MIN_HELD_OUT:
         return learned
     scores = found.logits.amax(-1).sum(-1)
     return replace(learned, mean=float(scores.mean()), spread=float(scores.std()), examples=found.examples)

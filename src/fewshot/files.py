@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from fewshot.errors import FewShotError
 from fewshot.paths import ROOT
 
-MOST_BYTES = 64 * 2**20  # of a JSON or YAML file
+MAX_BYTES = 64 * 2**20  # of a JSON or YAML file
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -108,8 +108,8 @@ def read_text(path: Path) -> str:
         ValueError: it is not a regular file, too large, or not text.
     """
     check_file(path)
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
     return path.read_text(encoding="utf-8")
 
 

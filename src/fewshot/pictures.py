@@ -126,9 +126,8 @@ def draw_confusion(
         names: of all classes.
         classes: indices of the classes to draw, in order.
     """
-    shares = np.divide(predicted, together, out=np.full(together.shape, np.nan), where=together > 0)[
-        np.ix_(classes, classes)
-    ]
+    shares = np.divide(predicted, together, out=np.full(together.shape, np.nan), where=together > 0)
+    shares = shares[np.ix_(classes, classes)]
     labels = [for_figure(cut(names[number], NAME)) for number in classes]
     side = max(0.24 * len(classes) + 2.4, 4.2)  # room for the label of the colours
     with mpl.rc_context(STYLE):

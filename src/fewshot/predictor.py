@@ -121,7 +121,7 @@ class Predictor:
         """Learn classes from what ``represent`` returns.
 
         Args:
-            classes: see ``Learned``; so are the next two.
+            classes: see ``Learned``, as for the next two.
             examples: on any device.
             labels: on the CPU.
             fitted: a classifier that was learned from them before.

@@ -61,13 +61,17 @@ SHOWN = {
     "dataset.source.split",
 } | {f"test.{key}" for key in ("way", "shot", "episodes")}
 REFERENCES = {"published": "printed", "others": "authors' code, run by others", "article": "article"}
-KNOWN = ("dataset", "method", "way", "shot", "split")
-OURS = ("ours", "ci95", "seeds_sd", "lowest", "highest", "seeds", "episodes")
-HOW = ("trial", "train_way", "train_shot", "chosen_at", "settings", "precision", "encoder_parameters")
-REST = ("train_episodes", "train_seconds", "machine", "experiment", "command")
+CELL_COLUMNS = ("dataset", "method", "way", "shot", "split")
+RESULT_COLUMNS = ("ours", "ci95", "seeds_sd", "lowest", "highest", "seeds", "episodes")
+SETUP_COLUMNS = ("trial", "train_way", "train_shot", "chosen_at", "settings", "precision", "encoder_parameters")
+RUN_COLUMNS = ("train_episodes", "train_seconds", "machine", "experiment", "command")
 SPLIT_MARKERS = {"vinyals": "o", "random": "s", "lake": "^", "ravi": "D"}
 # How reference accuracies are drawn: colour, offset within the cell's row, line style in the curves.
-WHO = {"published": (COLOURS[4], -0.24, ":"), "others": (COLOURS[3], -0.08, "--"), "article": (COLOURS[1], 0.08, "-.")}
+REFERENCE_STYLES = {
+    "published": (COLOURS[4], -0.24, ":"),
+    "others": (COLOURS[3], -0.08, "--"),
+    "article": (COLOURS[1], 0.08, "-."),
+}
 
 
 @dataclass(frozen=True)
@@ -218,17 +222,17 @@ class Line:
         run = run_config(self.runs[0])
         of_one_task = OF_ONE_TASK.fullmatch(experiment)
         budget = self.runs[0].get("budget")
-        said = [
+        overrides = [
             f"experiment={of_one_task[1] if of_one_task else experiment}",
             f"way={run['way']}",
             f"shot={run['shot']}",
         ]
-        said += ["budget=cpu"] if budget == "cpu" else []
+        overrides += ["budget=cpu"] if budget == "cpu" else []
         tested = is_evaluation(self.runs[0])
         of_test = [change for change in changes(self.runs[0]) if tested and change.partition("=")[0] in OF_A_TEST]
-        said += [change for change in changes(self.runs[0]) if change not in of_test]
-        said += [f"seed={seed}" for seed in self.seeds[:1]]
-        training = f"train {' '.join(said)}"
+        overrides += [change for change in changes(self.runs[0]) if change not in of_test]
+        overrides += [f"seed={seed}" for seed in self.seeds[:1]]
+        training = f"train {' '.join(overrides)}"
         test = ["checkpoint=RUN_DIR", f"way={self.way}", f"shot={self.shot}", *of_test]
         return f"{training}, then evaluate {' '.join(test)}" if tested else training
 
@@ -282,7 +286,7 @@ def report(
 def _model_at(path: Path) -> dict[str, Any]:
     """Return the name and the command of the model next to a ``results.json``, see ``fewshot.models``, if there is one.
 
-    The command counts more than the overrides of the run: the defaults of an experiment may have changed since.
+    The command takes precedence over the overrides of the run: the defaults of an experiment may have changed since.
     """
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         command = shlex.split(read_json(path.with_name(CARD))["command"])
@@ -333,12 +337,15 @@ def collect(results: Sequence[Result], tables: Mapping[str, Any]) -> list[Line]:
 
 def changes(run: Result) -> list[str]:
     """Return the overrides that make a run differ from its experiment, unless another column shows them."""
-    said = [str(override) for override in run["overrides"]]
+    overrides = [str(override) for override in run["overrides"]]
     if "train_overrides" in run:  # an evaluation's own come after them
-        said = [*run["train_overrides"], *(override for override in said if override.partition("=")[0] in OF_A_TEST)]
+        overrides = [
+            *run["train_overrides"],
+            *(override for override in overrides if override.partition("=")[0] in OF_A_TEST),
+        ]
     if not run.get("experiment"):  # the encoder is that of the cell, or in the title
-        said = [override for override in said if not override.startswith("encoder=")]
-    return [override for override in said if not HARMLESS.match(override)]
+        overrides = [override for override in overrides if not override.startswith("encoder=")]
+    return [override for override in overrides if not HARMLESS.match(override)]
 
 
 def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = "") -> str:
@@ -398,10 +405,12 @@ def as_csv(lines: Sequence[Line]) -> str:
     """Format the report as CSV, with accuracies in % and intervals in percentage points."""
     text = StringIO()
     references = [column for key in REFERENCES for column in (key, f"{key}_split")]
-    table = csv.DictWriter(text, [*KNOWN, *references, *OURS, *HOW, *REST], lineterminator="\n")
+    table = csv.DictWriter(
+        text, [*CELL_COLUMNS, *references, *RESULT_COLUMNS, *SETUP_COLUMNS, *RUN_COLUMNS], lineterminator="\n"
+    )
     table.writeheader()
     for line in lines:
-        row: dict[str, Any] = {key: getattr(line, key) for key in KNOWN}
+        row: dict[str, Any] = {key: getattr(line, key) for key in CELL_COLUMNS}
         for key, reference in line.references.items():
             row |= {key: reference.accuracy, f"{key}_split": reference.split}
         if line.runs:
@@ -607,7 +616,7 @@ def _legend(lines: Sequence[Line]) -> list[Line2D]:
     plain: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 6}
     handles = [
         Line2D([], [], color=colour, fillstyle="none", label=REFERENCES[key], **plain)
-        for key, (colour, *_) in WHO.items()
+        for key, (colour, *_) in REFERENCE_STYLES.items()
         if any(key in line.references for line in lines)
     ]
     if any(line.runs for line in lines):
@@ -628,7 +637,7 @@ def _draw_rows(axes: Axes, cells: Sequence[tuple[str, str, int, int]], lines: Se
         row = cells.index(line.cell)
         if line.number == 1:
             for key, reference in line.references.items():
-                colour, shift, _ = WHO[key]
+                colour, shift, _ = REFERENCE_STYLES[key]
                 axes.plot(
                     _error(reference.accuracy), row + shift, _marker(reference.split), color=colour, fillstyle="none"
                 )
@@ -672,7 +681,7 @@ def _error(percent: float) -> float:
 def _draw_curves(axes: Axes, lines: Sequence[Line]) -> None:
     cell = lines[0]
     for key, reference in cell.references.items():
-        colour, _, style = WHO[key]
+        colour, _, style = REFERENCE_STYLES[key]
         name = "others" if key == "others" else REFERENCES[key]
         axes.axhline(
             reference.accuracy, color=colour, linestyle=style, linewidth=1, label=f"{name}, {_name(reference.split)}"

@@ -111,9 +111,7 @@ def measure(model: Model, config: DictConfig) -> Reproduction:
         queries = len(tested.correct) * _queries(model)
         changed = f"{abs(difference) * queries:,.1f}".removesuffix(".0")  # with ties
         more = "more" if difference > 0 else "fewer"
-        verdict = (
-            f"{verdict}: {changed} {more} of {queries:,} queries are right, the interval is ±{100 * now.ci95:.4f}"
-        )
+        verdict = f"{verdict}: {changed} {more} of {queries:,} queries are right, the interval is ±{100 * now.ci95:.4f}"
         computed, table = str(tested.trainer.precision), model.card["precision"]
         if computed != table:
             verdict += f"; computed in {computed}, the table in {table}"

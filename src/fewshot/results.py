@@ -20,8 +20,7 @@ Settings = dict[str, Any]  # dotted keys and their values
 
 EPISODES, EPISODES_HEADER = "episodes.csv", "right"  # a file next to the results, and its first line
 
-# Required keys.
-NEEDED = {
+REQUIRED = {
     "dataset": str,
     "method": str,
     "way": int,
@@ -359,7 +358,7 @@ def _not_its_test(result: Result) -> str | None:
         "an evaluation that does not record the configuration of its run": result.get("data") is not None
         and not isinstance(result.get("run_config"), dict),
         "an evaluation that does not record the time of the training": result.get("train_seconds") is None,
-        f"an evaluation on other data than those of the training, {result.get('trained_on')}": result.get("trained_on")
+        f"an evaluation on data other than the training's, {result.get('trained_on')}": result.get("trained_on")
         is not None,
         f"an evaluation of weights {weights}; only the best weights of a run count": weights != "best",
         "an evaluation of a different method than the run's": methods[0] != methods[1],
@@ -376,7 +375,7 @@ def wrong(result: Any) -> str | None:
 
 def _wrong_fields(result: Result) -> str | None:
     """Return the fields that are missing or have a wrong type, or None."""
-    invalid = [key for key, kind in NEEDED.items() if not _is(result.get(key), kind)]
+    invalid = [key for key, kind in REQUIRED.items() if not _is(result.get(key), kind)]
     if not is_evaluation(result) and result.get("train_seconds") is None:
         invalid.append("train_seconds")
     invalid += [key for key, kind in OPTIONAL.items() if result.get(key) is not None and not _is(result[key], kind)]

@@ -1,4 +1,4 @@
-"""Resume runs: their checkpoints, settings and data must fit."""
+"""Resume runs: their checkpoints, settings and data must match."""
 
 import hashlib
 import json
@@ -231,7 +231,7 @@ def trained_before(checkpoint: Mapping[str, Any], path: Path | None) -> list[tup
 
 
 def check_same_data(then: Contents | None, bank: ImageBank, path: Path, fix: str) -> None:
-    """Reject data other than a run was trained on: test classes could be among its training classes.
+    """Reject data other than those a run was trained on: test classes could be among its training classes.
 
     Args:
         then: the contents at training, see ``trained_on``.
@@ -361,10 +361,10 @@ def _refuse_links(run_dir: Path) -> None:
 
 def chosen_on_resume(overrides: Iterable[str]) -> list[str]:
     """Return the overrides of settings that a resumed run takes from its command line, not from its checkpoint."""
-    return [override for override in overrides if _is_readers_own(override.partition("=")[0])]
+    return [override for override in overrides if _is_chosen_on_resume(override.partition("=")[0])]
 
 
-def _is_readers_own(key: str) -> bool:
+def _is_chosen_on_resume(key: str) -> bool:
     return key.lstrip("+~").partition(".")[0].partition("@")[0] in CHOSEN_ON_RESUME
 
 
@@ -385,7 +385,7 @@ def _with_overrides(saved: DictConfig, config: DictConfig) -> DictConfig:
     changed = saved.copy()
     for override in OverridesParser.create().parse_overrides(list(config.overrides)):
         key = override.key_or_group
-        if _is_readers_own(key):
+        if _is_chosen_on_resume(key):
             continue
         if is_group(key) and key != "hardware":
             raise FewShotError(f"{override.input_line}: a resumed run keeps its {key}; leave it out")

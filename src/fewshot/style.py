@@ -14,13 +14,13 @@ STYLE: Any = {
     "font.size": 10,
 }
 WIDTH, DPI = 9, 110  # of a figure, in inches and pixels per inch: about the width of a page
-TALLEST = 100  # inches of the rows of a figure: matplotlib refuses pictures of more than 65,535 pixels
+MAX_HEIGHT = 100  # inches of the rows of a figure: matplotlib refuses pictures of more than 65,535 pixels
 
 
 def fit_rows(height: float) -> tuple[float, int]:
-    """Return the height of the rows of a figure, at most ``TALLEST``, and every how many of them has a name.
+    """Return the height of the rows of a figure, at most ``MAX_HEIGHT``, and the number of rows per label.
 
     Args:
         height: of all rows, in inches, if each has a name.
     """
-    return min(height, TALLEST), math.ceil(height / TALLEST)
+    return min(height, MAX_HEIGHT), math.ceil(height / MAX_HEIGHT)

@@ -55,6 +55,9 @@ def save_taught(path: Path, predictor: Predictor, learned: Learned, config: Any,
         learned: what it learned.
         config: of its method, without directories.
         names: of the examples, for messages about them.
+
+    Raises:
+        FewShotError: the classes are not all strings, or all numbers of one type.
     """
     method = predictor.method
     kinds = {type(name) for name in learned.classes}

@@ -19,13 +19,13 @@ from rich.text import Text
 
 Value = TypeVar("Value")
 
-LONGEST = 4000  # characters of a line
+MAX_CHARACTERS = 4000  # characters of a line
 # Control characters, line ends, and characters that change the writing direction.
-STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 # The start of a formula in a spreadsheet (some also accept full-width signs), or an apostrophe, which marks text.
 FORMULA = re.compile(r"'*\s*[=+\-@＝＋－＠]")
 # Markdown's special characters within a line. An underscore within a word is not one, and stays readable.
-SIGNS = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/|(?<=www)\.", re.IGNORECASE)
+MARKDOWN_SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/|(?<=www)\.", re.IGNORECASE)
 # Markdown that starts a heading or a list, or underlines a heading.
 LEADING_SIGN = re.compile(r"^(?:(\d{1,9})(?=[.)](?:\s|$))|(?=[#+=-]))")
 # Replacements for terminals that cannot show a character.
@@ -34,8 +34,8 @@ ASCII = {"±": "+/-", "×": "x", "−": "-", "–": "-", "…": "...", "•": "*
 
 def for_terminal(text: str) -> str:
     """Make one line for a terminal: unprintable characters are escaped, and a long text is cut."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    if len(text) > MAX_CHARACTERS:
+        text = f"{text[: MAX_CHARACTERS // 2]} ... {text[-MAX_CHARACTERS // 2 :]}"
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
@@ -49,12 +49,12 @@ def cut(text: str, width: int) -> str:
 
 def for_markdown(text: str) -> str:
     """Escape text within a line or a table cell of Markdown, where it is neither Markdown nor HTML."""
-    signed = SIGNS.sub(r"\\\g<0>", for_terminal(text).strip())
+    signed = MARKDOWN_SPECIAL.sub(r"\\\g<0>", for_terminal(text).strip())
     return html.escape(LEADING_SIGN.sub(r"\1\\", signed), quote=False)
 
 
 def for_figure(text: str) -> str:
-    """Escape a label or title of a Matplotlib figure, so that it is no formula and never omitted from a legend."""
+    """Escape a label or title of a Matplotlib figure, so that it is not read as a formula or left out of a legend."""
     shown = for_terminal(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
@@ -67,13 +67,13 @@ def for_csv(value: Value) -> Value | str:
     """
     if not isinstance(value, str):
         return value
-    text = STEERING.sub(lambda match: _escaped(match[0]), value)
+    text = CONTROL.sub(lambda match: _escaped(match[0]), value)
     return f"'{text}" if FORMULA.match(text) else text
 
 
 def for_html(text: str) -> str:
     """Escape text in a page, between tags or as a quoted attribute."""
-    shown = STEERING.sub(lambda match: _escaped(match[0]), text)
+    shown = CONTROL.sub(lambda match: _escaped(match[0]), text)
     return html.escape("".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in shown))
 
 

@@ -115,7 +115,7 @@ def with_chosen_data(trained: Trained, overrides: Iterable[str], places: Mapping
 
     Raises:
         FewShotError: the overrides change the image format, or the data set without naming it, or the images of the
-            data set have another number of channels.
+            data set have a different number of channels.
     """
     chosen = choices_of(overrides, ["dataset"])
     if not chosen:

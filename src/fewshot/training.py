@@ -443,7 +443,7 @@ def _check_state(checkpoint: dict[str, Any], method: FewShotMethod) -> None:
             if state[name] is None:
                 continue
             if state[name].shape != parameters[number].shape:
-                raise ValueError(f"the optimizer's {name} of parameter {number} has another shape")
+                raise ValueError(f"the optimizer's {name} of parameter {number} has a different shape")
             if not state[name].isfinite().all():
                 raise ValueError(f"the optimizer's {name} of parameter {number} is not finite")
     if len(checkpoint["lr_schedulers"]) != (method.make_schedule is not None):

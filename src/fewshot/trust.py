@@ -19,11 +19,11 @@ from fewshot.checks import fits
 from fewshot.config import RENAMED, TYPES, TrainConfig, compose_unresolved, import_target, options, search_path
 from fewshot.errors import FewShotError, reason
 
-MOST_NODES = 10_000  # mappings, lists and values of a configuration; ours have about 100
-MOST_CHARACTERS = 100_000  # in all its strings
-DEEPEST = 32  # mappings within mappings
+MAX_NODES = 10_000  # mappings, lists and values of a configuration; ours have about 100
+MAX_CHARACTERS = 100_000  # in all its strings
+MAX_DEPTH = 32  # mappings within mappings
 # Values that could exhaust memory, disk or time although the file's tensors are small.
-LARGEST = {
+MAX_VALUES = {
     "dataset.size": 1024,
     "dataset.source.samples": 10_000,
     "val.episodes": 1_000_000,
@@ -62,7 +62,7 @@ def plain(value: Any) -> Any:
     def copy(value: Any, depth: int) -> Any:
         nonlocal nodes, characters
         nodes += 1
-        if nodes > MOST_NODES or depth > DEEPEST:
+        if nodes > MAX_NODES or depth > MAX_DEPTH:
             raise ValueError("its configuration is too large")
         if value is None or type(value) in (bool, float):
             return value
@@ -72,7 +72,7 @@ def plain(value: Any) -> Any:
             return value
         if type(value) is str:
             characters += len(value)
-            if characters > MOST_CHARACTERS:
+            if characters > MAX_CHARACTERS:
                 raise ValueError("its configuration is too large")
             if "${" in value or value == "???":
                 raise ValueError(f"its configuration has {value!r}, which is a placeholder and not a value")
@@ -201,12 +201,12 @@ def _packages(trust: str | Iterable[str] | None) -> tuple[str, ...]:
     for package in packages:
         if not isinstance(package, str) or not re.fullmatch(r"\w+(\.\w+)*", package):
             raise FewShotError(f"trust={package} must name a package, or a list of packages: trust=[first,second]")
-        if _is_no_extension(package):
+        if _is_builtin(package):
             raise FewShotError(f"trust={package}: checkpoints may not name its functions; name a package of your own")
     return packages
 
 
-def _is_no_extension(name: str) -> bool:
+def _is_builtin(name: str) -> bool:
     """Whether code belongs to Python or this program, which cannot contain a user's method or data set."""
     return name.partition(".")[0] in {*sys.stdlib_module_names, "__main__", "fewshot", "hydra", "omegaconf"}
 
@@ -266,7 +266,7 @@ def _insert_directories(value: str, places: Mapping[str, Any]) -> str:
 def _foreign(path: Path, slot: str, name: str, other_slots: Sequence[str]) -> Exception:
     if other_slots:
         return ValueError(f"its {slot} is {name}, which can only be a {' or a '.join(other_slots)}")
-    if _is_no_extension(name) or "." not in name:
+    if _is_builtin(name) or "." not in name:
         return ValueError(f"its {slot} is {name}, which no configuration file names")
     return FewShotError(
         f"{path} names code that is not trusted: its {slot} is {name}; if you know this code, trust its package with "
@@ -287,7 +287,7 @@ def _is_hydras(key: Any) -> bool:
 
 def _check_values(config: Mapping[str, Any]) -> None:
     """Check the values that are used before any other check could reject them."""
-    for key, largest in LARGEST.items():
+    for key, largest in MAX_VALUES.items():
         value = _select(config, key)
         if type(value) in (int, float) and not value <= largest:
             raise ValueError(f"its {key} is {value}, more than {largest:,}")

@@ -85,7 +85,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked_and_the_limit_is_reported(tmp_p
 
 
 def test_a_bomb_of_many_small_members_is_refused_and_the_limit_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LARGEST", 2**20)
+    monkeypatch.setattr(files, "MAX_BYTES", 2**20)
     names, contents = [f"{n}.png" for n in range(20)], bytes(2**17)
     bomb = zip_of(tmp_path / "a.zip", *names, contents=contents, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(FewShotError, match=r"it unpacks to 2,621,440 bytes, more than 100 times its own [\d,]+"):
@@ -266,7 +266,7 @@ def test_a_tar_with_a_member_that_no_honest_program_makes_is_refused(tmp_path, b
 
 
 def test_a_tar_bomb_is_refused_before_it_fills_disk_or_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LARGEST", 2**20)
+    monkeypatch.setattr(files, "MAX_BYTES", 2**20)
     bomb = tar_of(tmp_path / "a.tar.gz", *(f"{n}.png" for n in range(50)), contents=bytes(2**20), mode="w:gz")
     written = []
     temporary = files.tempfile.TemporaryFile
@@ -280,7 +280,7 @@ def test_a_tar_bomb_is_refused_before_it_fills_disk_or_memory(tmp_path, monkeypa
 
 
 def test_a_tar_with_a_member_or_a_header_beyond_the_limits_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LARGEST", 2**20)
+    monkeypatch.setattr(files, "MAX_BYTES", 2**20)
     with pytest.raises(FewShotError, match=r"its member a\.png unpacks to 1,048,577 bytes, more than 1,048,576"):
         list_tar(tar_of(tmp_path / "a.tar", "a.png", contents=bytes(2**20 + 1)))
     long = tar_member("a.png")

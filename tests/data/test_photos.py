@@ -245,7 +245,7 @@ def test_a_jpeg_that_would_need_memory_for_all_of_its_pixels_is_refused(monkeypa
     for hostile in (one_channel, progressive):
         with pytest.raises(FewShotError, match=r"x: it has 512,000 pixels, .* \(256,000,000 of a JPEG that is not pro"):
             read_photo(ImageFile("x", lambda hostile=hostile: hostile), 28, 3, reduced=True)
-    monkeypatch.setattr(images, "LARGEST_JPEG", 511_999)
+    monkeypatch.setattr(images, "MAX_JPEG_PIXELS", 511_999)
     with pytest.raises(FewShotError, match=r"x: it has 512,000 pixels, .* \(511,999 of a JPEG"):
         read_photo(ImageFile("x", lambda: content), 28, 3, reduced=True)
 

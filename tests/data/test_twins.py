@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from fewshot.data.audit import MOST_FOUND, Audit
+from fewshot.data.audit import MAX_FOUND, Audit
 from fewshot.data.images import to_pixels
 from fewshot.data.twins import Known, are_twins, candidates, thumbnails
 
@@ -109,7 +109,7 @@ def test_images_without_contrast_resemble_nothing():
 
 def test_very_many_copies_are_counted_no_further_than_to_a_limit():
     one = seen(photo()).astype(np.int16)
-    frames = (one + RANDOM.integers(-3, 4, (MOST_FOUND, *one.shape))).clip(0, 255).astype(np.uint8)
+    frames = (one + RANDOM.integers(-3, 4, (MAX_FOUND, *one.shape))).clip(0, 255).astype(np.uint8)
     audit = Audit()
     audit.add("film", "train", frames)
     (line,) = audit.findings(frames.__getitem__)

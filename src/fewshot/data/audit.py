@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fewshot.data.twins import are_twins, candidates, thumbnails
 
 EXAMPLES = 3  # shown in a finding
-MOST_FOUND = 1000  # near-duplicate pairs of each kind; there may be very many, as in the frames of a film
+MAX_FOUND = 1000  # near-duplicate pairs of each kind; there may be very many, as in the frames of a film
 
 
 class Position(NamedTuple):
@@ -87,7 +87,7 @@ class Audit:
             lines += _line(_named(pairs, " = "), f"duplicate images {where}, so that {consequence}")
         for (where, _, consequence), pairs in zip(DUPLICATES, self._near_duplicates(image), strict=True):
             finding = f"near-duplicate images (recompressed, resized or mirrored) {where}, so that {consequence}"
-            lines += _line(_named(pairs, " ~ "), finding, more=len(pairs) == MOST_FOUND)
+            lines += _line(_named(pairs, " ~ "), finding, more=len(pairs) == MAX_FOUND)
         lines += _line(self._blank, "blank classes, in which every image has one colour")
         lines += _line(self._repeated, "classes that consist of one repeated image")
         return lines
@@ -103,7 +103,7 @@ class Audit:
             same_kind = next(pairs for pairs, (_, holds, _) in zip(found, DUPLICATES, strict=True) if holds(*pair))
             if (
                 numbers != last
-                and len(same_kind) < MOST_FOUND
+                and len(same_kind) < MAX_FOUND
                 and are_twins(image(numbers[0]), image(numbers[1]), mirror)
             ):
                 same_kind.append(pair)

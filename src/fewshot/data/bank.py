@@ -31,7 +31,7 @@ from fewshot.text import for_terminal, say
 SPLITS = ("train", "val", "test")
 MakeSource = TypeVar("MakeSource", bound=Callable[..., Any])
 LOADED_TOGETHER = 160  # images that a thread loads at a time: for Omniglot, the four rotations of two characters
-MOST_THREADS = 8
+MAX_THREADS = 8
 MISSING = (FileNotFoundError, NotADirectoryError)
 BROKEN = (EOFError, LookupError, OverflowError, RecursionError, TypeError, ValueError)
 FORMAT = 4  # increased when the contents of banks change, so that older caches are rebuilt
@@ -322,7 +322,7 @@ def _load(classes: Sequence[ImageClass]) -> Generator[NDArray[np.uint8], None, N
     ]
     for image_class, _ in jobs[0]:
         yield image_class.load()
-    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    threads = min(MAX_THREADS, os.cpu_count() or 1)
     waiting: deque[Future[list[NDArray[np.uint8]]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="fewshot-bank") as pool:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 from fewshot.data.bank import SPLITS, ImageBank
 from fewshot.errors import shortened
 
-MOST_CHARACTERS = 256 * 2**20  # of the record in a checkpoint, unpacked
+MAX_CHARACTERS = 256 * 2**20  # of the record in a checkpoint, unpacked
 DIGITS = 12  # kept of the digest of a class, so that files stay small; ``images_sha256`` is whole
 WORDNET = re.compile(r"(?:.*/)?(n\d{8})")  # names that mean the same in all data sets made from ImageNet
 Classes = Mapping[str, str | None]  # the classes of a split by name, with the digest of their images or None if unknown
@@ -50,7 +50,7 @@ def read_contents(text: Any) -> Contents:
     Raises:
         ValueError: the text is something else.
     """
-    if type(text) is not str or len(text) > MOST_CHARACTERS:
+    if type(text) is not str or len(text) > MAX_CHARACTERS:
         raise ValueError("its record of the data is not a string")
     try:
         found = json.loads(text if text.startswith("{") else _unpacked(text))
@@ -68,10 +68,10 @@ def read_contents(text: Any) -> Contents:
 
 
 def _unpacked(text: str) -> bytes:
-    """Return what was compressed, but never more than ``MOST_CHARACTERS``."""
+    """Return what was compressed, but never more than ``MAX_CHARACTERS``."""
     compressed = zlib.decompressobj()
     try:
-        content = compressed.decompress(base64.b64decode(text, validate=True), MOST_CHARACTERS)
+        content = compressed.decompress(base64.b64decode(text, validate=True), MAX_CHARACTERS)
     except zlib.error:
         raise ValueError("its record of the data cannot be decompressed") from None
     if not compressed.eof:

@@ -17,14 +17,14 @@ from typing import BinaryIO, cast
 
 from fewshot.errors import FewShotError
 
-LARGEST = 256 * 2**20  # bytes of a file, or of a member of an archive
+MAX_BYTES = 256 * 2**20  # bytes of a file, or of a member of an archive
 MEMBERS = 1_000_000  # of an archive or a folder
 RATIO = 100  # maximum ratio of the unpacked size of an archive to its own size
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others unpack to an unbounded size
 HEADER = 2**20  # maximum size of a header in a tar, bytes
 TARS = (".tar", ".tar.gz", ".tgz")
 ARCHIVES = (".zip", *TARS)
-BULK = (".pkl", ".pickle", ".hdf5", ".h5")  # files of many images, which are opened and may be larger than LARGEST
+BULK = (".pkl", ".pickle", ".hdf5", ".h5")  # files of many images, which are opened and may be larger than MAX_BYTES
 BULK_RATIO = 10  # maximum ratio of the size of such a member to that of its archive
 
 
@@ -58,7 +58,7 @@ def read_file(path: Path) -> bytes:
     """Return the bytes of a file.
 
     Raises:
-        OSError: there is no such file, or it is larger than ``LARGEST``.
+        OSError: there is no such file, or it is larger than ``MAX_BYTES``.
     """
     _refuse_bulk(plain(path).stat().st_size)
     return path.read_bytes()
@@ -180,7 +180,7 @@ def list_tar(archive: Path) -> dict[str, ImageFile]:
         size = plain(archive).stat().st_size
         file: BinaryIO = archive.open("rb")
         if file.read(2) == b"\x1f\x8b":
-            file = _decompressed(archive, max(LARGEST, RATIO * size))
+            file = _decompressed(archive, max(MAX_BYTES, RATIO * size))
         file.seek(0)
         opened, members = _headers(file)
     except (OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError, tarfile.TarError) as error:
@@ -251,8 +251,8 @@ def _unreadable(archive: Path, error: Exception) -> FewShotError:
 
 
 def _refuse_bulk(size: int) -> None:
-    if size > LARGEST:
-        raise OSError(f"it has {size:,} bytes; at most {LARGEST:,} are read")
+    if size > MAX_BYTES:
+        raise OSError(f"it has {size:,} bytes; at most {MAX_BYTES:,} are read")
 
 
 def _hidden(name: str) -> bool:
@@ -294,7 +294,7 @@ def _suspicion(members: Sequence[_Member], size: int) -> str | None:
             return f"its member {member.name} {wrong}"
         seen.add(member.name)
     unpacked = sum(member.size for member in members)
-    if unpacked > max(LARGEST, RATIO * size):
+    if unpacked > max(MAX_BYTES, RATIO * size):
         return f"it unpacks to {unpacked:,} bytes, more than {RATIO} times its own {size:,}"
     return None
 
@@ -304,7 +304,7 @@ def _wrong(member: _Member, archive_size: int) -> str | None:
         return "has a path outside the archive"
     if not member.plain:
         return "is a link or a device"
-    most = max(LARGEST, BULK_RATIO * archive_size) if member.name.lower().endswith(BULK) else LARGEST
+    most = max(MAX_BYTES, BULK_RATIO * archive_size) if member.name.lower().endswith(BULK) else MAX_BYTES
     if member.size > most:
         return f"unpacks to {member.size:,} bytes, more than {most:,}"
     return None

@@ -19,7 +19,7 @@ from fewshot.data.photos import read_photo
 from fewshot.errors import FewShotError
 from fewshot.text import say
 
-FEWEST = 2  # classes per split: fewer make no task
+MIN_CLASSES = 2  # classes per split: fewer make no task
 
 Files = Mapping[str, ImageFile]  # by path
 Classes = dict[str, list[ImageFile]]
@@ -178,10 +178,10 @@ def _from_folders(
         splits[split] = by_class(below, depth)
     instead = f"draw all splits from one: data_dir={where / named['train']}"
     for split, classes in splits.items():
-        if len(classes) < FEWEST:
+        if len(classes) < MIN_CLASSES:
             raise FewShotError(
-                f"{where / named[split]} has {len(classes)} folders with images, and at least {FEWEST} classes are "
-                f"needed for {split}; move some there, or {instead}"
+                f"{where / named[split]} has {len(classes)} folders with images, and at least {MIN_CLASSES} classes "
+                f"are needed for {split}; move some there, or {instead}"
             )
     first: dict[str, str] = {}
     for split, classes in splits.items():
@@ -193,8 +193,8 @@ def _from_folders(
                 f"into one of them, or {instead}"
             )
     if "val" not in splits:
-        count = max(FEWEST, round(val * len(splits["train"])))
-        if len(splits["train"]) - count < FEWEST:
+        count = max(MIN_CLASSES, round(val * len(splits["train"])))
+        if len(splits["train"]) - count < MIN_CLASSES:
             raise FewShotError(
                 f"{where / named['train']} has {len(splits['train'])} classes, too few to hold out {count} of them for "
                 f"validation: lower dataset.source.val={val}, add {where / 'val'} with others, or {instead}"
@@ -245,9 +245,9 @@ def draw_classes(
     Raises:
         FewShotError: there are too few classes.
     """
-    counts = {split: max(FEWEST, round(share * len(names))) for split, share in (("val", val), ("test", test))}
-    if len(names) - sum(counts.values()) < FEWEST:
-        least = len(SPLITS) * FEWEST
+    counts = {split: max(MIN_CLASSES, round(share * len(names))) for split, share in (("val", val), ("test", test))}
+    if len(names) - sum(counts.values()) < MIN_CLASSES:
+        least = len(SPLITS) * MIN_CLASSES
         enough = f"lower dataset.source.val={val} and dataset.source.test={test}" if len(names) >= least else "add some"
         raise FewShotError(
             f"{found or f'there are {len(names)} classes'}, too few classes to train, validate and test on different "

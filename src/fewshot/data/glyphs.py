@@ -34,7 +34,7 @@ FACES = (
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
 )
 EM = 64  # pixels of the font size that letters are set in before they are bent and scaled down
-SMALLEST = 0.3 * EM  # letters whose longer side is shorter are marks, not shapes
+MIN_LENGTH = 0.3 * EM  # letters whose longer side is shorter are marks, not shapes
 LOOK_ALIKE = 0.86  # two letters whose blurred shapes correlate more count as one
 
 
@@ -92,7 +92,7 @@ def _distinct(shapes: Sequence[Image.Image]) -> list[int]:
     side = 24
     vectors = np.zeros((len(shapes), side * side))
     for number, shape in enumerate(shapes):
-        if max(shape.size) < SMALLEST:
+        if max(shape.size) < MIN_LENGTH:
             continue
         # Scaled to one size and blurred, letters that differ only in size or slightly look alike.
         scale = (side - 6) / max(shape.size)

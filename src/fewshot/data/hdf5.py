@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fewshot.data.files import LARGEST, RATIO, ImageFile
+from fewshot.data.files import MAX_BYTES, RATIO, ImageFile
 from fewshot.errors import FewShotError, shortened
 from fewshot.paths import install
 
@@ -34,7 +34,11 @@ def list_hdf5(file: ImageFile, labels: ImageFile | None) -> dict[str, int]:
 
 
 def read_hdf5(file: ImageFile, name: str) -> NDArray[np.uint8]:
-    """Return the images of one class: uint8 ``[images, height, width, 3]``."""
+    """Return the images of one class: uint8 ``[images, height, width, 3]``.
+
+    Raises:
+        FewShotError: see ``list_hdf5``.
+    """
     with _datasets(file) as group:
         images: NDArray[np.uint8] = _images(group, name)[:]
         return images
@@ -62,7 +66,7 @@ def _datasets(file: ImageFile) -> Iterator[Any]:
             with h5py.File(raw, "r") as opened:
                 group = _own(opened, "datasets", h5py.Group) if "datasets" in opened else opened
                 claimed = sum(_images(group, name).nbytes for name in group)
-                if claimed > max(LARGEST, RATIO * size):
+                if claimed > max(MAX_BYTES, RATIO * size):
                     raise ValueError(f"it claims {claimed:,} bytes of images, more than {RATIO} times its own {size:,}")
                 yield group
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError, OverflowError) as error:
@@ -86,6 +90,6 @@ def _images(group: Any, name: str) -> Any:
         raise ValueError(f"the images of {name} are in a different file")
     if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(f"the images of {name} are {images.dtype} {list(images.shape)}, not uint8 [images, h, w, 3]")
-    if images.nbytes > LARGEST:
-        raise ValueError(f"the images of {name} have {images.nbytes:,} bytes, more than {LARGEST:,}")
+    if images.nbytes > MAX_BYTES:
+        raise ValueError(f"the images of {name} have {images.nbytes:,} bytes, more than {MAX_BYTES:,}")
     return images

@@ -23,7 +23,7 @@ with suppress(ImportError):  # the extra "photos"
     pillow_heif.register_heif_opener()
 
 MODES = {1: "L", 3: "RGB"}
-LARGEST_JPEG = 256 * 10**6  # pixels of a JPEG decoded at a reduced size: phones have sensors of 200 million
+MAX_JPEG_PIXELS = 256 * 10**6  # pixels of a JPEG decoded at a reduced size: phones have sensors of 200 million
 # By the brand in the first bytes of a file: the format, and what reads it.
 BRANDS = {
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), ("HEIC", install("photos"))),
@@ -41,7 +41,7 @@ def opened(file: ImageFile, least: int | None = None, channels: int = 3) -> Iter
     Args:
         file: the image file.
         least: decode a JPEG at a half, a quarter or an eighth of its size, but with sides of at least so many pixels.
-            Then it may have ``LARGEST_JPEG`` pixels, if that takes no memory for all of them. None: at its own size.
+            Then it may have ``MAX_JPEG_PIXELS`` pixels, if that takes no memory for all of them. None: at its own size.
         channels: of the result: 1 for grey, 3 for RGB.
 
     Raises:
@@ -55,10 +55,12 @@ def opened(file: ImageFile, least: int | None = None, channels: int = 3) -> Iter
             if image.format == "EPS":
                 raise ValueError("PostScript is a program and is not run")
             pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS or math.inf
-            if least is not None and (pixels <= limit or (pixels <= LARGEST_JPEG and _is_row_by_row(image, content))):
+            if least is not None and (
+                pixels <= limit or (pixels <= MAX_JPEG_PIXELS and _is_row_by_row(image, content))
+            ):
                 image.draft(MODES[channels], (least, least))
             if image.width * image.height > limit:
-                more = f" ({LARGEST_JPEG:,} of a JPEG that is not progressive)" if least is not None else ""
+                more = f" ({MAX_JPEG_PIXELS:,} of a JPEG that is not progressive)" if least is not None else ""
                 raise ValueError(f"it has {pixels:,} pixels, and at most {limit:,} are read{more}")
             yield image
     except FewShotError:
@@ -91,7 +93,7 @@ def _is_row_by_row(image: Image.Image, content: bytes) -> bool:
     """
     if not isinstance(image, JpegImageFile) or image.fp is None or image.info.get("progressive"):
         return False
-    # Of a scan with so many channels, which begins so many bytes before: two for its mark, two for its length.
+    # Length of a start-of-scan header for all channels, including its marker (two bytes) and its length field (two).
     header = 8 + 2 * image.layers
     return content[image.fp.tell() - header :][:2] == b"\xff\xda"
 

@@ -67,7 +67,7 @@ def places(data_dir: Path, name: str, first: tuple[str, ...], belongs: Callable[
         FewShotError: a folder cannot be listed, or ``data_dir`` is a file that is not an archive.
     """
 
-    def after(path: str) -> bool:
+    def has_its_name(path: str) -> bool:
         return name in plain_name(path)
 
     if data_dir.is_file():
@@ -78,15 +78,15 @@ def places(data_dir: Path, name: str, first: tuple[str, ...], belongs: Callable[
     folders = sorted(
         children(data_dir), key=lambda child: (first.index(child) if child in first else len(first), child)
     )
-    for child in filter(after, folders):
+    for child in filter(has_its_name, folders):
         yield Place(data_dir / child, True, list_folder(data_dir / child))
-    others = [child for child in folders if not after(child) and not belongs(data_dir / child)]
+    others = [child for child in folders if not has_its_name(child) and not belongs(data_dir / child)]
     for folder in [data_dir, *(data_dir / child for child in others)]:
-        if folder == data_dir and after(folder.name):
+        if folder == data_dir and has_its_name(folder.name):
             yield Place(folder, True, list_folder(folder))
         else:
-            files = list_folder(folder, enter=lambda child: not after(child) and belongs(folder / child))  # noqa: B023
-            kept = {p: f for p, f in files.items() if not is_archive(p) or after(p) or belongs(folder / p)}
+            files = list_folder(folder, enter=lambda child: not has_its_name(child) and belongs(folder / child))  # noqa: B023
+            kept = {p: f for p, f in files.items() if not is_archive(p) or has_its_name(p) or belongs(folder / p)}
             yield Place(folder, False, kept)
 
 

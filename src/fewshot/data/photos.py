@@ -17,8 +17,8 @@ from fewshot.data.images import MODES, opened, to_pixels
 from fewshot.errors import FewShotError
 
 CROPS = ("auto", "center", "pad", "squash")
-MOST_THREADS = 8  # each may decode an image of 90 million pixels
-LONGEST = 32  # times the shorter side: of a longer strip, no crop shows anything
+MAX_THREADS = 8  # each may decode an image of 90 million pixels
+MAX_ASPECT = 32  # times the shorter side: of a longer strip, no crop shows anything
 
 
 class Photo(NamedTuple):
@@ -60,7 +60,7 @@ def read_ahead(
             return error
         return Photo(hashlib.sha256(contents[0]).digest(), pixels)
 
-    pool = ThreadPoolExecutor(min(MOST_THREADS, max(2, os.cpu_count() or 1)))
+    pool = ThreadPoolExecutor(min(MAX_THREADS, max(2, os.cpu_count() or 1)))
     try:
         coming = ((file, pool.submit(read_one, file)) for file in files)
         waiting = deque(islice(coming, ahead))
@@ -87,7 +87,7 @@ def read_photo(
             a fraction of the time, and changes pixels by a few grey values.
 
     Raises:
-        FewShotError: see ``opened``; or a side is more than ``LONGEST`` times the other.
+        FewShotError: see ``opened``; or a side is more than ``MAX_ASPECT`` times the other.
     """
     with opened(file, 2 * size if reduced else None, channels) as image:
         return prepare(image, size, channels, ink, crop)
@@ -113,9 +113,9 @@ def prepare(image: Image.Image, size: int, channels: int, ink: bool = False, cro
         uint8 ``[size, size, channels]``.
 
     Raises:
-        ValueError: a side is more than ``LONGEST`` times the other.
+        ValueError: a side is more than ``MAX_ASPECT`` times the other.
     """
-    if max(image.size) > LONGEST * min(image.size):
+    if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"it is a strip of {image.width:,}x{image.height:,} pixels, which shows nothing when resized")
     image = _opaque(_eight_bits(ImageOps.exif_transpose(image)))
     if crop == "center" or (crop == "auto" and not ink):

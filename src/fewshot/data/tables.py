@@ -25,7 +25,11 @@ LABEL_COLUMNS = ("label", "labels", "class", "classname", "classid", "category",
 
 
 def read_table(table: ImageFile) -> list[tuple[str, str]]:
-    """Return the rows of a table as images and labels."""
+    """Return the rows of a table as images and labels.
+
+    Raises:
+        FewShotError: it is not such a table, or not UTF-8.
+    """
     try:
         text = table.read().decode("utf-8-sig")
         head = text.splitlines()[0] if text.strip() else ""
@@ -62,7 +66,12 @@ def _columns(header: Sequence[str]) -> list[int | None]:
 
 
 class TableImages:
-    """Finds images by their names in tables."""
+    """Finds images by their names in tables.
+
+    Args:
+        place: the directory of the files, for messages.
+        tree: all files by their path below it.
+    """
 
     def __init__(self, place: Path, tree: Mapping[str, ImageFile]) -> None:
         self.place, self.tree = place, tree
@@ -74,7 +83,15 @@ class TableImages:
                 self.by_stem[name.rpartition(".")[0]].append(path)
 
     def find(self, name: str, label: str) -> str | None:
-        """Return the path of an image, in any folder and of any image type."""
+        """Return the path of an image, in any folder and of any image type; None if there is none.
+
+        Args:
+            name: of the image in a table.
+            label: its class, which is the name of its folder if several images have that name.
+
+        Raises:
+            FewShotError: two files match.
+        """
         parts = re.split(r"[/\\]", name)
         if ".." in parts:
             return None

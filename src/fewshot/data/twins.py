@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 SIDE = 16  # pixels of a thumbnail
 FINER_SIDE = 32  # of the thumbnails that compare drawings
 ALIKE = 0.99  # minimum correlation of two thumbnails
-LEAST_CONTRAST = 2.0  # standard deviation of a thumbnail, of 255: below it, only rounding correlates
+MIN_CONTRAST = 2.0  # standard deviation of a thumbnail, of 255: below it, only rounding correlates
 FLAT = 0.5  # minimum share of background pixels in a drawing
 NEAR = 8  # of 255: a pixel this close to the background belongs to it
 # Two thumbnails with a correlation of 0.99 agree in a random bit with a probability of 1 - acos(0.99) / pi = 0.955, and
 # so in all bits of at least one band with 0.96; with a correlation of 0.997, in 0.9997.
 BANDS, BITS = 8, 24
-MOST_BITS = 24  # of all 192, in which two such thumbnails may differ: 9 on average, with a standard deviation of 3
-MOST_ALIKE = 32  # comparisons of each image among those with an equal code
+MAX_BITS = 24  # of all 192, in which two such thumbnails may differ: 9 on average, with a standard deviation of 3
+MAX_ALIKE = 32  # comparisons of each image among those with an equal code
 BLOCK = 8192  # images that are in memory as floats at a time
 
 Pixels = NDArray[np.uint8]
@@ -49,7 +49,7 @@ def standardised(small: Pixels) -> NDArray[np.float32]:
     """Scale thumbnails so that their product is their correlation; those with hardly any contrast become zero."""
     centred = small - small.mean(1, dtype=np.float32, keepdims=True)
     deviations = centred.std(1, keepdims=True)
-    norms = np.where(deviations < LEAST_CONTRAST, np.inf, small.shape[1] ** 0.5 * deviations)
+    norms = np.where(deviations < MIN_CONTRAST, np.inf, small.shape[1] ** 0.5 * deviations)
     return np.asarray(centred / norms, dtype=np.float32)
 
 
@@ -66,12 +66,12 @@ def candidates(small: Pixels) -> Iterator[Pair]:
         order = np.argsort(codes[:, band], kind="stable")  # of the images, followed by their mirror images
         sorted_codes = codes[order, band]
         pairs = [found]
-        for step in range(1, MOST_ALIKE + 1):
+        for step in range(1, MAX_ALIKE + 1):
             equal = np.flatnonzero(sorted_codes[step:] == sorted_codes[:-step])
             if not len(equal):
                 break
             one, other = np.sort([order[equal], order[equal + step]], axis=0)
-            near = np.bitwise_count(codes[one] ^ codes[other]).sum(1) <= MOST_BITS
+            near = np.bitwise_count(codes[one] ^ codes[other]).sum(1) <= MAX_BITS
             one, other = one[near], other[near]
             mirror = other >= count
             first, second = np.sort([one, other - count * mirror], axis=0)

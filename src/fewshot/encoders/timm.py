@@ -14,7 +14,7 @@ from fewshot.paths import install
 OURS = frozenset({"num_classes", "features_only"})  # arguments of timm's models that this encoder sets
 # Arguments that point to weights or settings elsewhere; this encoder has its own keys for files and downloads.
 PLACES = frozenset({"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"})
-LARGEST = 10_000  # limit for numbers in a model's settings: an untrusted checkpoint must not exhaust the memory
+MAX_SETTING = 10_000  # limit for numbers in a model's settings: an untrusted checkpoint must not exhaust the memory
 
 
 class TimmEncoder(Backbone):
@@ -92,8 +92,8 @@ def _check(timm: Any, name: str, settings: Mapping[str, Any], size: int | None) 
         if key in OURS:
             raise FewShotError(f"encoder.{key} cannot be set: an encoder ends with its embedding; leave it out")
     for key, value in _numbers({**settings, "size": size}):
-        if abs(value) > LARGEST:
-            raise FewShotError(f"encoder.{key}={value} must be at most {LARGEST:,}")
+        if abs(value) > MAX_SETTING:
+            raise FewShotError(f"encoder.{key}={value} must be at most {MAX_SETTING:,}")
 
 
 def _numbers(settings: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -118,7 +118,7 @@ class FewShotMethod(pl.LightningModule, ABC):
             return torch.stack([self.answer(episode) for episode in episodes.tasks()])
 
     def answer(self, episode: Episode) -> torch.Tensor:
-        """Return what ``forward`` does, after a look at its shape.
+        """Return what ``forward`` returns, after checking its shape.
 
         Raises:
             FewShotError: it does not return logits ``[queries, way]``.
@@ -126,10 +126,10 @@ class FewShotMethod(pl.LightningModule, ABC):
         return self.checked_logits(self(episode), len(episode.query_labels), episode.way)
 
     def checked_logits(self, logits: torch.Tensor, *shape: int) -> torch.Tensor:
-        """Return logits after a look at their shape, ``[..., queries, way]``.
+        """Return logits after checking their shape, ``[..., queries, way]``.
 
         Raises:
-            FewShotError: they have another shape, or are not floating point.
+            FewShotError: they have a different shape, or are not floating point.
         """
         if logits.shape == shape and logits.is_floating_point():
             return logits

@@ -26,6 +26,9 @@ class NeighbourhoodComponents(PrototypicalNetwork):
         """The paper's NCA loss of a batch of images; see ``neighbourhood_loss``.
 
         Its training accuracy is the share of images whose nearest other image is of their class.
+
+        Raises:
+            FewShotError: the batch has a single image.
         """
         images, labels = batch.load()
         if len(labels) < 2:

@@ -12,7 +12,7 @@ from fewshot.methods.training_free import TrainingFree, in_span, prototypes, squ
 
 SINKHORN_STEPS = 100  # at most, for each movement of the centres: the next one continues from there
 TOLERANCE = 1e-4  # of the sum over the classes of a query, which is 1
-FARTHEST = -300.0  # smallest logarithm of the kernel: the square of exp(-300) is still a normal float64
+MIN_LOG_KERNEL = -300.0  # smallest logarithm of the kernel: the square of exp(-300) is still a normal float64
 
 
 class PTMAP(TrainingFree):
@@ -83,7 +83,7 @@ def sinkhorn(
     log_kernel = -regularisation * cost.double()
     log_kernel = log_kernel - log_kernel.amax(2, keepdim=True)  # a factor of each row changes nothing
     # Otherwise, no query may reach a class that is far from all of them.
-    log_kernel = log_kernel.clamp_min(FARTHEST)
+    log_kernel = log_kernel.clamp_min(MIN_LOG_KERNEL)
     kernel, share = log_kernel.exp(), cost.shape[1] / cost.shape[2]
     classes = torch.ones_like(kernel[:, :1].mT) if start is None else start
     rows = 1 / (kernel @ classes)
