@@ -1,4 +1,4 @@
-"""Measure lines of the tables again, from their shipped weights: see ``--help``."""
+"""Re-measure rows of the tables from their shipped weights: see ``--help``."""
 
 from fewshot import cli
 

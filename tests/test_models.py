@@ -1,4 +1,4 @@
-"""Models to take away: cards, names as checkpoints, and lines of the tables measured again."""
+"""Models to take away: cards, names as checkpoints, and rows of the tables measured again."""
 
 import json
 import re

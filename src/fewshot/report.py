@@ -198,7 +198,7 @@ class Line:
 
     @property
     def settings(self) -> str:
-        """Budget of the experiment, overrides, and other differences from the cell's first line with the same split."""
+        """Budget of the experiment, overrides, and other differences from the cell's first row with the same split."""
         named = [*changes(_described(self.runs)), *self.differs]
         if self.precision not in ("", "32-true") and not any("precision" in setting for setting in named):
             named.append(f"precision={self.precision}")
@@ -212,7 +212,7 @@ class Line:
 
     @property
     def command(self) -> str:
-        """How to measure the line again, after ``fewshot``: from its weights, if they are kept, or by a training."""
+        """How to measure the row again, after ``fewshot``: from its weights, if they are kept, or by a training."""
         named = [run["model"] for run in self.runs if run.get("model")]
         if named:
             return f"reproduce {named[0]}"
@@ -382,8 +382,8 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
         "highest accuracy. *Trained*: task and number of the training episodes (for MAML, tasks) and the time of one "
         "training without validation and test; *chosen at*: the weights were chosen on the run's own task and tested "
         "on this one afterwards, and the time is that up to the chosen weights. *Settings*: the budget, `paper` (as "
-        "published) or `cpu` (under an hour on two cores), and differences from the experiment or from the first line "
-        "of the cell. *Command*: after `fewshot`, what measures the line again: from its weights, without training, "
+        "published) or `cpu` (under an hour on two cores), and differences from the experiment or from the first row "
+        "of the cell. *Command*: after `fewshot`, what measures the row again: from its weights, without training, "
         "where they are kept (those of one seed).",
         "",
         *(f"*{name.capitalize()}*: {sources[key]}.\n" for key, name in REFERENCES.items()),
@@ -393,7 +393,7 @@ def markdown(lines: Sequence[Line], sources: Mapping[str, str], folder: str = ""
         "",
         "Training curves: validation accuracy on the task of the test, one curve per seed. The large points show the "
         "test accuracy, with its 95% interval, of the chosen weights, at their training episode. Numbers refer to the "
-        "lines of the table; lines *chosen at* a different task, or tested with another setting, have no curve.",
+        "rows of the table; rows *chosen at* a different task, or tested with another setting, have no curve.",
         "",
         f"![Accuracy against training episodes, one panel per cell]({Path(folder, 'curves.png').as_posix()})",
         "",
@@ -572,7 +572,7 @@ def _verdicts(lines: Sequence[Line]) -> list[str]:
         if compared:
             sides = (("at or above, within the interval", reached), ("below", below))
             verdict = ". ".join(f"{side.capitalize()}: {'; '.join(cells)}" for side, cells in sides if cells)
-            text.append(f"Compared with *{name}*, on the same split, first lines only. {verdict}.\n")
+            text.append(f"Compared with *{name}*, on the same split, first rows only. {verdict}.\n")
     return text
 
 
