@@ -102,7 +102,7 @@ COMPOSED: dict[tuple[str, ...], str | None] = {
     ("wya=5",): r"'wya'.*did you mean way\?",
     ("--config-dir", "nowhere", "way=5"): r"names nowhere, which does not exist",
     ("--config-dir=nowhere", "way=5"): r"names nowhere, which does not exist",
-    ("--config-path", "/mine", "--config-name", "mine"): r"add yours to them with --config-dir /mine$",
+    ("--config-path", "/mine", "--config-name", "mine"): r"add yours with --config-dir /mine$",
 }
 
 
