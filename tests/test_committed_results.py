@@ -67,7 +67,7 @@ def test_the_table_of_the_classifier_shows_the_committed_results():
         "nearest class mean by cosine, third classifier, with `mirror=true`": (
             "reproduction/miniimagenet/classifier_signed_mirrored{tail}"
         ),
-        "prototypical networks, 3,200 episodes after the third classifier, three seeds": ("finetuned_third/{shot}shot"),
+        "prototypical networks, 3,200 episodes after the third classifier, three seeds": "finetuned_third/{shot}shot",
         "these three with `mirror=true`": "finetuned_third/mirrored_{shot}shot",
         "nearest class mean by cosine, fourth classifier": "reproduction/miniimagenet/classifier_longer{tail}",
         "SimpleShot, fourth classifier": "simpleshot/fourth_{shot}shot",

@@ -228,9 +228,9 @@ class Line:
             f"shot={run['shot']}",
         ]
         overrides += ["budget=cpu"] if budget == "cpu" else []
-        tested = is_evaluation(self.runs[0])
-        of_test = [change for change in changes(self.runs[0]) if tested and change.partition("=")[0] in OF_A_TEST]
-        overrides += [change for change in changes(self.runs[0]) if change not in of_test]
+        tested, changed = is_evaluation(self.runs[0]), changes(self.runs[0])
+        of_test = [change for change in changed if tested and change.partition("=")[0] in OF_A_TEST]
+        overrides += [change for change in changed if change not in of_test]
         overrides += [f"seed={seed}" for seed in self.seeds[:1]]
         training = f"train {' '.join(overrides)}"
         test = ["checkpoint=RUN_DIR", f"way={self.way}", f"shot={self.shot}", *of_test]
